@@ -1,0 +1,217 @@
+"""GPT-2 in plain PyTorch: sizes, attention, transformer blocks, the model, and loading of named tensors.
+
+The model follows Radford et al., "Language Models are Unsupervised Multitask Learners" (2019): learned
+position embeddings, layer norm before attention and feed-forward (pre-norm), tanh GELU, a query-key-value
+bias. It ends at the final norm; the head is put on by whoever uses the model.
+
+In the shapes B is messages in a batch, T tokens in a message, D the embedding width, H attention heads.
+"""
+
+import re
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+# --- sizes ---
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """All that `GPTModel` needs to know: `emb_dim` is D, `n_heads` is H."""
+
+    emb_dim: int
+    n_layers: int
+    n_heads: int
+    vocab_size: int = 50257
+    context_length: int = 1024
+    qkv_bias: bool = True
+    causal: bool = True  # a token attends to itself and to those before it; False: to every token
+
+
+GPT_SIZES = {
+    "gpt2-small (124M)": dict(emb_dim=768, n_layers=12, n_heads=12),
+    "gpt2-medium (355M)": dict(emb_dim=1024, n_layers=24, n_heads=16),
+    "gpt2-large (774M)": dict(emb_dim=1280, n_layers=36, n_heads=20),
+    "gpt2-xl (1558M)": dict(emb_dim=1600, n_layers=48, n_heads=25),
+    "gpt2-nano (7M)": dict(emb_dim=128, n_layers=4, n_heads=4),  # for trying things out; nobody pretrained it
+}
+
+
+# --- the model ---
+
+
+class MultiHeadAttention(nn.Module):
+    """Scaled dot-product attention over H heads (Vaswani et al. 2017, section 3.2).
+
+    The projections are created in the order query, key, value, output, which is the order in which their
+    random weights are drawn.
+    """
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.n_heads, self.causal = cfg.n_heads, cfg.causal
+        self.W_query = nn.Linear(cfg.emb_dim, cfg.emb_dim, bias=cfg.qkv_bias)
+        self.W_key = nn.Linear(cfg.emb_dim, cfg.emb_dim, bias=cfg.qkv_bias)
+        self.W_value = nn.Linear(cfg.emb_dim, cfg.emb_dim, bias=cfg.qkv_bias)
+        self.out_proj = nn.Linear(cfg.emb_dim, cfg.emb_dim)
+
+    def forward(self, x, key_mask=None, query_at=None):
+        """x (B, T, D) to (B, T, D), or to (B, 1, D) for the one query per message that `query_at` (B,) names.
+
+        `key_mask` (B, 1, 1, T) is True where a token may be attended to. Under the causal mask it is not
+        looked at unless `query_at` is given: pads stand behind the tokens, where no token sees them.
+        """
+        one_query = query_at is not None
+        queries = self.W_query(pick(x, query_at) if one_query else x)
+        causal = self.causal and not one_query
+        context = F.scaled_dot_product_attention(
+            self.split_heads(queries),
+            self.split_heads(self.W_key(x)),
+            self.split_heads(self.W_value(x)),
+            attn_mask=None if causal else key_mask,
+            is_causal=causal,
+        )
+        return self.out_proj(context.transpose(1, 2).flatten(2))
+
+    def split_heads(self, x):
+        return x.unflatten(2, (self.n_heads, -1)).transpose(1, 2)  # (B, T, D) -> (B, H, T, D/H)
+
+
+class FeedForward(nn.Sequential):
+    """Two linear layers, four times as wide between them, with the tanh form of GELU (Hendrycks & Gimpel 2016)."""
+
+    def __init__(self, cfg):
+        super().__init__(
+            nn.Linear(cfg.emb_dim, 4 * cfg.emb_dim),
+            nn.GELU(approximate="tanh"),
+            nn.Linear(4 * cfg.emb_dim, cfg.emb_dim),
+        )
+
+
+class TransformerBlock(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.att = MultiHeadAttention(cfg)
+        self.ff = FeedForward(cfg)
+        self.norm1 = nn.LayerNorm(cfg.emb_dim)
+        self.norm2 = nn.LayerNorm(cfg.emb_dim)
+
+    def forward(self, x, key_mask=None, query_at=None):
+        """x (B, T, D) to (B, T, D), or to (B, 1, D) with `query_at`; the arguments are those of the attention."""
+        shortcut = x if query_at is None else pick(x, query_at)
+        x = shortcut + self.att(self.norm1(x), key_mask, query_at)
+        return x + self.ff(self.norm2(x))
+
+
+class GPTModel(nn.Module):
+    """Token ids to final hidden states. Modules are created in the order in which their weights are drawn."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg = cfg
+        self.tok_emb = nn.Embedding(cfg.vocab_size, cfg.emb_dim)
+        self.pos_emb = nn.Embedding(cfg.context_length, cfg.emb_dim)
+        self.trf_blocks = nn.ModuleList(TransformerBlock(cfg) for _ in range(cfg.n_layers))
+        self.final_norm = nn.LayerNorm(cfg.emb_dim)
+
+    def embed(self, token_ids):
+        """(B, T) to (B, T, D)."""
+        return self.tok_emb(token_ids) + self.pos_emb.weight[: token_ids.shape[1]]
+
+    def forward(self, token_ids, key_mask=None):
+        """(B, T) token ids to (B, T, D) hidden states after the final norm."""
+        x = self.embed(token_ids)
+        for block in self.trf_blocks:
+            x = block(x, key_mask)
+        return self.final_norm(x)
+
+
+def pick(x, positions):
+    """The vector of each message at its own position: x (B, T, D), positions (B,) to (B, 1, D)."""
+    return x[torch.arange(len(x), device=x.device), positions].unsqueeze(1)
+
+
+# --- loading of named tensors ---
+
+# Parameters as this module names them, beside the names in a GPT-2 checkpoint.
+CHECKPOINT_NAMES = {"tok_emb.weight": "wte.weight", "pos_emb.weight": "wpe.weight"}
+CHECKPOINT_NAMES |= {f"final_norm.{kind}": f"ln_f.{kind}" for kind in ("weight", "bias")}
+BLOCK_NAMES = {
+    "att.W_query": "attn.c_attn",
+    "att.W_key": "attn.c_attn",
+    "att.W_value": "attn.c_attn",
+    "att.out_proj": "attn.c_proj",
+    "ff.0": "mlp.c_fc",
+    "ff.2": "mlp.c_proj",
+    "norm1": "ln_1",
+    "norm2": "ln_2",
+}
+THIRD_OF_C_ATTN = {"W_query": 0, "W_key": 1, "W_value": 2}
+MASK_BUFFER = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")
+
+
+class WeightsError(ValueError):
+    """Tensors that are not those of the model; the message names the tensor."""
+
+
+def load_gpt2_weights(model, tensors):
+    """Make the parameters of `model` those of a GPT-2 checkpoint, every one of them and nothing else.
+
+    `tensors` maps names to tensors, as GPT-2 checkpoints name them: with or without `transformer.` before
+    each, linear weights (in, out), query, key and value side by side in `c_attn` (D, 3 D). Mask buffers and an
+    `lm_head.weight` that equals `wte.weight` are passed over. A float32 tensor is not copied but viewed, so
+    that a memory-mapped file is read where the model reads it; other floats are converted.
+
+    Raises WeightsError for a tensor that is missing, left over, of another shape or not of floats.
+    """
+    tensors = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+    tensors = {name: tensor for name, tensor in tensors.items() if not MASK_BUFFER.fullmatch(name)}
+    wanted = {name: parameter.shape for name, parameter in model.named_parameters()}
+    sources = {name: checkpoint_name(name) for name in wanted}
+
+    head = tensors.pop("lm_head.weight", None)
+    for source in sources.values():
+        if source not in tensors:
+            raise WeightsError(f"tensor {source} is missing")
+    if left_over := sorted(tensors.keys() - set(sources.values())):
+        raise WeightsError(f"tensor {left_over[0]} is not part of this model ({len(left_over)} left over)")
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise WeightsError(f"tensor {name} has type {tensor.dtype}, not a floating-point type")
+
+    state = {}
+    for name, shape in wanted.items():
+        tensor = tensors[sources[name]]
+        needed = checkpoint_shape(name, shape)
+        if tensor.shape != needed:
+            raise WeightsError(f"tensor {sources[name]} has shape {tuple(tensor.shape)}, the model needs {needed}")
+        if tensor.ndim == 2 and is_linear(name):
+            tensor = tensor.T
+        if (third := THIRD_OF_C_ATTN.get(name.split(".")[-2])) is not None:
+            tensor = tensor.chunk(3)[third]
+        state[name] = tensor.float()
+    if head is not None and not (head.shape == tensors["wte.weight"].shape and head.equal(tensors["wte.weight"])):
+        raise WeightsError("tensor lm_head.weight differs from wte.weight, to which GPT-2 ties it")
+    model.load_state_dict(state, strict=True, assign=True)
+
+
+def is_linear(name):
+    return name.startswith("trf_blocks.") and "norm" not in name
+
+
+def checkpoint_name(name):
+    """`trf_blocks.3.att.W_key.bias` to `h.3.attn.c_attn.bias`."""
+    if not name.startswith("trf_blocks."):
+        return CHECKPOINT_NAMES[name]
+    _, layer, *module, kind = name.split(".")
+    return f"h.{layer}.{BLOCK_NAMES['.'.join(module)]}.{kind}"
+
+
+def checkpoint_shape(name, shape):
+    """The shape under which a checkpoint stores the parameter `name`: (in, out), `c_attn` three times as wide."""
+    times = 3 if name.split(".")[-2] in THIRD_OF_C_ATTN else 1
+    shape = (times * shape[0], *shape[1:])
+    return tuple(reversed(shape)) if is_linear(name) else shape

@@ -1,0 +1,42 @@
+"""The public original's numbers, for each row of the table at the nano size on the sample.
+
+`rows_nano_sample.json` was made by running the original: its losses to six decimals, its accuracies as
+fractions. Rows 6 to 8, 9, 10 and 18 are rows 1 and 5 at this size.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from additional_experiments import ROWS, parse_args, run
+
+REFERENCE = json.loads(Path(__file__).with_name("rows_nano_sample.json").read_text())
+NANO = ["--model_size", "gpt2-nano", "--weights", "random", "--dataset", "sample", "--device", "cpu"]
+NANO += ["--num_epochs", "1", "--learning_rate", "5e-4"]
+SAME_AT_THIS_SIZE = {6: "1", 7: "1", 8: "1", 9: "5", 10: "5", 18: "1"}
+
+
+@pytest.mark.parametrize("number", ROWS)
+def test_row(number, capsys):
+    expected = REFERENCE[SAME_AT_THIS_SIZE.get(number, str(number))]
+    experiment, _ = parse_args(["--row", str(number), *NANO])
+    result, history = run(experiment)
+
+    assert history.steps == expected["evaluated_at_steps"]
+    assert history.train_losses == pytest.approx(expected["train_losses"], abs=1e-3)
+    assert history.val_losses == pytest.approx(expected["val_losses"], abs=1e-3)
+    for measured, fractions in (
+        (history.train_accuracies, expected["epoch_train_accuracy"]),
+        (history.val_accuracies, expected["epoch_val_accuracy"]),
+        ([result.train, result.validation, result.test], [expected[f"{s}_accuracy"] for s in ("train", "val", "test")]),
+    ):
+        for accuracy, fraction in zip(measured, fractions, strict=True):
+            assert abs(accuracy.correct - fraction * accuracy.total) < 1.001  # one message, for other processors
+
+    printed = capsys.readouterr().out
+    assert f"{expected['trainable_parameters']:,} trainable" in printed
+    counts = expected["messages"]
+    assert "{train} train, {validation} validation, {test} test".format(**counts) in printed
+    assert f"Tokens per message: {expected['tokens_per_message']} at most" in printed
+    assert f"Ep 1 (Step 000000): Train loss {expected['train_losses'][0]:.3f}, " in printed
