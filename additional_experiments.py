@@ -27,6 +27,7 @@ import platform
 import re
 import time
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 
@@ -216,6 +217,17 @@ class Experiment:
     device: str = option(
         "auto", "where to run; auto: cuda, else mps, else cpu", choices=("auto", "cpu", "mps", "cuda")
     )
+    precision: str = option(
+        "fp32",
+        "of the matrix products; weights, optimizer, loss and head are float32 always. bf16: bfloat16; tf32: on CUDA",
+        choices=("fp32", "bf16", "tf32"),
+    )
+    features: str = option(
+        "auto",
+        "where to keep what the frozen blocks give, which is worked out once per message; auto: on the device while it "
+        "fits into half of what is free there, else in host memory likewise, else off: worked out anew each time",
+        choices=("auto", "device", "host", "off"),
+    )
     data_dir: str = option(
         "sms_spam_collection",
         "folder of the collection and of train.csv, validation.csv and test.csv (columns Label, Text); if the three "
@@ -244,7 +256,7 @@ class Experiment:
         return GPTConfig(**GPT_SIZES[self.model_size], causal=not self.disable_causal_mask)
 
 
-NO_PART_OF_A_ROW = ("seed", "device", "data_dir")  # a row is the same row with other values of these
+NO_PART_OF_A_ROW = ("seed", "device", "precision", "features", "data_dir")  # a row is the same row with other values of these
 
 
 def row_number(experiment):
@@ -450,28 +462,21 @@ def count_classes(splits, experiment):
 class Batch:
     """B messages side by side, padded on the right to the longest of them."""
 
-    x: torch.Tensor  # (B, T) token ids
-    lengths: torch.Tensor  # (B,) how many of the T a message has; the rest is nothing that may be seen
+    x: torch.Tensor  # (B, T) token ids, or (B, T, D) what the frozen blocks made of them
     positions: torch.Tensor  # (B,) the position that is asked for, or the last one that is averaged over
-
-    def key_mask(self):
-        """(B, 1, 1, T), True where there is something to attend to; None where that is everywhere."""
-        steps = torch.arange(self.x.shape[1], device=self.x.device)
-        return None if self.full else (steps < self.lengths[:, None])[:, None, None]
-
-    @property
-    def full(self):
-        return bool((self.lengths == self.x.shape[1]).all())
+    key_mask: torch.Tensor | None  # (B, 1, 1, T) True where a message has something to attend to; None: everywhere
+    shortcut: torch.Tensor | None = None  # (B, 1, D) beside a standardized x: x itself at the position asked for
 
 
 @dataclass
 class Messages:
     """The n messages of a split, of unequal lengths, end to end."""
 
-    x: torch.Tensor  # (N,) token ids
+    x: torch.Tensor  # (N,) token ids, or (N, D) what the frozen blocks made of them
     lengths: torch.Tensor  # (n,)
     positions: torch.Tensor  # (n,) as in Batch
     labels: torch.Tensor  # (n,)
+    shortcut: torch.Tensor | None = None  # (n, D) as in Batch
 
     def __post_init__(self):
         self.starts = self.lengths.cumsum(0) - self.lengths
@@ -479,12 +484,24 @@ class Messages:
     def __len__(self):
         return len(self.lengths)
 
+    def rows(self, ids):
+        """Where in x the messages that `ids` (B,) numbers stand: (B, T), and (B, T) True where that is no pad.
+
+        Pads point at the message's last token.
+        """
+        lengths = self.lengths[ids, None]
+        steps = torch.arange(int(lengths.max()))
+        return self.starts[ids, None] + steps.minimum(lengths - 1), steps < lengths
+
     def batch(self, ids, device):
         """The messages that `ids` (B,) numbers, as a Batch on `device`."""
-        lengths = self.lengths[ids]
-        steps = torch.arange(int(lengths.max()))
-        where = self.starts[ids, None] + steps.minimum(lengths[:, None] - 1)  # (B, T); pads repeat the last token
-        return Batch(self.x[where].to(device), lengths.to(device), self.positions[ids].to(device))
+        rows, real = self.rows(ids)
+        return Batch(
+            self.x[rows.to(self.x.device)].to(device),
+            self.positions[ids].to(device),
+            None if real.all() else real[:, None, None].to(device),
+            None if self.shortcut is None else self.shortcut[ids.to(self.x.device), None].to(device),
+        )
 
 
 def encode(tokenizer, splits, experiment):
@@ -564,31 +581,110 @@ def add_lora(module, lora, rank, alpha):
 
 
 class Classifier(nn.Module):
-    """GPT-2 with a head of K classes at one position of a message, or at the mean over all its positions."""
+    """GPT-2 with a head of K classes at one position of a message, or at the mean over all its positions.
 
-    def __init__(self, gpt, n_classes, average):
+    It runs in two parts. What comes before the first trained parameter gives the same for a message each time, so
+    that `compute_features` may run the frozen part once per message; the trained part goes on from there.
+    """
+
+    def __init__(self, gpt, n_classes, average, bf16=False):
         super().__init__()
-        self.gpt, self.average = gpt, average
+        self.gpt, self.average, self.bf16 = gpt, average, bf16
         self.out_head = nn.Linear(gpt.cfg.emb_dim, n_classes)
+
+    @cached_property
+    def n_frozen(self):
+        """How many blocks come before the first trained parameter. If all, the final norm is not trained either."""
+        stages = [[self.gpt.tok_emb, self.gpt.pos_emb], *([block] for block in self.gpt.trf_blocks)]
+        frozen = [not any(p.requires_grad for module in stage for p in module.parameters()) for stage in stages]
+        return [*frozen, False].index(False) - 1 if frozen[0] else 0
+
+    @property
+    def all_frozen(self):
+        return self.n_frozen == len(self.gpt.trf_blocks)
+
+    @property
+    def keys_not_needed(self):
+        """Whether the frozen part ends before the last block, of which one query per message is asked."""
+        return self.n_frozen == len(self.gpt.trf_blocks) - 1 and not self.average
 
     def forward(self, batch):
         """A Batch to logits (B, K)."""
-        x, key_mask = self.gpt.embed(batch.x), batch.key_mask()
-        *blocks, last_block = self.gpt.trf_blocks
-        for block in blocks:
-            x = block(x, key_mask)
-        # Before the last block all positions count, after it only the one that is asked for.
-        x = self.gpt.final_norm(last_block(x, key_mask, query_at=None if self.average else batch.positions))
-        return self.out_head(mean_up_to(x, batch.positions) if self.average else x.squeeze(1))
+        return self.trained_part(self.frozen_part(batch))
+
+    @torch.no_grad()
+    def frozen_part(self, batch):
+        """A Batch of token ids as far as it goes without trained parameters; of kept features, as it is.
+
+        Its x becomes the input (B, T, D) of the first trained block; the standardized input, with the shortcut
+        beside it, if that is the last block with one query; or, if no block is trained, the head's input (B, 1, D).
+        """
+        if self.n_frozen == 0 or batch.x.is_floating_point():
+            return batch
+        with self.autocast(batch):
+            x = self.blocks(self.gpt.embed(batch.x), batch, 0, self.n_frozen)
+            if self.all_frozen:
+                return Batch(self.pooled(x, batch), torch.zeros_like(batch.positions), None)
+            if not self.keys_not_needed:
+                return replace(batch, x=x)
+            # Products are all that the standardized input goes into, so it may be as short as they take it.
+            x_hat = self.gpt.trf_blocks[-1].standardize(x).to(torch.bfloat16 if self.bf16 else x.dtype)
+            return replace(batch, x=x_hat, shortcut=pick(x, batch.positions))
+
+    def trained_part(self, batch):
+        """What `frozen_part` gave to logits (B, K), the head in full precision."""
+        x = batch.x
+        if not self.all_frozen:
+            with self.autocast(batch):
+                if batch.shortcut is not None:
+                    x = self.gpt.trf_blocks[-1].forward_normalized(batch.shortcut, x, batch.key_mask)
+                else:
+                    x = self.gpt.embed(x) if self.n_frozen == 0 else x
+                    x = self.blocks(x, batch, self.n_frozen, len(self.gpt.trf_blocks))
+                x = self.pooled(x, batch)
+        return self.out_head(x.squeeze(1))
+
+    def blocks(self, x, batch, start, end):
+        """Blocks `start` to `end`, x (B, T, D) to (B, T, D); the last of all to (B, 1, D) where one position is asked
+        for, since after it no other position has a use."""
+        for number, block in enumerate(self.gpt.trf_blocks[start:end], start + 1):
+            one_query = number == len(self.gpt.trf_blocks) and not self.average
+            x = block(x, batch.key_mask, batch.positions if one_query else None)
+        return x
+
+    def pooled(self, x, batch):
+        """What the last block gave to the head's input (B, 1, D)."""
+        x = self.gpt.final_norm(x)
+        return mean_up_to(x, batch.positions) if self.average else x
+
+    def autocast(self, batch):
+        return torch.autocast(batch.x.device.type, torch.bfloat16, enabled=self.bf16)
 
 
 def mean_up_to(x, positions):
-    """The mean of each message's vectors up to its own position: x (B, T, D), positions (B,) to (B, D).
+    """The mean of each message's vectors up to its own position: x (B, T, D), positions (B,) to (B, 1, D).
 
     The head is linear, so that it may be applied to this mean instead of to each vector.
     """
     counted = torch.arange(x.shape[1], device=x.device) <= positions[:, None]  # (B, T)
-    return (x * counted[:, :, None]).sum(1) / counted.sum(1, keepdim=True)
+    weights = counted / counted.sum(1, keepdim=True).to(x.dtype)
+    return weights[:, None] @ x
+
+
+def prepare_frozen(classifier):
+    """Give the frozen layers the form in which they are fastest; call it when the classifier is on its device.
+
+    Trained parameters are left alone, so is the function that the classifier computes (with bf16: in its products).
+    """
+    for module in classifier.gpt.trf_blocks.modules():
+        # A merged LoRA product is added to the weight before bfloat16 would swallow it, so that weight stays as it is.
+        if classifier.bf16 and type(module) is LinearWithLoRA:
+            module.linear.to(torch.bfloat16)
+    for block in classifier.gpt.trf_blocks[: classifier.n_frozen]:
+        for module in block.modules():
+            if classifier.bf16 and isinstance(module, nn.Linear):
+                module.to(torch.bfloat16)
+        block.att.fuse()
 
 
 def build_classifier(experiment, n_classes, weights=None):
@@ -605,7 +701,7 @@ def build_classifier(experiment, n_classes, weights=None):
     gpt.requires_grad_(False)
 
     torch.manual_seed(experiment.seed)
-    classifier = Classifier(gpt, n_classes, experiment.average_embeddings)
+    classifier = Classifier(gpt, n_classes, experiment.average_embeddings, bf16=experiment.precision == "bf16")
     match experiment.trainable_layers:
         case "last_layer":
             trained = []
@@ -627,10 +723,107 @@ def build_classifier(experiment, n_classes, weights=None):
     return classifier
 
 
+# --- what is computed once ---
+
+TOKENS_AT_ONCE = 1024  # in a forward pass without gradients; more gain nothing and cost memory
+
+
+def split_by_tokens(lengths):
+    """Numbers of the messages of these lengths (n,) from short to long, cut where a batch would pass TOKENS_AT_ONCE."""
+    order, start = lengths.argsort(stable=True), 0
+    for end in range(1, len(order) + 1):
+        if end == len(order) or (end + 1 - start) * lengths[order[end]] > TOKENS_AT_ONCE:
+            yield order[start:end]
+            start = end
+
+
+def features_size(classifier, messages):
+    """Bytes that the features of these Messages take."""
+    vectors = len(messages) if classifier.all_frozen else int(messages.lengths.sum())
+    width = classifier.gpt.cfg.emb_dim
+    if not classifier.keys_not_needed:
+        return 4 * vectors * width
+    return (2 if classifier.bf16 else 4) * vectors * width + 4 * len(messages) * width
+
+
+def place_features(experiment, size, device):
+    """The torch.device on which `size` bytes of features are kept, or None where they are worked out anew."""
+    places = {"device": device, "host": torch.device("cpu"), "off": None}
+    if experiment.features != "auto":
+        return places[experiment.features]
+    for place in (device, places["host"]):
+        if size <= free_memory(place) / 2:
+            return place
+    return None
+
+
+def free_memory(device):
+    """Bytes that can still be had on `device`."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    return results.free_host_memory()
+
+
+def compute_features(classifier, messages, device, place, bar):
+    """Messages with what the frozen blocks make of them in place of their token ids, kept on `place`.
+
+    Each message runs once, together with others of like length.
+    """
+    lengths = torch.ones_like(messages.lengths) if classifier.all_frozen else messages.lengths
+    features = replace(messages, lengths=lengths)
+    features.x = None
+    was_training = classifier.training
+    classifier.eval()
+    for ids in split_by_tokens(messages.lengths):
+        batch = classifier.frozen_part(messages.batch(ids, device))
+        if features.x is None:
+            width = batch.x.shape[2]
+            features.x = torch.empty(int(lengths.sum()), width, dtype=batch.x.dtype, device=place)
+            if batch.shortcut is not None:
+                features.shortcut = torch.empty(len(messages), width, dtype=batch.shortcut.dtype, device=place)
+        rows, real = features.rows(ids)
+        features.x[rows[real].to(place)] = batch.x[real.to(device)].to(place)
+        if batch.shortcut is not None:
+            features.shortcut[ids.to(place)] = batch.shortcut.squeeze(1).to(place)
+        bar.update(len(ids))
+    classifier.train(was_training)
+    return features
+
+
+def keep_features(classifier, messages, experiment, device, say, progress):
+    """The splits with their frozen features, if there are any and there is room for them, and a word about it."""
+    size = sum(features_size(classifier, split) for split in messages.values())
+    if classifier.n_frozen == 0:
+        return messages
+    place = place_features(experiment, size, device)
+    what = f"Frozen features: {classifier.n_frozen} of {len(classifier.gpt.trf_blocks)} blocks"
+    if place is None:
+        say(f"{what}, worked out anew each time (they would take {size / 1e9:.2f} GB)")
+        return messages
+
+    start = time.perf_counter()
+    n_messages = sum(len(split) for split in messages.values())
+    n_tokens = sum(int(split.lengths.sum()) for split in messages.values())
+    with tqdm(desc="features", total=n_messages, unit="message", disable=not progress) as bar:
+        features = {
+            name: compute_features(classifier, split, device, place, bar) for name, split in messages.items()
+        }
+    seconds = time.perf_counter() - start
+    where = "on the device" if place.type != "cpu" else "in host memory" if device.type != "cpu" else "in memory"
+    say(
+        f"{what}, {n_messages:,} messages, {n_tokens:,} tokens, computed once in {seconds:.0f} s "
+        f"({size / 1e9:.2f} GB, kept {where})"
+    )
+    return features
+
+
 # --- training ---
 
 EVALUATE_EVERY = 50  # batches
 EVALUATE_BATCHES = 5
+MESSAGES_AT_ONCE = 64  # in a pass that joins the batches of an accumulation window
 
 
 def make_loader(messages, batch_size, shuffle):
@@ -649,10 +842,14 @@ def windows(batches, size):
         yield window
 
 
-def cross_entropy(logits, labels, ignore_index):
-    """The mean over the labels that count, and 0 (not NaN) where none does. logits (B, K), labels (B,)."""
-    total = F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="sum")
-    return total / (labels != ignore_index).sum().clamp(min=1)
+def batch_losses(logits, labels, sizes, ignore_index):
+    """The mean cross entropy of each batch, over its labels that count; 0 (not NaN) where none does.
+
+    logits (B, K) and labels (B,) of batches of these `sizes`, one after the other; to (number of batches,).
+    """
+    losses = F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="none").split(sizes)
+    counts = (labels != ignore_index).split(sizes)
+    return torch.stack([loss.sum() / count.sum().clamp(min=1) for loss, count in zip(losses, counts)])
 
 
 @dataclass
@@ -662,7 +859,7 @@ class History:
     steps: list = field(default_factory=list)
     train_losses: list = field(default_factory=list)
     val_losses: list = field(default_factory=list)
-    train_accuracies: list = field(default_factory=list)  # Accuracy, after each epoch
+    train_accuracies: list = field(default_factory=list)  # results.Accuracy, after each epoch
     val_accuracies: list = field(default_factory=list)
 
 
@@ -678,97 +875,89 @@ def train(classifier, messages, experiment, device, say, progress):
     )
     history, step = History(), -1
 
-    def evaluate(split, n_batches=None):
+    def evaluate(split, n_batches=EVALUATE_BATCHES):
         return predict_batches(classifier, messages[split], loaders[split], device, n_batches)
 
+    # The batches of an accumulation window do not depend on each other. They run as one where frozen features leave
+    # little to run; elsewhere accumulation is there to save memory.
+    joined = max(1, MESSAGES_AT_ONCE // experiment.batch_size) if classifier.n_frozen else 1
     total = experiment.num_epochs * len(loaders["train"])
     with tqdm(desc="training", total=total, unit="batch", disable=not progress) as bar:
         for epoch in range(1, experiment.num_epochs + 1):
             for window in windows(loaders["train"], experiment.accumulation_steps):
                 classifier.train()
-                for ids in window:
+                for batches in windows(window, joined):
+                    ids = torch.cat(batches)
                     logits = classifier(messages["train"].batch(ids, device))
                     labels = messages["train"].labels[ids].to(device)
-                    (cross_entropy(logits, labels, experiment.ignore_index) / len(window)).backward()
+                    losses = batch_losses(logits, labels, [len(batch) for batch in batches], experiment.ignore_index)
+                    (losses.sum() / len(window)).backward()
+                for batch in window:
                     step += 1
                     bar.update()
-                    if ids is window[-1]:
+                    if batch is window[-1]:
                         optimizer.step()
                         optimizer.zero_grad()
                     if step % EVALUATE_EVERY == 0:
-                        losses = [
-                            mean_loss(evaluate(split, EVALUATE_BATCHES), experiment.ignore_index)
-                            for split in ("train", "validation")
-                        ]
+                        train_loss = mean_loss(evaluate("train"), experiment.ignore_index)
+                        val_loss = mean_loss(evaluate("validation"), experiment.ignore_index)
                         history.steps.append(step)
-                        history.train_losses.append(losses[0])
-                        history.val_losses.append(losses[1])
-                        say(f"Ep {epoch} (Step {step:06d}): Train loss {losses[0]:.3f}, Val loss {losses[1]:.3f}")
-            accuracies = [accuracy(evaluate(split, EVALUATE_BATCHES)) for split in ("train", "validation")]
-            history.train_accuracies.append(accuracies[0])
-            history.val_accuracies.append(accuracies[1])
-            say(f"Training accuracy: {accuracies[0]} | Validation accuracy: {accuracies[1]}")
+                        history.train_losses.append(train_loss)
+                        history.val_losses.append(val_loss)
+                        say(f"Ep {epoch} (Step {step:06d}): Train loss {train_loss:.3f}, Val loss {val_loss:.3f}")
+            history.train_accuracies.append(accuracy(evaluate("train")))
+            history.val_accuracies.append(accuracy(evaluate("validation")))
+            say(
+                f"Training accuracy: {history.train_accuracies[-1]} | "
+                f"Validation accuracy: {history.val_accuracies[-1]}"
+            )
     return history
 
 
 # --- evaluation ---
-
-TOKENS_AT_ONCE = 1024  # in a forward pass without gradients; more gain nothing and cost memory
 
 
 def predict(classifier, messages, ids, device):
     """Logits (n, K) of the messages that `ids` (n,) numbers. Messages of like length run together."""
     was_training = classifier.training
     classifier.eval()
-    logits = []
-    order = messages.lengths[ids].argsort(stable=True)
+    logits, order = [], []
     with torch.no_grad():
-        for some in split_by_tokens(order, messages.lengths[ids]):
+        for some in split_by_tokens(messages.lengths[ids]):
             logits.append(classifier(messages.batch(ids[some], device)))
+            order.append(some)
     classifier.train(was_training)
-    return torch.cat(logits)[order.argsort().to(device)]
-
-
-def split_by_tokens(order, lengths):
-    """Cut `order`, message numbers from short to long, where a padded batch would pass TOKENS_AT_ONCE."""
-    start = 0
-    for end in range(1, len(order) + 1):
-        if end == len(order) or (end + 1 - start) * lengths[order[end]] > TOKENS_AT_ONCE:
-            yield order[start:end]
-            start = end
+    return torch.cat(logits)[torch.cat(order).argsort().to(device)]
 
 
 @dataclass
 class Predictions:
-    """Logits and labels, batch by batch, of what one pass over a loader gave."""
+    """What one pass over a loader gave: logits (n, K) and labels (n,), batch after batch of these sizes."""
 
-    logits: tuple  # of (B, K)
-    labels: tuple  # of (B,)
+    logits: torch.Tensor
+    labels: torch.Tensor
+    sizes: list
 
 
 def predict_batches(classifier, messages, loader, device, n_batches=None):
     """The Predictions of the first `n_batches` of a loader, by default of all of them."""
     batches = list(islice(loader, n_batches))
-    sizes, ids = [len(batch) for batch in batches], torch.cat(batches)
+    ids = torch.cat(batches)
     logits = predict(classifier, messages, ids, device)
-    return Predictions(logits.split(sizes), messages.labels[ids].to(device).split(sizes))
+    return Predictions(logits, messages.labels[ids].to(device), [len(batch) for batch in batches])
 
 
 def mean_loss(predictions, ignore_index):
-    """The mean of the batches' mean losses, over the batches that have a label that counts."""
-    losses = [
-        cross_entropy(logits, labels, ignore_index)
-        for logits, labels in zip(predictions.logits, predictions.labels)
-        if (labels != ignore_index).any()
-    ]
-    return torch.stack(losses).mean().item() if losses else math.nan
+    """The mean of the batches' mean losses, over the batches that have a label that counts; NaN if none has."""
+    losses = batch_losses(predictions.logits, predictions.labels, predictions.sizes, ignore_index)
+    counts = torch.stack([(labels != ignore_index).any() for labels in predictions.labels.split(predictions.sizes)])
+    return losses[counts].mean().item()
 
 
 def accuracy(predictions):
     """How many of the labelled messages were classified as their label says, as a results.Accuracy."""
-    labels = torch.cat(predictions.labels)
-    predicted = torch.cat(predictions.logits).argmax(-1)
-    return results.Accuracy(correct=int((predicted == labels).sum()), total=int((labels >= 0).sum()))
+    right = predictions.logits.argmax(-1) == predictions.labels
+    return results.Accuracy(correct=int(right.sum()), total=int((predictions.labels >= 0).sum()))
 
 
 # --- report ---
@@ -879,10 +1068,12 @@ def run(experiment, quiet=False):
     if experiment.weights == "pretrained":
         weights = gpt_download.open_weights(gpt_download.fetch_weights(experiment.model_size, progress))
     classifier = build_classifier(experiment, n_classes, weights).to(device)
+    prepare_frozen(classifier)
     say(describe_run(experiment, device, classifier, messages, width, dataset))
 
     torch.manual_seed(experiment.seed)
     start = time.perf_counter()
+    messages = keep_features(classifier, messages, experiment, device, say, progress)
     history = train(classifier, messages, experiment, device, say, progress)
     minutes = (time.perf_counter() - start) / 60
     say(f"Training completed in {minutes:.2f} minutes.")

@@ -57,6 +57,7 @@ class MultiHeadAttention(nn.Module):
         self.W_key = nn.Linear(cfg.emb_dim, cfg.emb_dim, bias=cfg.qkv_bias)
         self.W_value = nn.Linear(cfg.emb_dim, cfg.emb_dim, bias=cfg.qkv_bias)
         self.out_proj = nn.Linear(cfg.emb_dim, cfg.emb_dim)
+        self.W_qkv = None
 
     def forward(self, x, key_mask=None, query_at=None):
         """x (B, T, D) to (B, T, D), or to (B, 1, D) for the one query per message that `query_at` (B,) names.
@@ -65,12 +66,15 @@ class MultiHeadAttention(nn.Module):
         looked at unless `query_at` is given: pads stand behind the tokens, where no token sees them.
         """
         one_query = query_at is not None
-        queries = self.W_query(pick(x, query_at) if one_query else x)
+        if self.W_qkv is not None and not one_query:
+            queries, keys, values = F.linear(x, *self.W_qkv).chunk(3, dim=-1)
+        else:
+            queries, keys, values = self.W_query(pick(x, query_at) if one_query else x), self.W_key(x), self.W_value(x)
         causal = self.causal and not one_query
         context = F.scaled_dot_product_attention(
             self.split_heads(queries),
-            self.split_heads(self.W_key(x)),
-            self.split_heads(self.W_value(x)),
+            self.split_heads(keys),
+            self.split_heads(values),
             attn_mask=None if causal else key_mask,
             is_causal=causal,
         )
@@ -78,6 +82,40 @@ class MultiHeadAttention(nn.Module):
 
     def split_heads(self, x):
         return x.unflatten(2, (self.n_heads, -1)).transpose(1, 2)  # (B, T, D) -> (B, H, T, D/H)
+
+    def attend_to_normalized(self, query_input, x_hat, norm, key_mask=None):
+        """What `forward` gives for one query per message, without forming keys and values.
+
+        query_input (B, 1, D) is the normed input at the query's position; x_hat (B, T, D) is the input of `norm`,
+        standardized but not yet scaled and shifted: the norm gives g x_hat + b. With k_t = W_k (g x_hat_t + b) + c,
+        the score q . k_t is ((W_k^T q) g) . x_hat_t plus a term that is the same for every t and cancels in the
+        softmax. And since the attention weights a_t sum to one, sum_t a_t v_t = W_v (g (sum_t a_t x_hat_t) + b) + c.
+        So all T positions take part in two batched products only, and b and c of the keys in none.
+        """
+        head_dim = query_input.shape[2] // self.n_heads
+        queries = self.W_query(query_input).unflatten(2, (self.n_heads, head_dim)).squeeze(1)  # (B, H, D/H)
+        W_key = self.W_key.weight.unflatten(0, (self.n_heads, head_dim))  # (H, D/H, D)
+        W_value = self.W_value.weight.unflatten(0, (self.n_heads, head_dim))
+
+        folded = torch.einsum("bhd,hde->bhe", queries, W_key) * norm.weight  # (B, H, D)
+        scores = (folded / head_dim**0.5) @ x_hat.mT  # (B, H, T)
+        if key_mask is not None:
+            scores = scores.masked_fill(~key_mask.squeeze(1), float("-inf"))
+        mean = scores.softmax(dim=-1) @ x_hat  # (B, H, D)
+        context = torch.einsum("bhe,hde->bhd", mean * norm.weight + norm.bias, W_value).flatten(1)
+        if self.W_value.bias is not None:
+            context = context + self.W_value.bias
+        return self.out_proj(context).unsqueeze(1)
+
+    @torch.no_grad()
+    def fuse(self):
+        """Hold query, key and value as one product, for a block that is not trained; their weights become views."""
+        parts = (self.W_query, self.W_key, self.W_value)
+        weight = torch.cat([part.weight for part in parts])  # (3 D, D)
+        bias = torch.cat([part.bias for part in parts]) if self.W_query.bias is not None else None
+        for part, view in zip(parts, weight.chunk(3)):
+            part.weight.data = view
+        self.W_qkv = (weight, bias)
 
 
 class FeedForward(nn.Sequential):
@@ -104,6 +142,18 @@ class TransformerBlock(nn.Module):
         shortcut = x if query_at is None else pick(x, query_at)
         x = shortcut + self.att(self.norm1(x), key_mask, query_at)
         return x + self.ff(self.norm2(x))
+
+    def forward_normalized(self, shortcut, x_hat, key_mask=None):
+        """What `forward` gives for one query per message, from the kept parts of a frozen input x (B, T, D).
+
+        shortcut (B, 1, D) is x at the query's position; x_hat (B, T, D) is x standardized, as `standardize` does.
+        """
+        x = shortcut + self.att.attend_to_normalized(self.norm1(shortcut), x_hat, self.norm1, key_mask)
+        return x + self.ff(self.norm2(x))
+
+    def standardize(self, x):
+        """`norm1` without its scale and shift: all of it that does not change when the block is trained."""
+        return F.layer_norm(x, x.shape[-1:], eps=self.norm1.eps)
 
 
 class GPTModel(nn.Module):

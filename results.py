@@ -1,5 +1,6 @@
 """What a run leaves behind: its accuracies and its row of the table."""
 
+import os
 from dataclasses import dataclass
 
 
@@ -78,3 +79,16 @@ def markdown_header(result):
 
 def markdown_row(result):
     return markdown_line(result.cells().values())
+
+
+# --- the machine ---
+
+
+def free_host_memory():
+    """Bytes of main memory that can still be had without swapping."""
+    try:
+        with open("/proc/meminfo") as file:
+            fields = dict(line.split(":") for line in file)
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2  # no such figure: half of all there is
