@@ -538,7 +538,7 @@ def encode(tokenizer, splits, experiment):
             tokens.append(torch.tensor(message[:visible]))
             positions.append(position)
         lengths = torch.tensor([len(message) for message in tokens])
-        return Messages(torch.cat(tokens), lengths, torch.tensor(positions), torch.tensor(labels.to_numpy()))
+        return Messages(torch.cat(tokens), lengths, torch.tensor(positions), torch.tensor(list(labels)))
 
     return {split: messages(ids[split], splits[split]["Label"]) for split in splits}, width
 
@@ -763,7 +763,12 @@ def free_memory(device):
         return torch.cuda.mem_get_info(device)[0]
     if device.type == "mps":
         return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
-    return results.free_host_memory()
+    try:
+        with open("/proc/meminfo") as file:
+            return int(re.search(r"MemAvailable:\s+(\d+) kB", file.read())[1]) * 1024
+    except (OSError, TypeError):  # not Linux, which alone says what could be had; take half of all there is
+        pages = os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 2**21  # 8 GiB
+        return pages * 4096 // 2
 
 
 def compute_features(classifier, messages, device, place, bar):
@@ -1014,10 +1019,11 @@ def summarize(experiment, device, width, dataset, accuracies, minutes):
         "no causal mask": experiment.disable_causal_mask,
         f"batch size {experiment.batch_size}": experiment.batch_size != Experiment.batch_size,
         f"accumulation {experiment.accumulation_steps}": experiment.accumulation_steps > 1,
-        f"{experiment.num_epochs} epochs": experiment.num_epochs != Experiment.num_epochs,
+        f"epochs {experiment.num_epochs}": experiment.num_epochs != Experiment.num_epochs,
         f"learning rate {experiment.learning_rate:g}": experiment.learning_rate != Experiment.learning_rate,
         f"weight decay {experiment.weight_decay:g}": experiment.weight_decay != Experiment.weight_decay,
         f"ignore index {experiment.ignore_index}": experiment.ignore_index != Experiment.ignore_index,
+        experiment.precision: experiment.precision != Experiment.precision,
         f"seed {experiment.seed}": experiment.seed != Experiment.seed,
         f"{DATASET_NAMES[dataset]}": dataset != "uci",
     }
@@ -1059,6 +1065,9 @@ def run(experiment, quiet=False):
 
     progress = sys.stderr.isatty() and not quiet
     device = resolve_device(experiment.device)
+    if experiment.precision == "tf32" and device.type != "cuda":
+        raise UsageError(f"--precision tf32 is for CUDA; the device is {device}")
+    torch.set_float32_matmul_precision("high" if experiment.precision == "tf32" else "highest")
     weights = None
     if experiment.weights not in ("pretrained", "random"):
         weights = open_weights_file(experiment)
@@ -1104,6 +1113,9 @@ def main(argv=None):
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # whoever read the output has gone; Python's own last flush must not complain either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     return 0
 
 

@@ -1,6 +1,5 @@
 """What a run leaves behind: its accuracies and its row of the table."""
 
-import os
 from dataclasses import dataclass
 
 
@@ -52,7 +51,7 @@ class Result:
 
     def cells(self):
         return {
-            "Row": self.row or "–",
+            "Row": self.row or "-",
             "Model": self.model_size,
             "Weights": self.weights,
             "Trainable token position": self.position,
@@ -63,8 +62,8 @@ class Result:
             "Test acc": self.test,
             "Training time": f"{self.minutes:.2f} min",
             "CPU/GPU": self.device,
-            "Remarks": self.remarks or "–",
-            "Published": self.published or "–",
+            "Remarks": self.remarks or "-",
+            "Published": self.published or "-",
         }
 
 
@@ -79,16 +78,3 @@ def markdown_header(result):
 
 def markdown_row(result):
     return markdown_line(result.cells().values())
-
-
-# --- the machine ---
-
-
-def free_host_memory():
-    """Bytes of main memory that can still be had without swapping."""
-    try:
-        with open("/proc/meminfo") as file:
-            fields = dict(line.split(":") for line in file)
-        return int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2  # no such figure: half of all there is

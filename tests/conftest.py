@@ -1,0 +1,28 @@
+import pandas as pd
+import pytest
+
+import additional_experiments
+import gpt_download
+
+
+@pytest.fixture(scope="session")
+def sample_splits():
+    return additional_experiments.balanced_splits(gpt_download.SAMPLE)
+
+
+@pytest.fixture
+def data_dir(tmp_path, sample_splits):
+    """A folder with somebody's own three files: 43 training, 9 validation and 17 test messages of at most 30 letters."""
+    sizes = {"train": 43, "validation": 9, "test": 17}
+    for split, size in sizes.items():
+        frame = sample_splits[split].head(size)
+        frame = pd.DataFrame({"Label": frame["Label"], "Text": frame["Text"].str[:30]})
+        frame.to_csv(tmp_path / f"{split}.csv", index=None)
+    return tmp_path
+
+
+@pytest.fixture
+def nano(data_dir):
+    """Options of a run that takes a second: own data, the smallest model, one epoch."""
+    options = ["--model_size", "gpt2-nano", "--weights", "random", "--device", "cpu", "--num_epochs", "1"]
+    return [*options, "--data_dir", str(data_dir)]

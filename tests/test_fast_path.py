@@ -1,0 +1,258 @@
+"""What is computed only once, or only for what the loss can see, gives what the plain path gives."""
+
+from dataclasses import replace
+
+import pandas as pd
+import plain
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import additional_experiments as ae
+from additional_experiments import Experiment, build_classifier
+from previous_chapters import TransformerBlock
+
+TINY = "tiny"
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def tiny_model(monkeypatch):
+    """A size at which float64 gradients of whole models cost milliseconds; the vocabulary is that of GPT-2."""
+    monkeypatch.setitem(ae.GPT_SIZES, TINY, dict(emb_dim=12, n_layers=3, n_heads=2))
+
+
+class Tokenizer:
+    """Texts are lists of token ids in disguise, so that hypothesis chooses the ids."""
+
+    def encode_ordinary_batch(self, texts):
+        return texts
+
+
+@st.composite
+def experiments(draw):
+    position = draw(st.sampled_from(["last", "first", "flexible"]))
+    return Experiment(
+        model_size=TINY,
+        weights="random",
+        trainable_layers=draw(
+            st.sampled_from(["last_block", "last_layer", "last_two_blocks", "all", "lora", "lora_alternative"])
+        ),
+        lora_rank=draw(st.integers(1, 4)),
+        lora_alpha=draw(st.sampled_from([0.5, 8.0])),
+        trainable_token_pos=position,
+        average_embeddings=draw(st.booleans()) and position != "first",
+        context_length=draw(st.sampled_from(["longest_training_example", 1, 5, 20])),
+        no_padding=draw(st.booleans()),
+        disable_causal_mask=draw(st.booleans()),
+        seed=draw(st.integers(0, 1000)),
+        batch_size=1,
+    )
+
+
+token_lists = st.lists(st.lists(st.integers(0, 50256), min_size=1, max_size=12), min_size=2, max_size=7)
+
+
+def prepared(experiment, tokens):
+    """A float64 Classifier with three classes and LoRA's B not zero, and the messages as the program encodes them."""
+    classifier = build_classifier(experiment, n_classes=3).double()
+    for name, parameter in classifier.named_parameters():
+        if name.endswith(".B"):
+            parameter.data.normal_()
+    frames = {"train": {"Text": tokens, "Label": torch.arange(len(tokens)) % 3}}
+    messages, width = ae.encode(Tokenizer(), frames, experiment)
+    return classifier, messages["train"], width
+
+
+def gradients(classifier, loss):
+    classifier.zero_grad()
+    loss.backward()
+    return {
+        name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
+        for name, parameter in classifier.named_parameters()
+    }
+
+
+@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(experiment=experiments(), tokens=token_lists, order=st.randoms(use_true_random=False), kept=st.booleans())
+def test_logits_loss_and_gradients_equal_the_plain_path(experiment, tokens, order, kept):
+    classifier, messages, width = prepared(experiment, tokens)
+    ids = torch.tensor(order.sample(range(len(tokens)), order.randint(1, len(tokens))))
+    labels = messages.labels[ids]
+
+    expected = plain.logits(classifier, experiment, [tokens[i] for i in ids], width)
+    expected_gradients = gradients(classifier, F.cross_entropy(expected, labels))
+
+    ae.prepare_frozen(classifier)
+    if kept and classifier.n_frozen:
+        messages = ae.compute_features(classifier, messages, CPU, CPU, NoBar())
+    logits = classifier(messages.batch(ids, CPU))
+    torch.testing.assert_close(logits, expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(ae.predict(classifier, messages, ids, CPU), expected, rtol=1e-9, atol=1e-9)
+
+    (loss,) = ae.batch_losses(logits, labels, [len(ids)], experiment.ignore_index)
+    torch.testing.assert_close(loss, F.cross_entropy(expected, labels), rtol=1e-9, atol=1e-9)
+    found = gradients(classifier, loss)
+    for name, gradient in expected_gradients.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-8, atol=1e-9, msg=lambda text: f"{name}: {text}")
+
+
+class NoBar:
+    def update(self, n):
+        pass
+
+
+def run_nano(options, **changes):
+    experiment, _ = ae.parse_args(options)
+    result, history = ae.run(replace(experiment, **changes), quiet=True)
+    return history, (result.train, result.validation, result.test)
+
+
+@pytest.mark.parametrize("layers, n_frozen", [("last_layer", 4), ("last_block", 3), ("last_two_blocks", 2)])
+@pytest.mark.parametrize("average", [False, True])
+def test_frozen_blocks_run_once_per_message(nano, monkeypatch, layers, n_frozen, average):
+    seen = [0] * 4
+    forward = TransformerBlock.forward
+
+    def counting(block, x, *arguments):
+        seen[block.number] += len(x)
+        return forward(block, x, *arguments)
+
+    def numbered(experiment, *arguments):
+        classifier = build_classifier(experiment, *arguments)
+        for number, block in enumerate(classifier.gpt.trf_blocks):
+            block.number = number
+        return classifier
+
+    monkeypatch.setattr(TransformerBlock, "forward", counting)
+    monkeypatch.setattr(ae, "build_classifier", numbered)
+    run_nano(nano, trainable_layers=layers, average_embeddings=average, num_epochs=3)
+    assert seen[:n_frozen] == [43 + 9 + 17] * n_frozen
+    assert all(count > 3 * 40 for count in seen[n_frozen:-1])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(),
+        dict(trainable_layers="last_layer"),
+        dict(trainable_layers="last_two_blocks", no_padding=True),
+        dict(average_embeddings=True, disable_causal_mask=True, trainable_token_pos="flexible"),
+    ],
+)
+def test_features_give_the_same_run_wherever_they_are_kept(nano, changes):
+    (history, accuracies), *others = (
+        run_nano(nano, features=place, **changes) for place in ("device", "host", "auto", "off")
+    )
+    for other, other_accuracies in others:
+        assert other.train_losses == pytest.approx(history.train_losses, abs=2e-6)
+        assert other.val_losses == pytest.approx(history.val_losses, abs=2e-6)
+        assert other_accuracies == accuracies
+
+
+def test_features_go_where_there_is_room(monkeypatch):
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    free = {gpu: 1000, cpu: 3000}
+    monkeypatch.setattr(ae, "free_memory", lambda device: free[device])
+    auto = Experiment(model_size="gpt2-nano (7M)", weights="random")
+    places = [ae.place_features(auto, size, gpu) for size in (500, 501, 1500, 1501)]
+    assert places == [gpu, cpu, cpu, None]
+    for name, place in (("device", gpu), ("host", cpu), ("off", None)):
+        assert ae.place_features(replace(auto, features=name), 10**12, gpu) == place
+
+
+@pytest.mark.parametrize("layers", ["last_layer", "last_block", "last_two_blocks"])
+def test_size_of_features_is_foreseen(nano, layers):
+    experiment, _ = ae.parse_args([*nano, "--trainable_layers", layers])
+    splits, _ = ae.load_splits(experiment)
+    messages, _ = ae.encode(ae.gpt_download.load_vocabulary(), splits, experiment)
+    for bf16 in (False, True):
+        classifier = build_classifier(replace(experiment, precision="bf16" if bf16 else "fp32"), 2)
+        ae.prepare_frozen(classifier)
+        features = ae.compute_features(classifier, messages["train"], CPU, CPU, NoBar())
+        parts = [part for part in (features.x, features.shortcut) if part is not None]
+        assert ae.features_size(classifier, messages["train"]) == sum(part.nbytes for part in parts)
+
+
+def test_windows_run_as_one_batch_with_the_same_losses(nano, monkeypatch):
+    changes = dict(batch_size=1, accumulation_steps=8, no_padding=True, num_epochs=3)  # 43: the last window holds 3
+    joined, joined_accuracies = run_nano(nano, **changes)
+    monkeypatch.setattr(ae, "MESSAGES_AT_ONCE", 1)
+    single, single_accuracies = run_nano(nano, **changes)
+    assert joined.steps == single.steps == [0, 50, 100]
+    assert joined.train_losses == pytest.approx(single.train_losses, abs=1e-5)
+    assert joined_accuracies == single_accuracies
+
+
+@pytest.mark.parametrize("layers", ["last_block", "all"])
+def test_accumulated_batches_train_like_one_large_batch(nano, data_dir, layers):
+    train = data_dir / "train.csv"
+    pd.read_csv(train).head(40).to_csv(train, index=None)  # so that no batch size drops another message than the others
+    trained = []
+    for batch_size, accumulation_steps in ((8, 1), (4, 2), (2, 4)):
+        sizes = ["--batch_size", str(batch_size), "--accumulation_steps", str(accumulation_steps)]
+        experiment, _ = ae.parse_args([*nano, *sizes, "--trainable_layers", layers])
+        splits, _ = ae.load_splits(experiment)
+        messages, _ = ae.encode(ae.gpt_download.load_vocabulary(), splits, experiment)
+        classifier = build_classifier(experiment, 2).double()
+        torch.manual_seed(1)
+        ae.train(classifier, messages, experiment, CPU, say=lambda line: None, progress=False)
+        trained.append(torch.cat([p.detach().flatten() for p in classifier.parameters() if p.requires_grad]))
+    torch.testing.assert_close(trained[1], trained[0], rtol=0, atol=1e-7)
+    torch.testing.assert_close(trained[2], trained[0], rtol=0, atol=1e-7)
+
+
+def test_last_partial_window_is_averaged_over_what_it_holds(nano, monkeypatch):
+    """Three batches and a window of two: the second update's gradient is that of the third batch, undivided."""
+    experiment, _ = ae.parse_args([*nano, "--trainable_layers", "last_layer", "--batch_size", "14"])
+    gradients_seen = {}
+    for steps in (1, 2):
+        updates = gradients_seen[steps] = []
+
+        class Recording(torch.optim.SGD):  # learning nothing, so that every gradient is taken at the same weights
+            def __init__(self, parameters, lr, weight_decay, fused):
+                super().__init__(parameters, lr=0.0)
+
+            def step(self):
+                updates.append(self.param_groups[0]["params"][0].grad.clone())
+
+        monkeypatch.setattr(torch.optim, "AdamW", Recording)
+        ae.run(replace(experiment, accumulation_steps=steps), quiet=True)
+    single, double = gradients_seen[1], gradients_seen[2]
+    assert (len(single), len(double)) == (3, 2)
+    torch.testing.assert_close(double[0], (single[0] + single[1]) / 2)
+    torch.testing.assert_close(double[1], single[2])
+
+
+@pytest.mark.parametrize("layers", ["last_layer", "last_block", "last_two_blocks", "all", "lora", "lora_alternative"])
+def test_bf16_is_close_and_its_trained_weights_and_head_are_float32(nano, layers):
+    experiment, _ = ae.parse_args([*nano, "--trainable_layers", layers])
+    splits, _ = ae.load_splits(experiment)
+    messages, _ = ae.encode(ae.gpt_download.load_vocabulary(), splits, experiment)
+    logits = {}
+    for precision in ("fp32", "bf16"):
+        classifier = build_classifier(replace(experiment, precision=precision), 2)
+        ae.prepare_frozen(classifier)
+        assert {p.dtype for p in classifier.parameters() if p.requires_grad} == {torch.float32}
+        logits[precision] = ae.predict(classifier, messages["test"], torch.arange(17), CPU)
+        assert logits[precision].dtype == torch.float32
+    difference = (logits["bf16"] - logits["fp32"]).abs().max()
+    assert 0 < difference < 0.03
+    accuracies = [run_nano(nano, trainable_layers=layers, precision=precision)[1] for precision in logits]
+    assert abs(accuracies[0][2].correct - accuracies[1][2].correct) <= 2
+
+
+def test_ignored_labels_add_nothing():
+    logits = torch.randn(6, 3, requires_grad=True)
+    labels = torch.tensor([0, 7, 2, 7, 7, 7])
+    losses = ae.batch_losses(logits, labels, [2, 2, 2], ignore_index=7)
+    torch.testing.assert_close(losses[0], F.cross_entropy(logits[:1], labels[:1]))
+    torch.testing.assert_close(losses[1], F.cross_entropy(logits[2:3], labels[2:3]))
+    assert losses[2] == 0
+    losses.sum().backward()
+    assert logits.grad[[1, 3, 4, 5]].abs().max() == 0 < logits.grad[[0, 2]].abs().min()
+
+    predictions = ae.Predictions(logits.detach(), labels, [2, 2, 2])
+    assert ae.mean_loss(predictions, ignore_index=7) == pytest.approx((losses[:2].sum() / 2).item())

@@ -1,0 +1,251 @@
+"""LoRA against peft's own, what it wraps and in which order it draws, and which parameters each setting trains.
+
+B starts at zero, which hides A and the factor; where these matter, B is random. peft divides its factor by the
+rank and this project does not, hence lora_alpha = alpha x rank.
+"""
+
+import copy
+import math
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from torch.testing import assert_close
+from transformers import GPT2Config, GPT2Model
+
+from additional_experiments import (
+    Batch,
+    Experiment,
+    LinearWithLoRA,
+    LinearWithMergedLoRA,
+    Messages,
+    add_lora,
+    build_classifier,
+    prepare_frozen,
+    train,
+)
+
+RANK, ALPHA, CLASSES = 3, 2.5, 4
+NANO = dict(model_size="gpt2-nano (7M)", weights="random", lora_rank=RANK, lora_alpha=ALPHA)
+D, LAYERS = 128, 4  # of nano
+KINDS = {"lora": LinearWithLoRA, "lora_alternative": LinearWithMergedLoRA}
+each_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+
+SHAPES = {  # (in, out) of a block's linear layers, in the order in which they are drawn
+    "att.W_query": (D, D),
+    "att.W_key": (D, D),
+    "att.W_value": (D, D),
+    "att.out_proj": (D, D),
+    "ff.0": (D, 4 * D),
+    "ff.2": (4 * D, D),
+}
+LINEAR_LAYERS = {f"gpt.trf_blocks.{n}.{name}": shape for n in range(LAYERS) for name, shape in SHAPES.items()}
+LINEAR_LAYERS["out_head"] = (D, CLASSES)
+
+
+def both(module):
+    return [f"{module}.weight", f"{module}.bias"]
+
+
+def of_block(number):
+    return [name for part in (*SHAPES, "norm1", "norm2") for name in both(f"gpt.trf_blocks.{number}.{part}")]
+
+
+LORA = [f"{layer}.{matrix}" for layer in LINEAR_LAYERS for matrix in "AB"] + both("out_head.linear")
+LAST_BLOCK = of_block(3) + both("gpt.final_norm") + both("out_head")
+TRAINED = {
+    "last_layer": both("out_head"),
+    "last_block": LAST_BLOCK,
+    "last_two_blocks": of_block(2) + LAST_BLOCK,
+    "all": ["gpt.tok_emb.weight", "gpt.pos_emb.weight", *of_block(0), *of_block(1), *of_block(2), *LAST_BLOCK],
+    "lora": LORA,
+    "lora_alternative": LORA,
+}
+each_setting = pytest.mark.parametrize("trainable_layers", TRAINED)
+
+
+def build(trainable_layers, weights=None, **others):
+    return build_classifier(Experiment(trainable_layers=trainable_layers, **NANO, **others), CLASSES, weights)
+
+
+def randomize_B(module):
+    torch.manual_seed(1)
+    for part in module.modules():
+        if isinstance(part, LinearWithLoRA):
+            nn.init.normal_(part.B, std=0.1)
+
+
+def assert_equal_to_rounding(ours, theirs):
+    assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+# --- one layer ---
+
+
+@each_kind
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(6, 5), (2, 4, 5)])
+def test_layer_gives_outputs_and_gradients_of_peft(kind, bias, shape):
+    torch.manual_seed(0)
+    linear = nn.Linear(5, 7, bias)
+    settings = LoraConfig(r=RANK, lora_alpha=ALPHA * RANK, lora_dropout=0.0, target_modules=["0"])
+    theirs = get_peft_model(nn.Sequential(copy.deepcopy(linear)), settings).double()
+    their_layer = theirs.base_model.model[0]
+    ours = kind(linear, RANK, ALPHA).double()
+    randomize_B(ours)
+    their_A, their_B = their_layer.lora_A["default"].weight, their_layer.lora_B["default"].weight
+    their_A.data, their_B.data = ours.A.data.T.clone(), ours.B.data.T.clone()  # peft keeps (out, in)
+
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    upstream = torch.randn(*shape[:-1], 7, dtype=torch.float64)
+    our_output, their_output = ours(x), theirs(x)
+    assert (our_output - linear(x)).abs().max() > 0.1
+    assert_equal_to_rounding(our_output, their_output)
+
+    our_gradients = torch.autograd.grad(our_output, (x, ours.A, ours.B), upstream)
+    of_x, of_A, of_B = torch.autograd.grad(their_output, (x, their_A, their_B), upstream)
+    for our_gradient, their_gradient in zip(our_gradients, (of_x, of_A.T, of_B.T), strict=True):
+        assert their_gradient.abs().max() > 0.1
+        assert_equal_to_rounding(our_gradient, their_gradient)
+
+
+@each_kind
+def test_wrapped_layer_starts_as_the_bare_one(kind):
+    torch.manual_seed(0)
+    linear, x = nn.Linear(5, 7), torch.randn(6, 5)
+    bare = linear(x)
+    wrapped = kind(linear, RANK, ALPHA)
+    assert wrapped.A.abs().min() > 0 and wrapped.B.equal(torch.zeros(RANK, 7))
+    assert wrapped(x).equal(bare)
+    assert wrapped.linear is linear
+
+
+# --- the whole classifier ---
+
+
+@each_kind
+def test_add_lora_wraps_every_linear_layer_at_any_depth(kind):
+    inner = nn.ModuleDict({"linear": nn.Linear(3, 4), "norm": nn.LayerNorm(4)})
+    module = nn.Sequential(nn.Linear(2, 3), nn.ModuleList([inner]), nn.Embedding(5, 2))
+    before = dict(module.named_modules())
+    add_lora(module, kind, 1, ALPHA)
+
+    assert {name: type(part) for name, part in module.named_modules() if name not in before} == {
+        "0.linear": nn.Linear,
+        "1.0.linear.linear": nn.Linear,
+    }
+    assert type(module[0]) is type(module[1][0]["linear"]) is kind
+    assert [name for name, part in before.items() if module.get_submodule(name) is not part] == ["0", "1.0.linear"]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_what_is_wrapped_and_in_which_order_it_is_drawn(name):
+    classifier = build(name, seed=7)
+    wrapped = {name: part for name, part in classifier.named_modules() if isinstance(part, LinearWithLoRA)}
+    assert list(wrapped) == list(LINEAR_LAYERS)
+    assert {type(part) for part in wrapped.values()} == {KINDS[name]}
+    assert {part.alpha for part in wrapped.values()} == {ALPHA}
+    linear_layers = [name for name, part in classifier.named_modules() if isinstance(part, nn.Linear)]
+    assert linear_layers == [f"{name}.linear" for name in LINEAR_LAYERS]
+
+    torch.manual_seed(7)
+    head = nn.Linear(D, CLASSES)
+    assert classifier.out_head.linear.weight.equal(head.weight)
+    assert classifier.out_head.linear.bias.equal(head.bias)
+    for name, (n_in, n_out) in LINEAR_LAYERS.items():
+        drawn = nn.init.kaiming_uniform_(torch.empty(n_in, RANK), a=math.sqrt(5))
+        assert wrapped[name].A.equal(drawn), name
+        assert wrapped[name].B.equal(torch.zeros(RANK, n_out)), name
+
+
+def batch(n_tokens=6):
+    """Three messages of unequal lengths."""
+    torch.manual_seed(2)
+    lengths = torch.tensor([n_tokens, 2, 4])
+    key_mask = (torch.arange(n_tokens) < lengths[:, None])[:, None, None]
+    return Batch(torch.randint(50257, (3, n_tokens)), lengths - 1, key_mask)
+
+
+def logits_and_gradients(classifier):
+    logits = classifier(batch())
+    nn.functional.cross_entropy(logits, torch.tensor([0, 3, 1])).backward()
+    gradients = {name: p.grad for name, p in classifier.named_parameters() if p.requires_grad}
+    return logits.detach(), gradients
+
+
+@pytest.mark.parametrize("average_embeddings", [False, True])
+def test_the_two_kinds_agree(average_embeddings):
+    classifiers = [build(name, average_embeddings=average_embeddings).double() for name in KINDS]
+    for classifier in classifiers:
+        randomize_B(classifier)
+    (logits, gradients), (merged_logits, merged_gradients) = map(logits_and_gradients, classifiers)
+
+    assert_equal_to_rounding(merged_logits, logits)
+    assert sorted(gradients) == sorted(merged_gradients) == sorted(LORA)
+    assert [name for name, gradient in gradients.items() if gradient.abs().max() < 1e-8] == []
+    for name, gradient in gradients.items():
+        assert_equal_to_rounding(merged_gradients[name], gradient)
+
+
+@pytest.mark.parametrize("name", KINDS)
+@torch.no_grad()
+def test_classifier_with_lora_is_the_bare_one_with_other_weights(name):
+    classifier, bare = build(name).double(), build("last_layer").double()
+    assert classifier(batch()).equal(bare(batch()))
+
+    randomize_B(classifier)
+    for layer in LINEAR_LAYERS:
+        part = classifier.get_submodule(layer)
+        bare.get_submodule(layer).weight += ALPHA * (part.A @ part.B).T
+    del bare.n_frozen  # not needed for the result; shows that nothing of the old weights is kept
+    assert_equal_to_rounding(classifier(batch()), bare(batch()))
+
+
+# --- what is trained ---
+
+
+@each_setting
+def test_names_of_the_trained_parameters(trainable_layers):
+    parameters = dict(build(trainable_layers).named_parameters())
+    trained = [name for name, parameter in parameters.items() if parameter.requires_grad]
+    assert sorted(trained) == sorted(TRAINED[trainable_layers])
+
+
+def random_messages(n):
+    lengths = torch.arange(n) % 5 + 2
+    return Messages(torch.randint(50257, (int(lengths.sum()),)), lengths, lengths - 1, torch.arange(n) % CLASSES)
+
+
+def quietly(line):
+    pass
+
+
+def changed(classifier, before):
+    """Names of the parameters that are no longer `before`, but for biases of keys: their gradient is rounding."""
+    names = {name for name, parameter in classifier.named_parameters() if not parameter.equal(before[name])}
+    return {name for name in names if not name.endswith("W_key.bias")}
+
+
+@each_setting
+@pytest.mark.parametrize("from_file", [False, True], ids=["random", "from file"])
+def test_one_step_changes_what_is_trained_and_nothing_else(trainable_layers, from_file):
+    tensors = None
+    if from_file:  # tensors that the model views; those of a real file are mapped into memory
+        tensors = GPT2Model(GPT2Config(n_embd=D, n_layer=LAYERS, n_head=4)).state_dict()
+        tensors_before = {name: tensor.clone() for name, tensor in tensors.items()}
+    # without weight decay, which would change what gets no gradient
+    experiment = Experiment(trainable_layers=trainable_layers, **NANO, num_epochs=1, weight_decay=0.0)
+    classifier = build_classifier(experiment, CLASSES, tensors)
+    prepare_frozen(classifier)
+    before = {name: parameter.detach().clone() for name, parameter in classifier.named_parameters()}
+    messages = {split: random_messages(8) for split in ("train", "validation")}  # one batch
+    trained = {name for name in TRAINED[trainable_layers] if not name.endswith("W_key.bias")}
+
+    train(classifier, messages, experiment, torch.device("cpu"), quietly, progress=False)
+    # The gradient of A has B as a factor, which is zero until the first step is done.
+    assert changed(classifier, before) == {name for name in trained if not name.endswith(".A")}
+    train(classifier, messages, experiment, torch.device("cpu"), quietly, progress=False)
+    assert changed(classifier, before) == trained
+    if from_file:
+        assert [name for name in tensors if not tensors[name].equal(tensors_before[name])] == []

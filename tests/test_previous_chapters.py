@@ -1,0 +1,326 @@
+"""The model against transformers' own on the same weights, its loading, its draws and its shortcuts.
+
+Equality to rounding is asserted in float64. All parameters are random, those of the norms and the biases too: at
+their usual start of one and zero nothing would be seen of a mistake in them.
+"""
+
+import re
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model
+
+from gpt_download import open_weights
+from previous_chapters import (
+    GPT_SIZES,
+    GPTConfig,
+    GPTModel,
+    TransformerBlock,
+    WeightsError,
+    load_gpt2_weights,
+)
+
+D, LAYERS, HEADS, VOCAB, CONTEXT = 24, 3, 4, 61, 16
+TOKEN_IDS = torch.randint(VOCAB, (4, 9), generator=torch.Generator().manual_seed(1))  # (B, T)
+LENGTHS = torch.tensor([9, 4, 1, 6])  # (B,)
+KEY_MASK = (torch.arange(9) < LENGTHS[:, None])[:, None, None]  # (B, 1, 1, T)
+
+
+def config(**others):
+    return GPTConfig(D, LAYERS, HEADS, VOCAB, CONTEXT, **others)
+
+
+def randomize(module):
+    torch.manual_seed(0)
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return module
+
+
+def transformers_gpt2(kind=GPT2Model):
+    sizes = dict(n_embd=D, n_layer=LAYERS, n_head=HEADS, vocab_size=VOCAB, n_positions=CONTEXT)
+    # eager: attention written out, and a mask that is handed over is added as it is
+    settings = GPT2Config(**sizes, bos_token_id=None, eos_token_id=None, attn_implementation="eager")
+    return randomize(kind(settings)).eval()
+
+
+def loaded(tensors, device="cpu", **others):
+    with torch.device(device):
+        model = GPTModel(config(**others))
+    load_gpt2_weights(model, tensors)
+    return model
+
+
+@torch.no_grad()
+def hidden_states(model, token_ids=TOKEN_IDS, key_mask=None):
+    """(B, T, D) in float64. To transformers a 4-d mask is the whole truth: no causal mask comes on top of it."""
+    model = model.double()
+    if isinstance(model, GPTModel):
+        return model(token_ids, key_mask)
+    if key_mask is None:
+        return model.base_model(token_ids).last_hidden_state
+    mask = torch.zeros(key_mask.shape, dtype=torch.float64).masked_fill(~key_mask, float("-inf"))
+    return model.base_model(token_ids, attention_mask=mask.expand(-1, -1, token_ids.shape[1], -1)).last_hidden_state
+
+
+def assert_equal_to_rounding(ours, theirs):
+    assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+# --- hidden states ---
+
+
+@pytest.mark.parametrize("n_tokens", [1, 7, CONTEXT])
+def test_hidden_states_with_and_without_causal_mask(n_tokens):
+    theirs = transformers_gpt2()
+    token_ids = torch.randint(VOCAB, (3, n_tokens))
+    everything = torch.ones(3, 1, 1, n_tokens, dtype=torch.bool)
+    ours = {causal: hidden_states(loaded(theirs.state_dict(), causal=causal), token_ids) for causal in (True, False)}
+
+    assert_equal_to_rounding(ours[True], hidden_states(theirs, token_ids))
+    assert_equal_to_rounding(ours[False], hidden_states(theirs, token_ids, everything))
+    differences = (ours[True] - ours[False]).abs().amax(dim=2)  # (B, T)
+    assert (differences > 1e-3).all() if n_tokens > 1 else (differences < 1e-12).all()
+
+
+def test_hidden_states_of_unequal_lengths():
+    theirs = transformers_gpt2()
+    bidirectional = hidden_states(loaded(theirs.state_dict(), causal=False), key_mask=KEY_MASK)
+    assert_equal_to_rounding(bidirectional, hidden_states(theirs, key_mask=KEY_MASK))
+
+    causal = hidden_states(loaded(theirs.state_dict()), key_mask=KEY_MASK)
+    for message, length in enumerate(LENGTHS):
+        alone = hidden_states(theirs, TOKEN_IDS[message : message + 1, :length])
+        assert_equal_to_rounding(causal[message, :length], alone[0])
+
+
+# --- loading ---
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind, prefix", [(GPT2Model, ""), (GPT2LMHeadModel, "transformer.")])
+def test_file_written_by_transformers(kind, prefix, dtype, tmp_path):
+    theirs = transformers_gpt2(kind).to(dtype)
+    theirs.save_pretrained(tmp_path)
+    tensors = open_weights(tmp_path / "model.safetensors")
+    assert tensors[f"{prefix}h.0.attn.c_attn.weight"].dtype == dtype
+
+    ours = loaded(tensors)
+    assert {parameter.dtype for parameter in ours.parameters()} == {torch.float32}
+    assert_equal_to_rounding(hidden_states(ours), hidden_states(theirs))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8, torch.bool])
+@pytest.mark.parametrize("prefix", ["", "transformer."])
+def test_mask_buffers_and_tied_head_are_passed_over(prefix, dtype):
+    theirs = transformers_gpt2()
+    tensors = {prefix + name: tensor for name, tensor in theirs.state_dict().items()}
+    for layer in range(LAYERS):
+        tensors[f"{prefix}h.{layer}.attn.bias"] = torch.ones(1, 1, CONTEXT, CONTEXT).tril().to(dtype)
+        tensors[f"{prefix}h.{layer}.attn.masked_bias"] = torch.tensor(-1e4)
+    tensors["lm_head.weight"] = theirs.wte.weight.detach().clone()
+    assert_equal_to_rounding(hidden_states(loaded(tensors)), hidden_states(theirs))
+
+
+@pytest.mark.parametrize("prefix", ["", "transformer."])
+def test_head_that_is_not_tied_is_refused(prefix):
+    tensors = {prefix + name: tensor for name, tensor in transformers_gpt2().state_dict().items()}
+    one_number_differs = tensors[f"{prefix}wte.weight"].clone()
+    one_number_differs[-1, -1] += 1e-3
+    for head in (one_number_differs, tensors[f"{prefix}wte.weight"][:-1]):
+        with pytest.raises(WeightsError, match=r"^tensor lm_head\.weight differs from wte\.weight"):
+            loaded(tensors | {"lm_head.weight": head})
+
+
+def refused(tensors, name, why):
+    return pytest.raises(WeightsError, match=rf"^tensor {re.escape(name)} .*{why}")
+
+
+DAMAGES = {
+    "too short": (lambda tensor: tensor[:-1], "has shape"),
+    "too long": (lambda tensor: torch.cat([tensor, tensor[:1]]), "has shape"),
+    "one row": (lambda tensor: tensor[:1], "has shape"),
+    "one dimension more": (lambda tensor: tensor[None], "has shape"),
+    "int64": (lambda tensor: tensor.long(), "has type torch.int64"),
+    "int8": (lambda tensor: tensor.to(torch.int8), "has type torch.int8"),
+    "bool": (lambda tensor: tensor.bool(), "has type torch.bool"),
+}
+
+
+@pytest.mark.parametrize("damage, why", DAMAGES.values(), ids=DAMAGES)
+def test_damaged_tensor_is_refused_by_name(damage, why):
+    tensors = transformers_gpt2().state_dict()
+    for name in tensors:
+        with refused(tensors, name, why):
+            loaded(tensors | {name: damage(tensors[name])}, "meta")
+
+
+def test_linear_weight_stored_the_other_way_round_is_refused_by_name():
+    tensors = transformers_gpt2().state_dict()
+    oblong = [name for name in tensors if name.endswith(("c_attn.weight", "c_fc.weight", "mlp.c_proj.weight"))]
+    assert len(oblong) == 3 * LAYERS
+    for name in oblong:
+        with refused(tensors, name, "has shape"):
+            loaded(tensors | {name: tensors[name].T}, "meta")
+
+
+def test_missing_tensor_is_refused_by_name():
+    tensors = transformers_gpt2().state_dict()
+    for name in tensors:
+        with refused(tensors, name, "is missing"):
+            loaded({other: tensor for other, tensor in tensors.items() if other != name}, "meta")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["score.weight", "h.3.ln_1.weight", "h.0.attn.q_attn.weight", "h.0.mlp.bias", "h.0.attn.bias.1", "xh.0.attn.bias"],
+)
+def test_left_over_tensor_is_refused_by_name(name):
+    tensors = transformers_gpt2().state_dict()
+    for prefix in ("", "transformer."):
+        with refused(tensors, name, "is not part of this model"):
+            loaded(tensors | {prefix + name: torch.ones(D)}, "meta")
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_float32_is_viewed_not_copied(device):
+    theirs = transformers_gpt2()
+    tensors = theirs.state_dict()
+    ours = loaded(tensors, device)
+
+    assert ours.tok_emb.weight.data_ptr() == tensors["wte.weight"].data_ptr()
+    keys_start = tensors["h.1.attn.c_attn.weight"][:, D:].data_ptr()
+    assert ours.trf_blocks[1].att.W_key.weight.data_ptr() == keys_start
+    storages = {tensor.untyped_storage().data_ptr() for tensor in tensors.values()}
+    assert {parameter.untyped_storage().data_ptr() for parameter in ours.parameters()} == storages
+    assert_equal_to_rounding(hidden_states(ours), hidden_states(theirs))  # last, since it converts to float64
+
+
+# --- random weights ---
+
+
+@pytest.mark.parametrize("qkv_bias", [True, False])
+def test_order_of_the_draws(qkv_bias):
+    torch.manual_seed(123)
+    model = GPTModel(config(qkv_bias=qkv_bias))
+    drawn_next = torch.rand(1)
+
+    torch.manual_seed(123)
+    modules = {"tok_emb": nn.Embedding(VOCAB, D), "pos_emb": nn.Embedding(CONTEXT, D)}
+    for layer in range(LAYERS):
+        modules |= {
+            f"trf_blocks.{layer}.att.W_query": nn.Linear(D, D, bias=qkv_bias),
+            f"trf_blocks.{layer}.att.W_key": nn.Linear(D, D, bias=qkv_bias),
+            f"trf_blocks.{layer}.att.W_value": nn.Linear(D, D, bias=qkv_bias),
+            f"trf_blocks.{layer}.att.out_proj": nn.Linear(D, D),
+            f"trf_blocks.{layer}.ff.0": nn.Linear(D, 4 * D),
+            f"trf_blocks.{layer}.ff.2": nn.Linear(4 * D, D),
+            f"trf_blocks.{layer}.norm1": nn.LayerNorm(D),
+            f"trf_blocks.{layer}.norm2": nn.LayerNorm(D),
+        }
+    modules["final_norm"] = nn.LayerNorm(D)
+    assert torch.rand(1).equal(drawn_next)
+
+    expected = {f"{name}.{kind}": p for name, module in modules.items() for kind, p in module.named_parameters()}
+    parameters = dict(model.named_parameters())
+    assert parameters.keys() == expected.keys()
+    assert [name for name in expected if not parameters[name].equal(expected[name])] == []
+
+
+PUBLISHED_PARAMETERS = {
+    "gpt2-small (124M)": 124_439_808,
+    "gpt2-medium (355M)": 354_823_168,
+    "gpt2-large (774M)": 774_030_080,
+    "gpt2-xl (1558M)": 1_557_611_200,
+    "gpt2-nano (7M)": 7_357_312,  # (50257 + 1024) D + 4 (12 D^2 + 13 D) + 2 D, D = 128
+}
+
+
+def test_parameter_counts():
+    with torch.device("meta"):
+        models = {name: GPTModel(GPTConfig(**sizes)) for name, sizes in GPT_SIZES.items()}
+    counts = {name: sum(parameter.numel() for parameter in model.parameters()) for name, model in models.items()}
+    assert counts == PUBLISHED_PARAMETERS
+
+
+# --- shortcuts in a block ---
+
+
+def block_and_input(causal, qkv_bias=True):
+    block = randomize(TransformerBlock(config(causal=causal, qkv_bias=qkv_bias))).double()
+    x = torch.randn(4, 9, D, dtype=torch.float64) + 0.5  # (B, T, D); a mean of zero would leave nothing to subtract
+    return block, x
+
+
+LAST, ANY = [8, 3, 0, 5], [2, 3, 0, 1]  # (B,) positions: the last that KEY_MASK shows, and any of those
+QUERIES = {
+    "causal": (True, None, [8, 8, 8, 8]),
+    "causal, unequal lengths": (True, KEY_MASK, LAST),
+    "bidirectional": (False, None, [8, 0, 3, 5]),
+    "bidirectional, unequal lengths": (False, KEY_MASK, ANY),
+}
+each_query = pytest.mark.parametrize("causal, key_mask, positions", QUERIES.values(), ids=QUERIES)
+each_bias = pytest.mark.parametrize("qkv_bias", [True, False])
+
+
+@each_query
+@each_bias
+def test_one_query_gives_that_position_of_the_whole_block(causal, key_mask, positions, qkv_bias):
+    block, x = block_and_input(causal, qkv_bias)
+    everywhere = block(x, key_mask)  # (B, T, D)
+    one = block(x, key_mask, torch.tensor(positions))
+    assert_equal_to_rounding(one, everywhere[range(4), positions].unsqueeze(1))
+
+
+@each_query
+@each_bias
+def test_forward_normalized_gives_outputs_and_gradients_of_forward(causal, key_mask, positions, qkv_bias):
+    block, x = block_and_input(causal, qkv_bias)
+    shortcut = x[range(4), positions].unsqueeze(1)  # (B, 1, D)
+    outputs = block(x, key_mask, torch.tensor(positions))
+    from_kept = block.forward_normalized(shortcut, block.standardize(x), key_mask)
+    assert_equal_to_rounding(from_kept, outputs)
+
+    names, parameters = zip(*block.named_parameters())
+    upstream = torch.randn_like(outputs)
+    gradients = dict(zip(names, torch.autograd.grad(outputs, parameters, upstream)))
+    gradients_from_kept = dict(zip(names, torch.autograd.grad(from_kept, parameters, upstream, allow_unused=True)))
+    if qkv_bias:  # the same for every key, so that it cancels in the softmax
+        of_key_bias = gradients.pop("att.W_key.bias")
+        assert_close(of_key_bias, torch.zeros_like(of_key_bias), rtol=0, atol=1e-12)
+        assert gradients_from_kept.pop("att.W_key.bias") is None
+    assert [name for name, gradient in gradients.items() if gradient.abs().max() < 1e-3] == []
+    for name, gradient in gradients.items():
+        assert_equal_to_rounding(gradients_from_kept[name], gradient)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@each_bias
+def test_fuse_changes_no_output(causal, qkv_bias):
+    block, x = block_and_input(causal, qkv_bias)
+    positions = torch.tensor(LAST)
+    before = {name: parameter.detach().clone() for name, parameter in block.named_parameters()}
+    everywhere, one = block(x, KEY_MASK), block(x, KEY_MASK, positions)
+    block.att.fuse()
+
+    assert_equal_to_rounding(block(x, KEY_MASK), everywhere)
+    assert_equal_to_rounding(block(x, KEY_MASK, positions), one)
+    after = dict(block.named_parameters())
+    assert after.keys() == before.keys()
+    assert [name for name in before if not after[name].equal(before[name])] == []
+
+
+@each_bias
+def test_fuse_makes_the_weights_views_of_one_tensor_and_forward_uses_it(qkv_bias):
+    block, x = block_and_input(True, qkv_bias)
+    before = block(x)
+    block.att.fuse()
+    fused = block.att.W_qkv[0]  # (3 D, D)
+
+    parts = [block.att.W_query.weight, block.att.W_key.weight, block.att.W_value.weight]
+    assert [part.data_ptr() for part in parts] == [fused[third * D :].data_ptr() for third in range(3)]
+    assert [part.shape for part in parts] == [(D, D)] * 3
+    fused[: 2 * D] = 0  # queries and keys
+    assert (block(x) - before).abs().max() > 1e-3
