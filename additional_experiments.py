@@ -28,7 +28,7 @@ import re
 import time
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from itertools import islice
+from itertools import islice, takewhile
 from pathlib import Path
 
 import numpy as np
@@ -580,6 +580,10 @@ def add_lora(module, lora, rank, alpha):
             add_lora(child, lora, rank, alpha)
 
 
+def is_frozen(module):
+    return not any(parameter.requires_grad for parameter in module.parameters())
+
+
 class Classifier(nn.Module):
     """GPT-2 with a head of K classes at one position of a message, or at the mean over all its positions.
 
@@ -595,9 +599,9 @@ class Classifier(nn.Module):
     @cached_property
     def n_frozen(self):
         """How many blocks come before the first trained parameter. If all, the final norm is not trained either."""
-        stages = [[self.gpt.tok_emb, self.gpt.pos_emb], *([block] for block in self.gpt.trf_blocks)]
-        frozen = [not any(p.requires_grad for module in stage for p in module.parameters()) for stage in stages]
-        return [*frozen, False].index(False) - 1 if frozen[0] else 0
+        if not is_frozen(self.gpt.tok_emb) or not is_frozen(self.gpt.pos_emb):
+            return 0
+        return len(list(takewhile(is_frozen, self.gpt.trf_blocks)))
 
     @property
     def all_frozen(self):
@@ -623,13 +627,13 @@ class Classifier(nn.Module):
             return batch
         with self.autocast(batch):
             x = self.blocks(self.gpt.embed(batch.x), batch, 0, self.n_frozen)
-            if self.all_frozen:
-                return Batch(self.pooled(x, batch), torch.zeros_like(batch.positions), None)
-            if not self.keys_not_needed:
-                return replace(batch, x=x)
-            # Products are all that the standardized input goes into, so it may be as short as they take it.
-            x_hat = self.gpt.trf_blocks[-1].standardize(x).to(torch.bfloat16 if self.bf16 else x.dtype)
-            return replace(batch, x=x_hat, shortcut=pick(x, batch.positions))
+        if self.all_frozen:
+            return Batch(self.pooled(x, batch), torch.zeros_like(batch.positions), key_mask=None)
+        if not self.keys_not_needed:
+            return replace(batch, x=x)
+        # Products are all that the standardized input goes into, so it may be as short as they take it.
+        x_hat = self.gpt.trf_blocks[-1].standardize(x).to(torch.bfloat16 if self.bf16 else x.dtype)
+        return replace(batch, x=x_hat, shortcut=pick(x, batch.positions))
 
     def trained_part(self, batch):
         """What `frozen_part` gave to logits (B, K), the head in full precision."""
@@ -641,7 +645,7 @@ class Classifier(nn.Module):
                 else:
                     x = self.gpt.embed(x) if self.n_frozen == 0 else x
                     x = self.blocks(x, batch, self.n_frozen, len(self.gpt.trf_blocks))
-                x = self.pooled(x, batch)
+            x = self.pooled(x, batch)
         return self.out_head(x.squeeze(1))
 
     def blocks(self, x, batch, start, end):
@@ -725,14 +729,16 @@ def build_classifier(experiment, n_classes, weights=None):
 
 # --- what is computed once ---
 
-TOKENS_AT_ONCE = 1024  # in a forward pass without gradients; more gain nothing and cost memory
+# Tokens in a forward pass without gradients: enough to keep the device busy; more cost memory and gain nothing.
+TOKENS_AT_ONCE = {"cpu": 1024, "mps": 4096, "cuda": 16384}
 
 
-def split_by_tokens(lengths):
-    """Numbers of the messages of these lengths (n,) from short to long, cut where a batch would pass TOKENS_AT_ONCE."""
-    order, start = lengths.argsort(stable=True), 0
+def split_by_tokens(lengths, device):
+    """Numbers of the messages of these lengths (n,) from short to long, cut into lists for one pass each."""
+    lengths, order = lengths.sort(stable=True)
+    start, longest = 0, lengths.tolist()
     for end in range(1, len(order) + 1):
-        if end == len(order) or (end + 1 - start) * lengths[order[end]] > TOKENS_AT_ONCE:
+        if end == len(order) or (end + 1 - start) * longest[end] > TOKENS_AT_ONCE[device.type]:
             yield order[start:end]
             start = end
 
@@ -777,11 +783,10 @@ def compute_features(classifier, messages, device, place, bar):
     Each message runs once, together with others of like length.
     """
     lengths = torch.ones_like(messages.lengths) if classifier.all_frozen else messages.lengths
-    features = replace(messages, lengths=lengths)
-    features.x = None
+    features = replace(messages, x=None, lengths=lengths)
     was_training = classifier.training
     classifier.eval()
-    for ids in split_by_tokens(messages.lengths):
+    for ids in split_by_tokens(messages.lengths, device):
         batch = classifier.frozen_part(messages.batch(ids, device))
         if features.x is None:
             width = batch.x.shape[2]
@@ -928,7 +933,7 @@ def predict(classifier, messages, ids, device):
     classifier.eval()
     logits, order = [], []
     with torch.no_grad():
-        for some in split_by_tokens(messages.lengths[ids]):
+        for some in split_by_tokens(messages.lengths[ids], device):
             logits.append(classifier(messages.batch(ids[some], device)))
             order.append(some)
     classifier.train(was_training)
@@ -1056,6 +1061,23 @@ def open_weights_file(experiment):
     return tensors
 
 
+def fine_tune(classifier, messages, experiment, device, say, progress):
+    """From the built classifier to its final accuracies: (History, {split: results.Accuracy}, minutes of training)."""
+    torch.manual_seed(experiment.seed)
+    start = time.perf_counter()
+    messages = keep_features(classifier, messages, experiment, device, say, progress)
+    history = train(classifier, messages, experiment, device, say, progress)
+    minutes = (time.perf_counter() - start) / 60
+    say(f"Training completed in {minutes:.2f} minutes.")
+
+    accuracies = {}
+    for split, name in zip(SPLITS, ("Training", "Validation", "Test")):
+        loader = make_loader(messages[split], experiment.batch_size, shuffle=split == "train")
+        accuracies[split] = accuracy(predict_batches(classifier, messages[split], loader, device))
+        say(f"{name} accuracy: {accuracies[split]}")
+    return history, accuracies, minutes
+
+
 def run(experiment, quiet=False):
     """One experiment from its settings to its printed row. Returns (results.Result, History)."""
 
@@ -1080,19 +1102,7 @@ def run(experiment, quiet=False):
     prepare_frozen(classifier)
     say(describe_run(experiment, device, classifier, messages, width, dataset))
 
-    torch.manual_seed(experiment.seed)
-    start = time.perf_counter()
-    messages = keep_features(classifier, messages, experiment, device, say, progress)
-    history = train(classifier, messages, experiment, device, say, progress)
-    minutes = (time.perf_counter() - start) / 60
-    say(f"Training completed in {minutes:.2f} minutes.")
-
-    accuracies = {}
-    for split, name in zip(SPLITS, ("Training", "Validation", "Test")):
-        loader = make_loader(messages[split], experiment.batch_size, shuffle=split == "train")
-        accuracies[split] = accuracy(predict_batches(classifier, messages[split], loader, device))
-        say(f"{name} accuracy: {accuracies[split]}")
-
+    history, accuracies, minutes = fine_tune(classifier, messages, experiment, device, say, progress)
     result = summarize(experiment, device, width, dataset, accuracies, minutes)
     say("\n" + results.markdown_header(result))
     tqdm.write(results.markdown_row(result), file=sys.stdout)
@@ -1115,6 +1125,9 @@ def main(argv=None):
         return 130
     except BrokenPipeError:  # whoever read the output has gone; Python's own last flush must not complain either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:  # a full disk, a folder that is gone: nothing of it is a fault of the program
+        print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
 

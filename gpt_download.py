@@ -18,9 +18,10 @@ from pathlib import Path
 import huggingface_hub
 import requests
 import tiktoken
-import tiktoken.load
-from huggingface_hub.errors import EntryNotFoundError, OfflineModeIsEnabled, RepositoryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.utils import disable_progress_bars
 from safetensors import SafetensorError, safe_open
+from tiktoken.load import load_tiktoken_bpe
 from tqdm import tqdm
 
 
@@ -138,7 +139,7 @@ def fetch_collection(data_dir, progress=False):
     """
     for name in COLLECTION_NAMES:
         if (path := Path(data_dir, name)).exists():
-            if sha256_of(path) != COLLECTION_SHA256:
+            if not path.is_file() or sha256_of(path) != COLLECTION_SHA256:
                 raise FileError(f"{path} is not the SMS Spam Collection: its SHA-256 is not {COLLECTION_SHA256}")
             return path
 
@@ -173,20 +174,19 @@ def fetch_weights(model_size, progress=False):
     """
     file = PRETRAINED[model_size]
     where = dict(repo_id=file.repo_id, filename=file.filename, revision=file.revision)
-    if isinstance(cached := huggingface_hub.try_to_load_from_cache(**where), str):
-        return Path(cached)  # verified when it was downloaded
-
     if not progress:
-        huggingface_hub.utils.disable_progress_bars()
+        disable_progress_bars()
     try:
         path = Path(
             retrying(
                 lambda: huggingface_hub.hf_hub_download(**where),
-                give_up=(EntryNotFoundError, RepositoryNotFoundError, OfflineModeIsEnabled),
+                # Entries "not found" are also those that the client, offline or after seven attempts, did not reach.
+                give_up=(EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError),
             )
         )
+        # Also of a file that was in the cache: a run that was killed here may have left it unverified.
         if (found := sha256_of(path)) != file.sha256:
-            path.resolve().unlink()  # the cache's blob, else the next run would take it for verified
+            path.resolve().unlink()  # the cache's blob
             path.unlink(missing_ok=True)
             raise FileError(f"the file's SHA-256 is {found}, not {file.sha256}; it was removed from the cache")
     except Exception as error:  # the hub's client raises its own, its HTTP library's and the system's errors
@@ -259,11 +259,11 @@ def open_weights(path):
 
 
 def load_vocabulary():
-    """GPT-2's byte-pair encoding, from the file that the project carries."""
-    try:
-        ranks = tiktoken.load.load_tiktoken_bpe(str(VOCABULARY), expected_hash=VOCABULARY_SHA256)
-    except (OSError, ValueError) as error:
-        raise FileError(f"the vocabulary {VOCABULARY} cannot be read: {reason(error)}") from error
+    """GPT-2's byte-pair encoding, from the file that the project carries. Raises FileError if it is not as it was."""
+    # The file itself is looked at too, because tiktoken's loader may read its cache's copy instead.
+    if not VOCABULARY.is_file() or sha256_of(VOCABULARY) != VOCABULARY_SHA256:
+        raise FileError(f"the vocabulary {VOCABULARY} is missing or changed: its SHA-256 is not {VOCABULARY_SHA256}")
+    ranks = load_tiktoken_bpe(str(VOCABULARY), expected_hash=VOCABULARY_SHA256)
     # The pattern that cuts text into words before merging: letters, digits or other signs with at most one
     # space before them, English contractions apart (Radford et al. 2019, section 2.2).
     pattern = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"

@@ -215,8 +215,11 @@ def load_gpt2_weights(model, tensors):
     `lm_head.weight` that equals `wte.weight` are passed over. A float32 tensor is not copied but viewed, so
     that a memory-mapped file is read where the model reads it; other floats are converted.
 
-    Raises WeightsError for a tensor that is missing, left over, of another shape or not of floats.
+    Raises WeightsError for a tensor that is missing, left over, there twice, of another shape or not of floats.
     """
+    for name in tensors:
+        if f"transformer.{name}" in tensors:
+            raise WeightsError(f"tensor {name} is there twice, with and without the prefix transformer.")
     tensors = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
     tensors = {name: tensor for name, tensor in tensors.items() if not MASK_BUFFER.fullmatch(name)}
     wanted = {name: parameter.shape for name, parameter in model.named_parameters()}
@@ -243,7 +246,7 @@ def load_gpt2_weights(model, tensors):
         if (third := THIRD_OF_C_ATTN.get(name.split(".")[-2])) is not None:
             tensor = tensor.chunk(3)[third]
         state[name] = tensor.float()
-    if head is not None and not (head.shape == tensors["wte.weight"].shape and head.equal(tensors["wte.weight"])):
+    if head is not None and not head.equal(tensors["wte.weight"]):
         raise WeightsError("tensor lm_head.weight differs from wte.weight, to which GPT-2 ties it")
     model.load_state_dict(state, strict=True, assign=True)
 

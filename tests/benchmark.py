@@ -1,0 +1,294 @@
+"""The fast path beside the plain one, row by row, in one process: `python tests/benchmark.py --help`.
+
+The plain path (plain.py) runs a few training steps and a few evaluation batches, and its seconds are extrapolated
+to a whole run: 5 epochs, an evaluation of 10 batches every 50 steps and after every epoch, all messages at the
+end. The fast path runs whole, or, with --fast_steps N, is extrapolated from N training steps, the features of their
+messages and their evaluation. What is extrapolated is marked with ~.
+
+Floating-point operations are those of the matrix products: of the plain path all that it does, of the fast path
+what the loss needs. The share is the fast path's operations per second over the machine's own float32 product peak
+(with bf16: bfloat16), measured just before. No number of this file is asserted by a test.
+"""
+
+import argparse
+import json
+import resource
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import plain
+
+import additional_experiments as ae
+
+PLAIN_STEPS, PLAIN_EVALUATIONS = 3, 4
+
+
+def synchronize(device):
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()
+
+
+def seconds(device, function, *arguments):
+    synchronize(device)
+    start = time.perf_counter()
+    function(*arguments)
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def product_peak(device, precision):
+    """Floating-point operations per second of a matrix product, the best of ten."""
+    n = 2048 if device.type == "cpu" else 8192
+    a, b = torch.randn(2, n, n, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
+    return 2 * n**3 / min(seconds(device, torch.mm, a, b) for _ in range(10))
+
+
+class PeakMemory:
+    """The highest memory in use since it was made, in bytes; of main memory it is the process's resident set."""
+
+    def __init__(self, device):
+        self.device = device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            try:
+                Path("/proc/self/clear_refs").write_text("5")  # Linux: reset the high-water mark
+            except OSError:
+                pass
+
+    def bytes(self):
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated()
+        try:
+            status = Path("/proc/self/status").read_text()
+            return int(status.split("VmHWM:")[1].split()[0]) * 1024
+        except OSError:
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+# --- operations ---
+
+
+def block_operations(D, T, causal, queries=None):
+    """Of one block's forward pass over T tokens: (linear layers, attention), for all queries or for one."""
+    tokens = T if queries is None else queries
+    linear = 2 * D * D * (2 * T + 2 * tokens + 8 * tokens)
+    pairs = T * (T + 1) / 2 if causal and queries is None else tokens * T
+    return linear, 4 * D * pairs
+
+
+def keyless_block_operations(D, T, n_heads):
+    """Of the last block with one query and no keys and values: query, fold, W_value, output, feed-forward; products."""
+    return 2 * D * D * (4 + 8), 4 * n_heads * D * T
+
+
+def times(operations, linear, attention):
+    return operations[0] * linear + operations[1] * attention
+
+
+def message_operations(experiment, T, fast, n_frozen):
+    """(frozen part, one prediction, one training pass) of a message with T tokens in this path.
+
+    A training pass is the forward one, the gradients with respect to the weights that are trained, and those with
+    respect to the inputs wherever something before them is trained.
+    """
+    cfg = experiment.config
+    D, L = cfg.emb_dim, cfg.n_layers
+    layers = experiment.trainable_layers
+    first_trained = {"last_layer": L, "last_block": L - 1, "last_two_blocks": L - 2}.get(layers, 0)
+    one_query = fast and not experiment.average_embeddings
+    frozen = predicted = trained = 0
+    for number in range(L):
+        last = number == L - 1
+        if last and one_query and first_trained == L - 1:
+            operations = keyless_block_operations(D, T, cfg.n_heads)
+        else:
+            # The plain path scores every pair, and masks afterwards.
+            operations = block_operations(D, T, cfg.causal and fast, 1 if last and one_query else None)
+        forward = times(operations, 1, 1)
+        if fast and number < n_frozen:
+            frozen += forward
+            continue
+        predicted += forward
+        if number < first_trained:
+            trained += forward
+        elif layers.startswith("lora"):
+            rank = 2 * experiment.lora_rank * D * T * 18  # A and B of six layers: in + out is 18 D together
+            predicted += rank
+            trained += times(operations, 2, 3) + 3 * rank
+        else:
+            trained += times(operations, 2 if number == first_trained and number > 0 else 3, 3)
+    return frozen, predicted, trained
+
+
+# --- the two paths ---
+
+
+def counts(experiment, messages):
+    """How many messages a whole run predicts and trains on, and how many batches it trains on."""
+    n = {split: len(part) for split, part in messages.items()}
+    steps = n["train"] // experiment.batch_size * experiment.num_epochs
+    evaluations = -(-steps // ae.EVALUATE_EVERY) + experiment.num_epochs
+    predicted = evaluations * 2 * ae.EVALUATE_BATCHES * experiment.batch_size + sum(n.values())
+    return predicted, steps * experiment.batch_size, steps
+
+
+def time_plain(classifier, experiment, token_lists, width, messages, device):
+    """Seconds of a whole plain run, extrapolated from some of its steps and evaluations."""
+    optimizer = torch.optim.AdamW([p for p in classifier.parameters() if p.requires_grad], lr=5e-5, weight_decay=0.1)
+    predicted, trained, steps = counts(experiment, messages)
+    B = experiment.batch_size
+    n_steps = PLAIN_STEPS if B > 1 else 8 * PLAIN_STEPS  # single messages differ in length, so more of them
+    labels = messages["train"].labels.to(device)
+    order = torch.randperm(len(token_lists), generator=torch.Generator().manual_seed(1)).tolist()
+
+    def logits(step):
+        some = [order[i % len(order)] for i in range(step * B, (step + 1) * B)]
+        return plain.logits(classifier, experiment, [token_lists[i] for i in some], width), labels[some]
+
+    def train_step(step):
+        F.cross_entropy(*logits(step)).backward()
+        if (step + 1) % experiment.accumulation_steps == 0:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    @torch.no_grad()
+    def predict(step):
+        logits(step)
+
+    train_step(0), predict(0)
+    per_step = sum(seconds(device, train_step, 1 + step) for step in range(n_steps)) / n_steps
+    n_evaluations = PLAIN_EVALUATIONS if B > 1 else 8 * PLAIN_EVALUATIONS
+    per_batch = sum(seconds(device, predict, 1 + step) for step in range(n_evaluations)) / n_evaluations
+    return per_step * steps + per_batch * predicted / B
+
+
+def time_fast(classifier, experiment, messages, device, fast_steps):
+    """Seconds of a whole fast run: all of it, or extrapolated from `fast_steps` training steps and their messages."""
+
+    def say(line):
+        print(f"    {line}", file=sys.stderr, flush=True)
+
+    if fast_steps is None:
+        return seconds(device, ae.fine_tune, classifier, messages, experiment, device, say, False)
+
+    predicted, _, steps = counts(experiment, messages)
+    n = fast_steps * experiment.batch_size
+    some = {split: take(part, n if split == "train" else 1) for split, part in messages.items()}
+    synchronize(device)
+    start = time.perf_counter()
+    some = ae.keep_features(classifier, some, experiment, device, say, False)
+    synchronize(device)
+    tokens = [sum(int(part.lengths.sum()) for part in parts.values()) for parts in (messages, some)]
+    features = (time.perf_counter() - start) * tokens[0] / tokens[1] if classifier.n_frozen else 0.0
+
+    everything = torch.arange(len(some["train"]))
+    ae.predict(classifier, some["train"], everything, device)
+    per_message = seconds(device, ae.predict, classifier, some["train"], everything, device) / n
+    one_epoch = replace(experiment, num_epochs=1)
+    training = seconds(device, ae.train, classifier, some, one_epoch, device, say, False)
+    evaluated = 2 * (min(n, ae.EVALUATE_BATCHES * experiment.batch_size) + 1)  # at step 0 and after the epoch
+    evaluated += fast_steps // ae.EVALUATE_EVERY * evaluated // 2
+    return features + (training - evaluated * per_message) / fast_steps * steps + per_message * predicted
+
+
+def take(messages, n):
+    """The first n of the Messages, as Messages of their own."""
+    lengths = messages.lengths[:n]
+    return ae.Messages(messages.x[: lengths.sum()], lengths, messages.positions[:n], messages.labels[:n])
+
+
+def measure(number, arguments):
+    options = ["--row", str(number), "--weights", "random", "--features", arguments.features]
+    options += ["--device", arguments.device, "--precision", arguments.precision, "--data_dir", arguments.data_dir]
+    if arguments.model_size:
+        options += ["--model_size", arguments.model_size]
+    experiment, _ = ae.parse_args(options)
+    if arguments.dataset == "sample":
+        experiment = replace(experiment, dataset="sample")
+    device = ae.resolve_device(experiment.device)
+    splits, _ = ae.load_splits(experiment)
+    tokenizer = ae.gpt_download.load_vocabulary()
+    messages, width = ae.encode(tokenizer, splits, experiment)
+    token_lists = tokenizer.encode_ordinary_batch(list(splits["train"]["Text"]))
+
+    peak = product_peak(device, experiment.precision)
+    classifier = ae.build_classifier(experiment, n_classes=2).to(device)
+    slow = time_plain(classifier, replace(experiment, precision="fp32"), token_lists, width, messages, device)
+    classifier = ae.build_classifier(experiment, n_classes=2).to(device)
+    ae.prepare_frozen(classifier)
+    memory = PeakMemory(device)
+    fast = time_fast(classifier, experiment, messages, device, arguments.fast_steps)
+
+    n_frozen = classifier.n_frozen
+    predicted, trained, _ = counts(experiment, messages)
+    needed = plainly = 0
+    for split, part in messages.items():
+        for length in part.lengths.tolist():
+            frozen, *_ = message_operations(experiment, length, True, n_frozen)
+            needed += frozen
+    lengths = messages["train"].lengths.tolist()
+    real = [len(tokens) for tokens in token_lists]
+    for length, n_real in zip(lengths, real):  # the training messages stand for all that are predicted
+        _, predict, train = message_operations(experiment, length, True, n_frozen)
+        needed += (predicted * predict + trained * train) / len(lengths)
+        T = min(n_real, width) if experiment.no_padding else width
+        _, predict, train = message_operations(experiment, T, False, 0)
+        plainly += (predicted * predict + trained * train) / len(lengths)
+    return {
+        "row": number,
+        "model": experiment.model_size,
+        "device": ae.describe_device(device),
+        "precision": experiment.precision,
+        "plain_seconds": slow,
+        "fast_seconds": fast,
+        "fast_extrapolated": arguments.fast_steps is not None,
+        "ratio": slow / fast,
+        "plain_tflop": plainly / 1e12,
+        "fast_tflop": needed / 1e12,
+        "peak_gflops": peak / 1e9,
+        "share_of_peak": needed / fast / peak,
+        "peak_memory_gb": memory.bytes() / 1e9,
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", default="1", help="row numbers with commas between them (default: 1)")
+    parser.add_argument("--model_size", help="instead of each row's own")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16", "tf32"))
+    parser.add_argument("--features", default="auto", choices=("auto", "device", "host", "off"))
+    parser.add_argument("--dataset", default="uci", choices=("uci", "sample"))
+    parser.add_argument("--data_dir", default="sms_spam_collection")
+    parser.add_argument("--fast_steps", type=int, help="extrapolate the fast path too, from this many training steps")
+    parser.add_argument("--json", type=Path, help="write the figures to this file as well")
+    arguments = parser.parse_args()
+
+    print("| row | model | plain s | fast s | ratio | plain TFLOP | fast TFLOP | peak GFLOP/s | share of peak | memory |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    records = []
+    for number in map(int, arguments.rows.split(",")):
+        record = measure(number, arguments)
+        records.append(record)
+        about = "~" if record["fast_extrapolated"] else ""
+        print(
+            f"| {number} | {record['model']}, {record['precision']} | ~{record['plain_seconds']:.0f} "
+            f"| {about}{record['fast_seconds']:.0f} | {record['ratio']:.2f} | {record['plain_tflop']:.1f} "
+            f"| {record['fast_tflop']:.1f} | {record['peak_gflops']:.0f} | {record['share_of_peak']:.0%} "
+            f"| {record['peak_memory_gb']:.2f} GB |",
+            flush=True,
+        )
+        if arguments.json:
+            arguments.json.write_text(json.dumps(records, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

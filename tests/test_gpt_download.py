@@ -1,0 +1,587 @@
+"""Downloads that fail in every way that networks know, and files that are not what they should be.
+
+The clients are the real ones; what they talk to is a server on this machine that misbehaves as it is told.
+"""
+
+import errno
+import hashlib
+import importlib
+import io
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import tiktoken
+import torch
+from huggingface_hub import constants
+from safetensors.torch import save, save_file
+from tiktoken_ext import openai_public
+
+import additional_experiments
+import gpt_download
+from gpt_download import FetchError, FileError, HubFile, fetch_collection, fetch_weights, load_vocabulary, open_weights
+
+# --- a server that does as it is told ---
+
+REVISION = "0123456789abcdef" * 2 + "01234567"
+
+
+class Server(ThreadingHTTPServer):
+    """Serves `files` (bytes by path) as the hub does, and notes the `requests`.
+
+    `plan` says how the first requests are answered, one after the other; all further ones are answered "whole".
+    """
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Answer)
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        self.files, self.plan, self.requests = {}, [], []
+        self.stalled, self.over = threading.Event(), threading.Event()
+        self.both = threading.Barrier(2, timeout=30)
+
+    def handle_error(self, request, client_address):
+        """Clients that hang up are part of the plan."""
+
+
+class Answer(BaseHTTPRequestHandler):
+    def do_GET(self):
+        first_byte = self.headers.get("Range")
+        name = self.path.rsplit("/", 1)[-1]
+        self.server.requests.append(" ".join(filter(None, [self.command, name, first_byte])))
+        how = self.server.plan.pop(0) if self.server.plan else "whole"
+        if self.path not in self.server.files:
+            how = "404 EntryNotFound"
+        if how[0].isdigit():
+            return self.refuse(*how.split())
+
+        whole = self.server.files[self.path]
+        start = int(first_byte.removeprefix("bytes=").removesuffix("-")) if first_byte else 0
+        body = whole[start:]
+        if how == "together":
+            self.server.both.wait()
+        if how == "stall" and self.command == "HEAD":
+            return self.stall()
+        self.send_response(206 if first_byte else 200)
+        if first_byte:
+            self.send_header("Content-Range", f"bytes {start}-{len(whole) - 1}/{len(whole)}")
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Accept-Ranges", "bytes")
+        self.send_header("ETag", f'"{sha256(whole)}"')
+        self.send_header("X-Repo-Commit", REVISION)
+        self.end_headers()
+        if self.command == "HEAD":
+            return
+        if how == "garbled":
+            body = body[:-1] + bytes([body[-1] ^ 1])
+        self.wfile.write(body if how in ("whole", "garbled", "together") else body[: len(body) // 2])
+        if how == "stall":
+            self.stall()
+
+    do_HEAD = do_GET
+
+    def refuse(self, status, error_code=None):
+        self.send_response(int(status))
+        self.send_header("Content-Length", "0")
+        self.send_header("X-Repo-Commit", REVISION)
+        if error_code:
+            self.send_header("X-Error-Code", error_code)
+        self.end_headers()
+
+    def stall(self):
+        self.server.stalled.set()
+        self.server.over.wait(5)  # not for ever: a client without a time-out shall fail, not hang
+
+    def log_message(self, *_):
+        pass
+
+
+def sha256(content):
+    return hashlib.sha256(content).hexdigest()
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    server = Server()
+    threading.Thread(target=server.serve_forever, kwargs=dict(poll_interval=0.01)).start()
+    yield server
+    server.over.set()
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def closed_port():
+    """An address where nobody answers, and where nobody else can begin to."""
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        yield f"http://127.0.0.1:{bound.getsockname()[1]}"
+
+
+@pytest.fixture(autouse=True)
+def waits(monkeypatch):
+    """The seconds that were to be waited; the wait itself is cut short."""
+    seconds, sleep = [], time.sleep
+
+    def note(wait):
+        seconds.append(wait)
+        sleep(min(wait, gpt_download.RETRY_AFTER / 100))
+
+    monkeypatch.setattr(time, "sleep", note)
+    return seconds
+
+
+# --- what it serves ---
+
+MESSAGES = b"ham\tSee you at six\nspam\tYou have won\n" * 50
+
+
+@pytest.fixture
+def collection(server, monkeypatch):
+    """A collection of 100 messages at two addresses, in a zip that would also like to write elsewhere."""
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as archive:
+        archive.writestr("../evil.txt", "evil")
+        archive.writestr("SMSSpamCollection", MESSAGES)
+    server.files = {"/first.zip": content.getvalue(), "/backup.zip": content.getvalue()}
+    monkeypatch.setattr(gpt_download, "COLLECTION_URLS", (f"{server.url}/first.zip", f"{server.url}/backup.zip"))
+    monkeypatch.setattr(gpt_download, "COLLECTION_ZIP_SHA256", sha256(content.getvalue()))
+    monkeypatch.setattr(gpt_download, "COLLECTION_SHA256", sha256(MESSAGES))
+
+
+WEIGHTS = save({"wte.weight": torch.arange(1000.0)})
+
+
+@pytest.fixture
+def hub(server, tmp_path, monkeypatch):
+    """A hub with the pretrained weights of "tiny", and a function that changes its client's settings."""
+    server.files[f"/nobody/tiny/resolve/{REVISION}/model.safetensors"] = WEIGHTS
+    monkeypatch.setattr(gpt_download, "PRETRAINED", {"tiny": HubFile("nobody/tiny", REVISION, sha256(WEIGHTS))})
+    with pytest.MonkeyPatch.context() as patch:
+
+        def settings(**environment):
+            for name, value in environment.items():
+                patch.setenv(name, value)
+            importlib.reload(constants)  # the client reads its environment once, when imported
+            huggingface_hub.close_session()
+
+        for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+            patch.delenv(name, raising=False)
+        settings(HF_ENDPOINT=server.url, HF_HOME=str(tmp_path / "hf"), HF_HUB_DISABLE_TELEMETRY="1")
+        yield settings
+    importlib.reload(constants)
+    huggingface_hub.close_session()
+
+
+def files_below(folder):
+    """Names of all files in `folder` and its folders, but for the marks and locks that the hub's client keeps."""
+    names = [path.name for path in folder.rglob("*") if not path.is_dir()]
+    return sorted(name for name in names if name != "CACHEDIR.TAG" and not name.endswith(".lock"))
+
+
+def start(line):
+    """A second Python that runs `line` with gpt_download's constants as this test has set them."""
+    names = ("COLLECTION_URLS", "COLLECTION_ZIP_SHA256", "COLLECTION_SHA256", "PRETRAINED")
+    settings = [f"gpt_download.{name} = {getattr(gpt_download, name)!r}" for name in names]
+    program = "\n".join(["import gpt_download", "from gpt_download import *", *settings, line])
+    root = Path(gpt_download.__file__).parent
+    return subprocess.Popen([sys.executable, "-c", program], cwd=root, stdout=subprocess.PIPE, text=True)
+
+
+# --- the collection ---
+
+
+def test_collection_is_downloaded_once(collection, server, tmp_path, capsys):
+    path = fetch_collection(tmp_path / "new" / "folder")
+    assert path == tmp_path / "new" / "folder" / "SMSSpamCollection"
+    assert path.read_bytes() == MESSAGES
+    assert path.stat().st_mode & 0o777 == 0o644
+    assert files_below(tmp_path) == ["SMSSpamCollection"]  # nothing else of the zip, here or a folder above
+    assert fetch_collection(path.parent) == path
+    assert server.requests == ["GET first.zip"]
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("fault", ["cut", "stall", "garbled", "503", "429", "408"])
+def test_collection_is_asked_for_again(collection, server, tmp_path, monkeypatch, waits, fault):
+    monkeypatch.setattr(gpt_download, "TIMEOUT", (5, 0.5))
+    server.plan = [fault]
+    assert fetch_collection(tmp_path).read_bytes() == MESSAGES
+    assert server.requests == ["GET first.zip"] * 2
+    assert waits == [1.0]
+
+
+def test_collection_comes_from_the_backup(collection, server, tmp_path, waits):
+    server.plan = ["404"]
+    assert fetch_collection(tmp_path).read_bytes() == MESSAGES
+    assert server.requests == ["GET first.zip", "GET backup.zip"]
+    assert waits == []
+
+
+def test_answer_without_end_is_left(collection, server, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpt_download, "LARGEST_ARCHIVE", len(server.files["/first.zip"]))
+    server.files["/first.zip"] += bytes(100_000)
+    assert fetch_collection(tmp_path).read_bytes() == MESSAGES
+    assert server.requests == ["GET first.zip", "GET backup.zip"]
+
+
+@pytest.mark.parametrize(
+    "fault, attempts, why",
+    [
+        ("404", 1, "404 Not Found"),
+        ("503", 3, "503 Server Error"),
+        ("stall", 3, "timed out"),
+        ("cut", 3, "IncompleteRead"),
+        ("garbled", 3, "the file's SHA-256 is {found}, not {expected}"),
+    ],
+)
+def test_collection_that_cannot_be_had(collection, server, tmp_path, monkeypatch, waits, fault, attempts, why):
+    monkeypatch.setattr(gpt_download, "TIMEOUT", (5, 0.3))
+    server.plan = [fault] * 6
+    with pytest.raises(FetchError) as error:
+        fetch_collection(tmp_path)
+
+    archive = server.files["/first.zip"]
+    why = why.format(found=sha256(archive[:-1] + bytes([archive[-1] ^ 1])), expected=sha256(archive))
+    title, first, backup, *ways_on = str(error.value).splitlines()
+    assert title == "the SMS Spam Collection could not be downloaded:"
+    assert first.startswith(f"  {server.url}/first.zip: ") and why in first
+    assert backup.startswith(f"  {server.url}/backup.zip: ") and why in backup
+    for way in ("try again later", "--dataset sample", "--demo", f"SMSSpamCollection at {tmp_path}/SMSSpamCollection"):
+        assert way in " ".join(ways_on)
+    assert server.requests == ["GET first.zip"] * attempts + ["GET backup.zip"] * attempts
+    assert waits == [1.0, 2.0][: attempts - 1] * 2
+
+    assert files_below(tmp_path) == []
+    server.plan.clear()
+    assert fetch_collection(tmp_path).read_bytes() == MESSAGES
+
+
+def test_collection_without_a_network(collection, closed_port, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpt_download, "COLLECTION_URLS", (f"{closed_port}/first.zip", f"{closed_port}/backup.zip"))
+    command = ["--model_size", "gpt2-nano", "--weights", "random", "--device", "cpu", "--data_dir", str(tmp_path)]
+    assert additional_experiments.main(command) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: the SMS Spam Collection could not be downloaded:\n")
+    assert f"  {closed_port}/first.zip: ConnectionRefusedError: " in err
+    assert f"  {closed_port}/backup.zip: ConnectionRefusedError: " in err
+    assert "--dataset sample" in err and str(tmp_path / "SMSSpamCollection") in err
+
+
+@pytest.mark.parametrize("name", ["SMSSpamCollection", "SMSSpamCollection.tsv"])
+def test_collection_that_is_there(collection, server, tmp_path, name):
+    path = tmp_path / name
+    path.write_bytes(MESSAGES)
+    assert fetch_collection(tmp_path) == path
+
+    path.write_bytes(MESSAGES[:-1])
+    with pytest.raises(FileError, match=f"{path} is not the SMS Spam Collection: .*{sha256(MESSAGES)}"):
+        fetch_collection(tmp_path)
+    assert path.read_bytes() == MESSAGES[:-1]  # whose it is, we do not know
+
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(FileError, match=f"{path} is not the SMS Spam Collection"):
+        fetch_collection(tmp_path)
+    assert server.requests == []
+
+
+def test_folder_that_cannot_be_written(collection, server, tmp_path):
+    (tmp_path / "file").touch()
+    folder = tmp_path / "file" / "folder"  # not a folder without permissions: root may write there
+    with pytest.raises(FetchError, match=f"nothing can be written into {folder} .Not a directory.(.|\n)*--data_dir"):
+        fetch_collection(folder)
+    assert server.requests == []
+
+
+def test_two_processes_fetch_the_collection(collection, server, tmp_path):
+    server.plan = ["together", "together"]
+    processes = [start(f"print(fetch_collection({str(tmp_path)!r}))") for _ in range(2)]
+    for process in processes:
+        assert process.communicate(timeout=60)[0] == f"{tmp_path / 'SMSSpamCollection'}\n"
+    assert server.requests == ["GET first.zip"] * 2
+    assert files_below(tmp_path) == ["SMSSpamCollection"]
+    assert (tmp_path / "SMSSpamCollection").read_bytes() == MESSAGES
+
+
+def test_process_killed_while_it_fetches_the_collection(collection, server, tmp_path):
+    server.plan = ["stall"]
+    with start(f"fetch_collection({str(tmp_path)!r})") as process:
+        assert server.stalled.wait(60)
+        process.kill()
+    assert files_below(tmp_path) == []
+    assert fetch_collection(tmp_path).read_bytes() == MESSAGES
+
+
+def fail(error):
+    raise error
+
+
+def test_ctrl_c_while_the_collection_is_written(collection, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda _: fail(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        fetch_collection(tmp_path)
+    assert files_below(tmp_path) == []
+
+
+def test_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    path.write_bytes(b"before")
+    monkeypatch.setattr(os, "fsync", lambda _: fail(OSError(errno.ENOSPC, "No space left on device")))
+    with pytest.raises(OSError, match="No space left"):
+        gpt_download.write_whole(path, b"after")
+    assert files_below(tmp_path) == ["file"]
+    assert path.read_bytes() == b"before"
+
+
+# --- pretrained weights ---
+
+
+def test_weights_are_downloaded_once(hub, server, tmp_path, capsys):
+    path = fetch_weights("tiny")
+    assert path == tmp_path / f"hf/hub/models--nobody--tiny/snapshots/{REVISION}/model.safetensors"
+    assert path.read_bytes() == WEIGHTS
+    assert server.requests == ["HEAD model.safetensors", "GET model.safetensors"]
+    assert capsys.readouterr() == ("", "")
+
+    hub(HF_HUB_OFFLINE="1")
+    assert fetch_weights("tiny") == path
+    assert len(server.requests) == 2
+
+
+REST = "bytes=2000-"  # what is left when half of 4,080 bytes came, in pieces of 1,000
+
+
+@pytest.mark.parametrize(
+    "plan, requests",
+    [
+        (["whole", "cut"], ["HEAD", "GET", f"GET {REST}"]),
+        (["whole", "stall"], ["HEAD", "GET", f"GET {REST}"]),
+        (["whole", "503"], ["HEAD", "GET", "HEAD", "GET"]),
+        (["503"], ["HEAD", "HEAD", "GET"]),
+        (["stall"], ["HEAD", "HEAD", "GET"]),
+    ],
+)
+def test_weights_are_asked_for_again(hub, server, tmp_path, monkeypatch, plan, requests):
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.5)
+    monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 0.5)
+    server.plan = list(plan)
+    assert fetch_weights("tiny").read_bytes() == WEIGHTS
+    assert [request.replace(" model.safetensors", "") for request in server.requests] == requests
+    assert files_below(tmp_path) == sorted([sha256(WEIGHTS), "model.safetensors"])
+
+
+@pytest.mark.parametrize(
+    "plan, n_requests, why",
+    [
+        (["404 EntryNotFound"], 1, "404 Not Found"),
+        (["404 RevisionNotFound"], 1, "404 Not Found"),
+        (["401 RepoNotFound"], 1, "401 Unauthorized"),
+        (["503"] * 7, 7, "503 Service Unavailable"),  # the client's own attempts, which are not repeated
+        (["whole", "503"] * 3, 6, "503 Service Unavailable"),
+    ],
+)
+def test_weights_that_cannot_be_had(hub, server, tmp_path, monkeypatch, plan, n_requests, why):
+    server.plan = list(plan)
+    with pytest.raises(FetchError) as error:
+        fetch_weights("tiny")
+    asked_for, reason, *ways_on = str(error.value).splitlines()
+    assert asked_for == f"model.safetensors of nobody/tiny at revision {REVISION} could not be downloaded"
+    assert reason.startswith(f"  from {server.url}: ") and why in reason
+    for way in ("try again later", "HF_ENDPOINT", "--weights FILE", "--weights random", "--demo"):
+        assert way in " ".join(ways_on)
+    assert len(server.requests) == n_requests
+
+    # Not the whole cache: beside the snapshots the client notes what a server said that it lacks.
+    assert files_below(tmp_path / "hf/hub/models--nobody--tiny/snapshots") == []
+    server.plan.clear()
+    assert fetch_weights("tiny").read_bytes() == WEIGHTS
+
+
+def test_weights_from_a_server_that_stalls(hub, server, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.1)
+    monkeypatch.setattr(gpt_download, "ATTEMPTS", 1)
+    server.plan = ["whole"] + ["stall"] * 6
+    with pytest.raises(FetchError, match=f"from {server.url}: .*timed out"):
+        fetch_weights("tiny")
+    assert server.requests == ["HEAD model.safetensors"] + ["GET model.safetensors"] * 6
+
+
+def test_weights_with_another_checksum(hub, server, tmp_path):
+    server.plan = ["whole", "garbled"]
+    found = sha256(WEIGHTS[:-1] + bytes([WEIGHTS[-1] ^ 1]))
+    with pytest.raises(FetchError, match=f"the file's SHA-256 is {found}, not {sha256(WEIGHTS)}; it was removed"):
+        fetch_weights("tiny")
+    assert files_below(tmp_path) == []
+    assert fetch_weights("tiny").read_bytes() == WEIGHTS
+    assert server.requests == ["HEAD model.safetensors", "GET model.safetensors"] * 2
+
+
+def test_weights_in_the_cache_are_verified_too(hub, server):
+    """A run that is killed before it has verified its download leaves such a file."""
+    path = fetch_weights("tiny")
+    path.write_bytes(WEIGHTS[:-1])
+    with pytest.raises(FetchError, match="the file's SHA-256 is .* it was removed from the cache"):
+        fetch_weights("tiny")
+    assert fetch_weights("tiny").read_bytes() == WEIGHTS
+    assert server.requests == ["HEAD model.safetensors", "GET model.safetensors"] * 2
+
+
+def test_weights_offline(hub, server, waits):
+    hub(HF_HUB_OFFLINE="1")
+    with pytest.raises(FetchError, match="offline mode is enabled.* unset the `HF_HUB_OFFLINE`"):
+        fetch_weights("tiny")
+    assert server.requests == []
+    assert waits == []
+
+
+def test_cache_that_cannot_be_written(hub, tmp_path):
+    (tmp_path / "file").touch()
+    hub(HF_HOME=str(tmp_path / "file" / "hf"))
+    with pytest.raises(FetchError, match=f"Not a directory: '{tmp_path}/file/hf"):
+        fetch_weights("tiny")
+
+
+def test_weights_without_a_network(hub, data_dir, closed_port):
+    hub(HF_ENDPOINT=closed_port)
+    program = "import sys, time; time.sleep = int; import additional_experiments as ae; sys.exit(ae.main(sys.argv[1:]))"
+    run = subprocess.run(
+        [sys.executable, "-c", program, "--device", "cpu", "--data_dir", str(data_dir)],
+        cwd=Path(gpt_download.__file__).parent,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (run.returncode, run.stdout) == (1, "")
+    _, _, message = run.stderr.partition("error: ")  # before it are the warnings of the hub's client
+    asked_for, reason, *ways_on = message.splitlines()
+    assert asked_for == (
+        "model.safetensors of openai-community/gpt2 at revision 607a30d783dfa663caf39e06633721c8d4cfcd7e "
+        "could not be downloaded"
+    )
+    assert reason.startswith(f"  from {closed_port}: ConnectionRefusedError: ")
+    for way in ("HF_ENDPOINT", "--weights FILE", "--demo"):
+        assert way in " ".join(ways_on)
+    assert "Traceback" not in run.stderr
+
+
+def test_two_processes_fetch_the_weights(hub, server, tmp_path):
+    server.plan = ["together", "together"]
+    processes = [start("print(fetch_weights('tiny').read_bytes().hex())") for _ in range(2)]
+    for process in processes:
+        assert process.communicate(timeout=60)[0] == f"{WEIGHTS.hex()}\n"
+    assert sorted(server.requests) == ["GET model.safetensors", "HEAD model.safetensors", "HEAD model.safetensors"]
+    assert files_below(tmp_path) == sorted([sha256(WEIGHTS), "model.safetensors"])
+
+
+def test_process_killed_while_it_fetches_the_weights(hub, server, tmp_path):
+    server.plan = ["whole", "stall"]
+    with start("fetch_weights('tiny')") as process:
+        assert server.stalled.wait(60)
+        process.kill()
+    assert {"model.safetensors", sha256(WEIGHTS)}.isdisjoint(files_below(tmp_path))
+    assert fetch_weights("tiny").read_bytes() == WEIGHTS
+
+
+# --- opening ---
+
+
+def test_open_weights(tmp_path):
+    (tmp_path / "weights").write_bytes(WEIGHTS)
+    tensors = open_weights(tmp_path / "weights")
+    assert tensors.keys() == {"wte.weight"}
+    assert torch.equal(tensors["wte.weight"], torch.arange(1000.0))
+
+
+@pytest.mark.parametrize(
+    "content, why",
+    [
+        (WEIGHTS[:-1], "file not fully covered"),
+        (WEIGHTS[:20], "invalid header length"),
+        (b"these are no weights", "header too large"),
+        (b"", "header too small"),
+        ("folder", "No such device"),
+        ("missing", "No such file"),
+    ],
+)
+def test_open_weights_of_a_file_that_is_none(tmp_path, content, why):
+    path = tmp_path / "weights"
+    if content == "folder":
+        path.mkdir()
+    elif content != "missing":
+        path.write_bytes(content)
+    with pytest.raises(FileError, match=f"{path} cannot be read as a .safetensors file: .*{why}"):
+        open_weights(path)
+
+
+def memory():
+    """Bytes of this process that are in memory and in no file."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("RssAnon:")[1].split()[0]) * 1024
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux counts mapped files apart")
+def test_open_weights_maps_the_file(tmp_path):
+    size = 64 * 2**20
+    save_file({"wte.weight": torch.ones(size // 4)}, tmp_path / "weights")
+    before = memory()
+    tensor = open_weights(tmp_path / "weights")["wte.weight"]
+    assert tensor.sum() == size // 4
+    assert memory() - before < size / 8
+    _copy = tensor.clone()
+    assert memory() - before > size * 7 / 8  # so a copy would have been noticed
+
+
+# --- what the project carries ---
+
+
+def test_vocabulary_is_that_of_gpt2():
+    vocabulary = load_vocabulary()
+    assert vocabulary.n_vocab == 50257
+    assert vocabulary.encode_ordinary("Hello world") == [15496, 995]
+    assert vocabulary.encode_ordinary("<|endoftext|>") == [27, 91, 437, 1659, 5239, 91, 29]
+    assert vocabulary.encode("<|endoftext|>", allowed_special="all") == [50256]
+    assert [vocabulary.decode_single_token_bytes(token) for token in (0, 220, 50255)] == [b"!", b" ", b" gazed"]
+
+
+def test_text_is_cut_as_tiktoken_cuts_it():
+    ours = load_vocabulary()
+    ranks = {ours.decode_single_token_bytes(token): token for token in range(50256)}
+    theirs = tiktoken.Encoding("r50k", pat_str=openai_public.r50k_pat_str, mergeable_ranks=ranks, special_tokens={})
+    text = gpt_download.SAMPLE.read_text(encoding="utf-8") + "It's we'LL 'tis\n\n \t 12³ naïve 東京   end  "
+    assert ours.encode_ordinary(text) == theirs.encode_ordinary(text)
+
+
+def test_changed_vocabulary_is_refused(tmp_path, monkeypatch):
+    path = tmp_path / "vocabulary"
+    shutil.copy(gpt_download.VOCABULARY, path)
+    monkeypatch.setattr(gpt_download, "VOCABULARY", path)
+    assert load_vocabulary().n_vocab == 50257
+
+    path.write_bytes(path.read_bytes().replace(b"IQ== 0\nIg== 1\n", b"Ig== 0\nIQ== 1\n"))  # "!" and '"' in exchange
+    with pytest.raises(FileError, match=f"the vocabulary {path} .*{gpt_download.VOCABULARY_SHA256}"):
+        load_vocabulary()
+    path.unlink()
+    with pytest.raises(FileError, match=f"the vocabulary {path} "):
+        load_vocabulary()
+
+
+def test_changed_sample_is_refused(tmp_path, monkeypatch):
+    path = tmp_path / "sample"
+    path.write_bytes(gpt_download.sample_path().read_bytes() + b"ham\tone more\n")
+    monkeypatch.setattr(gpt_download, "SAMPLE", path)
+    with pytest.raises(FileError, match=f"the sample {path} is missing or changed: .*{gpt_download.SAMPLE_SHA256}"):
+        gpt_download.sample_path()
