@@ -16,7 +16,8 @@ import os
 import signal
 import sys
 
-if __name__ == "__main__":  # importing PyTorch takes seconds; Ctrl-C ends them as quietly as it ends the rest
+# Importing PyTorch takes seconds; Ctrl-C is to end them as quietly as the rest. (A shell may have it ignored.)
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import argparse
@@ -27,11 +28,9 @@ import platform
 import re
 import time
 from dataclasses import dataclass, field, fields, replace
-from functools import cached_property
 from itertools import islice, takewhile
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import tiktoken
 import torch
@@ -85,9 +84,7 @@ ROWS = {
     19: row(97.79, 99.33, 96.33, 0.32, average_embeddings=True),
 }
 
-DEMO = dict(
-    model_size=NANO, weights="random", trainable_layers="all", dataset="sample", learning_rate=5e-4
-)  # fmt: skip
+DEMO = dict(model_size=NANO, weights="random", trainable_layers="all", dataset="sample", learning_rate=5e-4)
 
 
 # --- the command line ---
@@ -107,7 +104,7 @@ def model_size(text):
     raise argparse.ArgumentTypeError(f'"{text}" is none of {", ".join(GPT_SIZES)}{hint}')
 
 
-def whole_number(minimum=None, maximum=None):
+def whole_number(minimum=-(2**63), maximum=2**63 - 1):  # PyTorch's integers
     def parse(text):
         if not re.fullmatch(r"[+-]?\d+", text):
             raise argparse.ArgumentTypeError(f'"{text}" is not a whole number')
@@ -165,9 +162,9 @@ def option(default, help, **settings):
 
 @dataclass(frozen=True)
 class Experiment:
-    """All settings of one run, checked; each field is an option of the command line, with its default.
+    """All settings of one run; each field is an option of the command line, with its default.
 
-    Raises UsageError for settings that contradict each other.
+    The parser checks single values. Raises UsageError for values that do not go together.
     """
 
     model_size: str = option(
@@ -199,9 +196,7 @@ class Experiment:
         f"to {MAX_CONTEXT}",
         type=context_length,
     )
-    no_padding: bool = option(
-        False, "pad no message: in a batch each gives what it gives alone", action="store_true"
-    )
+    no_padding: bool = option(False, "pad no message: in a batch each gives what it gives alone", action="store_true")
     disable_causal_mask: bool = option(
         False, "let every token attend to every other, also to later ones", action="store_true"
     )
@@ -211,15 +206,12 @@ class Experiment:
     num_epochs: int = option(5, "passes over the training messages", type=whole_number(1))
     learning_rate: float = option(5e-5, "step size of AdamW", type=positive_number)
     weight_decay: float = option(0.1, "decoupled weight decay of AdamW", type=non_negative_number)
-    seed: int = option(
-        123, "seed of the random weights, the head and the order of training", type=whole_number(0, 2**63 - 1)
-    )
-    device: str = option(
-        "auto", "where to run; auto: cuda, else mps, else cpu", choices=("auto", "cpu", "mps", "cuda")
-    )
+    seed: int = option(123, "seed of the random weights, the head and the order of training", type=whole_number(0))
+    device: str = option("auto", "where to run; auto: cuda, else mps, else cpu", choices=("auto", "cpu", "mps", "cuda"))
     precision: str = option(
         "fp32",
-        "of the matrix products; weights, optimizer, loss and head are float32 always. bf16: bfloat16; tf32: on CUDA",
+        "of the matrix products; trained weights, optimizer, loss and final logits stay float32. bf16: bfloat16; tf32: "
+        "on CUDA only",
         choices=("fp32", "bf16", "tf32"),
     )
     features: str = option(
@@ -256,7 +248,8 @@ class Experiment:
         return GPTConfig(**GPT_SIZES[self.model_size], causal=not self.disable_causal_mask)
 
 
-NO_PART_OF_A_ROW = ("seed", "device", "precision", "features", "data_dir")  # a row is the same row with other values of these
+# A row is the same row with other values of these.
+NO_PART_OF_A_ROW = ("seed", "device", "precision", "features", "data_dir")
 
 
 def row_number(experiment):
@@ -323,6 +316,13 @@ def resolve_device(name):
     return torch.device(name)
 
 
+def set_precision(precision, device):
+    """Let float32 products be TF32 ones or not. Raises UsageError where there are none."""
+    if precision == "tf32" and device.type != "cuda":
+        raise UsageError(f"--precision tf32 is for CUDA; the device is {device}")
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+
+
 # --- data ---
 
 SPLITS = ("train", "validation", "test")
@@ -361,8 +361,13 @@ def write_uci_splits(data_dir, paths, progress):
             missing = " and ".join(other.name for other in paths.values() if not other.exists())
             raise UsageError(f"{data_dir} holds {path.name} but not {missing}; your own data needs all three")
     gpt_download.check_writable(data_dir)
-    for split, frame in balanced_splits(gpt_download.fetch_collection(data_dir, progress)).items():
-        gpt_download.write_whole(paths[split], frame.to_csv(index=None, lineterminator="\n").encode())
+    splits = balanced_splits(gpt_download.fetch_collection(data_dir, progress))
+    contents = {split: frame.to_csv(index=None, lineterminator="\n").encode() for split, frame in splits.items()}
+    for split, content in contents.items():
+        if hashlib.sha256(content).hexdigest() != UCI_SPLITS_SHA256[split]:
+            raise FileError(f"pandas {pd.__version__} splits the collection differently; see requirements.txt")
+    for split, content in contents.items():
+        gpt_download.write_whole(paths[split], content)
 
 
 def balanced_splits(path):
@@ -408,7 +413,7 @@ def read_labelled_csv(path):
                     refuse(f"column {column} is missing; there are {', '.join(reader.fieldnames)}")
             for record in reader:
                 label, text = record["Label"], record["Text"]
-                if not re.fullmatch(r"\s*-?\d{1,9}\s*", label or ""):
+                if not re.fullmatch(r"\s*-?\d+\s*", label or ""):
                     refuse(f'label "{label or ""}" is not a whole number', reader.line_num)
                 if not (text or "").strip():
                     refuse("the text is empty", reader.line_num)
@@ -446,8 +451,11 @@ def count_classes(splits, experiment):
     classes = sorted(set(train[~unlabelled(train)]))
     if classes[0] != 0:
         refuse("train", train == classes[0], f"but labels begin at 0; the training file's are {classes[0]} and up")
-    if gaps := set(range(classes[-1])) - set(classes):
-        refuse("train", train == classes[-1], f"but no training message has label {min(gaps)}")
+    for label, expected in zip(classes, range(len(classes))):
+        if label != expected:
+            refuse("train", train == label, f"but no training message has label {expected}")
+    if len(classes) == 1:
+        raise UsageError(f"{experiment.data_dir}/train.csv: every label is 0; there is nothing to tell apart")
     for split in SPLITS:
         labels = splits[split]["Label"]
         foreign = ~labels.isin(classes) & ~unlabelled(labels)
@@ -484,23 +492,23 @@ class Messages:
     def __len__(self):
         return len(self.lengths)
 
-    def rows(self, ids):
-        """Where in x the messages that `ids` (B,) numbers stand: (B, T), and (B, T) True where that is no pad.
+    def rows(self, indices):
+        """Where in x the messages that `indices` (B,) numbers stand: (B, T), and (B, T) True where that is no pad.
 
         Pads point at the message's last token.
         """
-        lengths = self.lengths[ids, None]
+        lengths = self.lengths[indices, None]
         steps = torch.arange(int(lengths.max()))
-        return self.starts[ids, None] + steps.minimum(lengths - 1), steps < lengths
+        return self.starts[indices, None] + steps.minimum(lengths - 1), steps < lengths
 
-    def batch(self, ids, device):
-        """The messages that `ids` (B,) numbers, as a Batch on `device`."""
-        rows, real = self.rows(ids)
+    def batch(self, indices, device):
+        """The messages that `indices` (B,) numbers, as a Batch on `device`."""
+        rows, real = self.rows(indices)
         return Batch(
             self.x[rows.to(self.x.device)].to(device),
-            self.positions[ids].to(device),
+            self.positions[indices].to(device),
             None if real.all() else real[:, None, None].to(device),
-            None if self.shortcut is None else self.shortcut[ids.to(self.x.device), None].to(device),
+            None if self.shortcut is None else self.shortcut[indices.to(self.x.device), None].to(device),
         )
 
 
@@ -511,39 +519,46 @@ def encode(tokenizer, splits, experiment):
     sees one token, `flexible` no pads.
     """
     # encode_ordinary: "<|endoftext|>" in a message is text like any other
-    ids = {split: tokenizer.encode_ordinary_batch(list(frame["Text"])) for split, frame in splits.items()}
+    encoded = {split: tokenizer.encode_ordinary_batch(list(frame["Text"])) for split, frame in splits.items()}
     match experiment.context_length:
         case "longest_training_example":
-            width = min(max(len(message) for message in ids["train"]), MAX_CONTEXT)
+            width = min(max(len(tokens) for tokens in encoded["train"]), MAX_CONTEXT)
         case "model_context_length":
             width = MAX_CONTEXT
         case number:
             width = number
 
-    def messages(ids, labels):
-        tokens, positions = [], []
-        for message in ids:
-            message = message[:width]
-            real = len(message)
+    def end_to_end(token_lists, labels):
+        visible, positions = [], []
+        for tokens in token_lists:
+            tokens = tokens[:width]
+            real = len(tokens)
             if not experiment.no_padding:
-                message = message + [PAD_TOKEN] * (width - real)
+                tokens = tokens + [PAD_TOKEN] * (width - real)
             match experiment.trainable_token_pos:
                 case "last":
-                    position = len(message) - 1
+                    position = len(tokens) - 1
                 case "first":
                     position = 0
                 case "flexible":
                     position = real - 1
-            visible = len(message) if experiment.disable_causal_mask else position + 1
-            tokens.append(torch.tensor(message[:visible]))
+            seen = len(tokens) if experiment.disable_causal_mask else position + 1
+            visible.append(torch.tensor(tokens[:seen]))
             positions.append(position)
-        lengths = torch.tensor([len(message) for message in tokens])
-        return Messages(torch.cat(tokens), lengths, torch.tensor(positions), torch.tensor(list(labels)))
+        lengths = torch.tensor([len(tokens) for tokens in visible])
+        return Messages(torch.cat(visible), lengths, torch.tensor(positions), torch.tensor(list(labels)))
 
-    return {split: messages(ids[split], splits[split]["Label"]) for split in splits}, width
+    return {split: end_to_end(encoded[split], splits[split]["Label"]) for split in splits}, width
 
 
 # --- classifier ---
+#
+# The idea of this program is to compute only what the loss can see, and that only once:
+#   1. visible prefix: tokens that the output asked for cannot see are cut off      (encode)
+#   2. one query: in the last block only the position asked for is worked out       (GPTModel.blocks)
+#   3. frozen features: what comes before the first trained parameter runs once     (compute_features)
+#   4. no keys and values: the last block, on frozen features, forms none           (attend_to_normalized)
+# None of it changes a number beyond rounding.
 
 
 class LinearWithLoRA(nn.Module):
@@ -561,7 +576,7 @@ class LinearWithLoRA(nn.Module):
         self.B = nn.Parameter(torch.zeros(rank, linear.out_features))
 
     def forward(self, x):
-        return self.linear(x) + self.alpha * (x @ self.A @ self.B)
+        return self.linear(x) + (self.alpha * (x @ self.A)) @ self.B
 
 
 class LinearWithMergedLoRA(LinearWithLoRA):
@@ -580,10 +595,6 @@ def add_lora(module, lora, rank, alpha):
             add_lora(child, lora, rank, alpha)
 
 
-def is_frozen(module):
-    return not any(parameter.requires_grad for parameter in module.parameters())
-
-
 class Classifier(nn.Module):
     """GPT-2 with a head of K classes at one position of a message, or at the mean over all its positions.
 
@@ -595,13 +606,7 @@ class Classifier(nn.Module):
         super().__init__()
         self.gpt, self.average, self.bf16 = gpt, average, bf16
         self.out_head = nn.Linear(gpt.cfg.emb_dim, n_classes)
-
-    @cached_property
-    def n_frozen(self):
-        """How many blocks come before the first trained parameter. If all, the final norm is not trained either."""
-        if not is_frozen(self.gpt.tok_emb) or not is_frozen(self.gpt.pos_emb):
-            return 0
-        return len(list(takewhile(is_frozen, self.gpt.trf_blocks)))
+        self.n_frozen = 0  # blocks before the first trained parameter; if all, the final norm is not trained either
 
     @property
     def all_frozen(self):
@@ -626,12 +631,12 @@ class Classifier(nn.Module):
         if self.n_frozen == 0 or batch.x.is_floating_point():
             return batch
         with self.autocast(batch):
-            x = self.blocks(self.gpt.embed(batch.x), batch, 0, self.n_frozen)
+            x = self.gpt.blocks(self.gpt.embed(batch.x), 0, self.n_frozen, batch.key_mask, self.query_at(batch))
         if self.all_frozen:
             return Batch(self.pooled(x, batch), torch.zeros_like(batch.positions), key_mask=None)
         if not self.keys_not_needed:
             return replace(batch, x=x)
-        # Products are all that the standardized input goes into, so it may be as short as they take it.
+        # The standardized input goes into products only, so with bf16 it may be kept in bfloat16.
         x_hat = self.gpt.trf_blocks[-1].standardize(x).to(torch.bfloat16 if self.bf16 else x.dtype)
         return replace(batch, x=x_hat, shortcut=pick(x, batch.positions))
 
@@ -644,17 +649,14 @@ class Classifier(nn.Module):
                     x = self.gpt.trf_blocks[-1].forward_normalized(batch.shortcut, x, batch.key_mask)
                 else:
                     x = self.gpt.embed(x) if self.n_frozen == 0 else x
-                    x = self.blocks(x, batch, self.n_frozen, len(self.gpt.trf_blocks))
+                    end = len(self.gpt.trf_blocks)
+                    x = self.gpt.blocks(x, self.n_frozen, end, batch.key_mask, self.query_at(batch))
             x = self.pooled(x, batch)
         return self.out_head(x.squeeze(1))
 
-    def blocks(self, x, batch, start, end):
-        """Blocks `start` to `end`, x (B, T, D) to (B, T, D); the last of all to (B, 1, D) where one position is asked
-        for, since after it no other position has a use."""
-        for number, block in enumerate(self.gpt.trf_blocks[start:end], start + 1):
-            one_query = number == len(self.gpt.trf_blocks) and not self.average
-            x = block(x, batch.key_mask, batch.positions if one_query else None)
-        return x
+    def query_at(self, batch):
+        """The one position (B,) that is asked for after the last block, or None where the mean over all is."""
+        return None if self.average else batch.positions
 
     def pooled(self, x, batch):
         """What the last block gave to the head's input (B, 1, D)."""
@@ -663,6 +665,15 @@ class Classifier(nn.Module):
 
     def autocast(self, batch):
         return torch.autocast(batch.x.device.type, torch.bfloat16, enabled=self.bf16)
+
+
+def count_frozen_blocks(gpt):
+    def is_frozen(module):
+        return not any(parameter.requires_grad for parameter in module.parameters())
+
+    if not is_frozen(gpt.tok_emb) or not is_frozen(gpt.pos_emb):
+        return 0
+    return len(list(takewhile(is_frozen, gpt.trf_blocks)))
 
 
 def mean_up_to(x, positions):
@@ -721,9 +732,11 @@ def build_classifier(experiment, n_classes, weights=None):
             add_lora(classifier, lora, experiment.lora_rank, experiment.lora_alpha)
     for module in trained:
         module.requires_grad_(True)
-    for parameter in classifier.parameters():
-        if parameter.requires_grad:  # out of the file's memory map, and laid out as the optimizer likes it
-            parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
+    classifier.n_frozen = count_frozen_blocks(gpt)
+    if weights is not None:
+        for parameter in classifier.parameters():
+            if parameter.requires_grad:  # out of the file's memory map, and laid out as the optimizer likes it
+                parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
     return classifier
 
 
@@ -770,11 +783,15 @@ def free_memory(device):
     if device.type == "mps":
         return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
     try:
-        with open("/proc/meminfo") as file:
-            return int(re.search(r"MemAvailable:\s+(\d+) kB", file.read())[1]) * 1024
-    except (OSError, TypeError):  # not Linux, which alone says what could be had; take half of all there is
-        pages = os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 2**21  # 8 GiB
-        return pages * 4096 // 2
+        free = int(re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())[1]) * 1024
+    except (OSError, TypeError):  # not Linux, which alone says what could be had: half of all there is
+        has_sysconf = hasattr(os, "sysconf")  # not on Windows, which is taken to have 8 GB
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2 if has_sysconf else 4 * 10**9
+    try:  # a container's limit
+        limit, used = (Path("/sys/fs/cgroup", f"memory.{name}").read_text() for name in ("max", "current"))
+        return min(free, int(limit) - int(used))
+    except (OSError, ValueError):  # no such file, or "max"
+        return free
 
 
 def compute_features(classifier, messages, device, place, bar):
@@ -786,18 +803,18 @@ def compute_features(classifier, messages, device, place, bar):
     features = replace(messages, x=None, lengths=lengths)
     was_training = classifier.training
     classifier.eval()
-    for ids in split_by_tokens(messages.lengths, device):
-        batch = classifier.frozen_part(messages.batch(ids, device))
+    for indices in split_by_tokens(messages.lengths, device):
+        batch = classifier.frozen_part(messages.batch(indices, device))
         if features.x is None:
             width = batch.x.shape[2]
             features.x = torch.empty(int(lengths.sum()), width, dtype=batch.x.dtype, device=place)
             if batch.shortcut is not None:
                 features.shortcut = torch.empty(len(messages), width, dtype=batch.shortcut.dtype, device=place)
-        rows, real = features.rows(ids)
+        rows, real = features.rows(indices)
         features.x[rows[real].to(place)] = batch.x[real.to(device)].to(place)
         if batch.shortcut is not None:
-            features.shortcut[ids.to(place)] = batch.shortcut.squeeze(1).to(place)
-        bar.update(len(ids))
+            features.shortcut[indices.to(place)] = batch.shortcut.squeeze(1).to(place)
+        bar.update(len(indices))
     classifier.train(was_training)
     return features
 
@@ -817,9 +834,7 @@ def keep_features(classifier, messages, experiment, device, say, progress):
     n_messages = sum(len(split) for split in messages.values())
     n_tokens = sum(int(split.lengths.sum()) for split in messages.values())
     with tqdm(desc="features", total=n_messages, unit="message", disable=not progress) as bar:
-        features = {
-            name: compute_features(classifier, split, device, place, bar) for name, split in messages.items()
-        }
+        features = {name: compute_features(classifier, split, device, place, bar) for name, split in messages.items()}
     seconds = time.perf_counter() - start
     where = "on the device" if place.type != "cpu" else "in host memory" if device.type != "cpu" else "in memory"
     say(
@@ -833,7 +848,7 @@ def keep_features(classifier, messages, experiment, device, say, progress):
 
 EVALUATE_EVERY = 50  # batches
 EVALUATE_BATCHES = 5
-MESSAGES_AT_ONCE = 64  # in a pass that joins the batches of an accumulation window
+MESSAGES_AT_ONCE = 64  # in a pass of the trained part over frozen features
 
 
 def make_loader(messages, batch_size, shuffle):
@@ -852,14 +867,31 @@ def windows(batches, size):
         yield window
 
 
-def batch_losses(logits, labels, sizes, ignore_index):
-    """The mean cross entropy of each batch, over its labels that count; 0 (not NaN) where none does.
+def loss_weights(labels, sizes, ignore_index):
+    """What the cross entropy of each message weighs in the mean over batches of the batches' means.
 
-    logits (B, K) and labels (B,) of batches of these `sizes`, one after the other; to (number of batches,).
+    labels (n,) of batches of these `sizes`, one after the other; to (n,). An ignored label weighs nothing, a batch
+    of which all are ignored is not counted, and if that is every batch all weights are zero: never NaN.
     """
-    losses = F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="none").split(sizes)
-    counts = (labels != ignore_index).split(sizes)
-    return torch.stack([loss.sum() / count.sum().clamp(min=1) for loss, count in zip(losses, counts)])
+    counts = [(batch != ignore_index).double() for batch in labels.cpu().split(sizes)]
+    n_batches = sum(int(count.any()) for count in counts)
+    return torch.cat([count / count.sum().clamp(min=1) for count in counts]) / max(n_batches, 1)
+
+
+def accumulate(classifier, messages, window, experiment, device):
+    """Add to the gradients those of the mean loss over the batches of an accumulation window.
+
+    Over frozen features little is left to run, and the window runs in passes of MESSAGES_AT_ONCE, wherever its
+    batches end. Elsewhere accumulation is there to save memory, and each batch is a pass.
+    """
+    indices = torch.cat(window)
+    weights = loss_weights(messages.labels[indices], [len(batch) for batch in window], experiment.ignore_index)
+    size = MESSAGES_AT_ONCE if classifier.n_frozen else experiment.batch_size
+    for some, some_weights in zip(indices.split(size), weights.split(size)):
+        logits = classifier(messages.batch(some, device))
+        labels = messages.labels[some].to(device)
+        losses = F.cross_entropy(logits, labels, ignore_index=experiment.ignore_index, reduction="none")
+        (losses @ some_weights.to(losses)).backward()
 
 
 @dataclass
@@ -871,6 +903,21 @@ class History:
     val_losses: list = field(default_factory=list)
     train_accuracies: list = field(default_factory=list)  # results.Accuracy, after each epoch
     val_accuracies: list = field(default_factory=list)
+
+    def add_losses(self, step, train_loss, val_loss):
+        self.steps.append(step)
+        self.train_losses.append(train_loss)
+        self.val_losses.append(val_loss)
+
+    def last_losses(self):
+        return f"Train loss {self.train_losses[-1]:.3f}, Val loss {self.val_losses[-1]:.3f}"
+
+    def add_accuracies(self, train_accuracy, val_accuracy):
+        self.train_accuracies.append(train_accuracy)
+        self.val_accuracies.append(val_accuracy)
+
+    def last_accuracies(self):
+        return f"Training accuracy: {self.train_accuracies[-1]} | Validation accuracy: {self.val_accuracies[-1]}"
 
 
 def train(classifier, messages, experiment, device, say, progress):
@@ -885,56 +932,44 @@ def train(classifier, messages, experiment, device, say, progress):
     )
     history, step = History(), -1
 
-    def evaluate(split, n_batches=EVALUATE_BATCHES):
-        return predict_batches(classifier, messages[split], loaders[split], device, n_batches)
+    def predict_split(split):
+        return predict_batches(classifier, messages[split], loaders[split], device, EVALUATE_BATCHES)
 
-    # The batches of an accumulation window do not depend on each other. They run as one where frozen features leave
-    # little to run; elsewhere accumulation is there to save memory.
-    joined = max(1, MESSAGES_AT_ONCE // experiment.batch_size) if classifier.n_frozen else 1
     total = experiment.num_epochs * len(loaders["train"])
     with tqdm(desc="training", total=total, unit="batch", disable=not progress) as bar:
         for epoch in range(1, experiment.num_epochs + 1):
+            classifier.train()
             for window in windows(loaders["train"], experiment.accumulation_steps):
-                classifier.train()
-                for batches in windows(window, joined):
-                    ids = torch.cat(batches)
-                    logits = classifier(messages["train"].batch(ids, device))
-                    labels = messages["train"].labels[ids].to(device)
-                    losses = batch_losses(logits, labels, [len(batch) for batch in batches], experiment.ignore_index)
-                    (losses.sum() / len(window)).backward()
-                for batch in window:
+                accumulate(classifier, messages["train"], window, experiment, device)
+                for batch in window:  # step by step, since evaluations fall between the batches of a window too
                     step += 1
                     bar.update()
                     if batch is window[-1]:
                         optimizer.step()
                         optimizer.zero_grad()
                     if step % EVALUATE_EVERY == 0:
-                        train_loss = mean_loss(evaluate("train"), experiment.ignore_index)
-                        val_loss = mean_loss(evaluate("validation"), experiment.ignore_index)
-                        history.steps.append(step)
-                        history.train_losses.append(train_loss)
-                        history.val_losses.append(val_loss)
-                        say(f"Ep {epoch} (Step {step:06d}): Train loss {train_loss:.3f}, Val loss {val_loss:.3f}")
-            history.train_accuracies.append(accuracy(evaluate("train")))
-            history.val_accuracies.append(accuracy(evaluate("validation")))
-            say(
-                f"Training accuracy: {history.train_accuracies[-1]} | "
-                f"Validation accuracy: {history.val_accuracies[-1]}"
-            )
+                        history.add_losses(
+                            step,
+                            mean_loss(predict_split("train"), experiment.ignore_index),
+                            mean_loss(predict_split("validation"), experiment.ignore_index),
+                        )
+                        say(f"Ep {epoch} (Step {step:06d}): {history.last_losses()}")
+            history.add_accuracies(accuracy(predict_split("train")), accuracy(predict_split("validation")))
+            say(history.last_accuracies())
     return history
 
 
 # --- evaluation ---
 
 
-def predict(classifier, messages, ids, device):
-    """Logits (n, K) of the messages that `ids` (n,) numbers. Messages of like length run together."""
+def predict(classifier, messages, indices, device):
+    """Logits (n, K) of the messages that `indices` (n,) numbers. Messages of like length run together."""
     was_training = classifier.training
     classifier.eval()
     logits, order = [], []
     with torch.no_grad():
-        for some in split_by_tokens(messages.lengths[ids], device):
-            logits.append(classifier(messages.batch(ids[some], device)))
+        for some in split_by_tokens(messages.lengths[indices], device):
+            logits.append(classifier(messages.batch(indices[some], device)))
             order.append(some)
     classifier.train(was_training)
     return torch.cat(logits)[torch.cat(order).argsort().to(device)]
@@ -952,16 +987,15 @@ class Predictions:
 def predict_batches(classifier, messages, loader, device, n_batches=None):
     """The Predictions of the first `n_batches` of a loader, by default of all of them."""
     batches = list(islice(loader, n_batches))
-    ids = torch.cat(batches)
-    logits = predict(classifier, messages, ids, device)
-    return Predictions(logits, messages.labels[ids].to(device), [len(batch) for batch in batches])
+    indices = torch.cat(batches)
+    logits = predict(classifier, messages, indices, device)
+    return Predictions(logits, messages.labels[indices].to(device), [len(batch) for batch in batches])
 
 
 def mean_loss(predictions, ignore_index):
-    """The mean of the batches' mean losses, over the batches that have a label that counts; NaN if none has."""
-    losses = batch_losses(predictions.logits, predictions.labels, predictions.sizes, ignore_index)
-    counts = torch.stack([(labels != ignore_index).any() for labels in predictions.labels.split(predictions.sizes)])
-    return losses[counts].mean().item()
+    """The mean of the batches' mean cross entropies, each over the labels that count."""
+    losses = F.cross_entropy(predictions.logits, predictions.labels, ignore_index=ignore_index, reduction="none")
+    return (losses @ loss_weights(predictions.labels, predictions.sizes, ignore_index).to(losses)).item()
 
 
 def accuracy(predictions):
@@ -989,22 +1023,26 @@ def describe_device(device):
             return f"CPU, {torch.get_num_threads()} threads"
 
 
-def describe_run(experiment, device, classifier, messages, width, dataset):
-    """What will happen, in four lines."""
-    n_trained, n_frozen = (
-        sum(p.numel() for p in classifier.parameters() if p.requires_grad == trained) for trained in (True, False)
-    )
+def describe_data(experiment, device, messages, width, dataset):
+    """What will happen, as far as it is known before the weights are there: three lines."""
     counts = ", ".join(f"{len(messages[split]):,} {split}" for split in SPLITS)
-    padded = "not padded" if experiment.no_padding else "padded"
     return "\n".join(
         [
             f"Device: {describe_device(device)}; Python {platform.python_version()}, PyTorch {torch.__version__}, "
             f"tiktoken {tiktoken.__version__}",
-            f"Model: {experiment.model_size}, weights: {experiment.weights}, trained: {experiment.trainable_layers}; "
-            f"{n_trained:,} trainable and {n_frozen:,} frozen parameters",
             f"Data: {DATASET_NAMES[dataset]}; messages: {counts}",
-            f"Tokens per message: {width} at most, {padded}",
+            f"Tokens per message: {width} at most, {'not padded' if experiment.no_padding else 'padded'}",
         ]
+    )
+
+
+def describe_model(experiment, classifier):
+    n_trained, n_frozen = (
+        sum(p.numel() for p in classifier.parameters() if p.requires_grad == trained) for trained in (True, False)
+    )
+    return (
+        f"Model: {experiment.model_size}, weights: {experiment.weights}, trained: {experiment.trainable_layers}; "
+        f"{n_trained:,} trainable and {n_frozen:,} frozen parameters"
     )
 
 
@@ -1084,29 +1122,36 @@ def run(experiment, quiet=False):
     def say(line):
         if not quiet:
             tqdm.write(line, file=sys.stdout)
+            sys.stdout.flush()  # into a pipe or a log file too: a run that is killed is to leave what it said
 
     progress = sys.stderr.isatty() and not quiet
     device = resolve_device(experiment.device)
-    if experiment.precision == "tf32" and device.type != "cuda":
-        raise UsageError(f"--precision tf32 is for CUDA; the device is {device}")
-    torch.set_float32_matmul_precision("high" if experiment.precision == "tf32" else "highest")
+    set_precision(experiment.precision, device)
     weights = None
     if experiment.weights not in ("pretrained", "random"):
         weights = open_weights_file(experiment)
     splits, dataset = load_splits(experiment, progress)
     n_classes = count_classes(splits, experiment)
     messages, width = encode(gpt_download.load_vocabulary(), splits, experiment)
+    say(describe_data(experiment, device, messages, width, dataset))
     if experiment.weights == "pretrained":
         weights = gpt_download.open_weights(gpt_download.fetch_weights(experiment.model_size, progress))
     classifier = build_classifier(experiment, n_classes, weights).to(device)
+    del weights  # and with it the file's memory map, but for what is viewed and not copied
     prepare_frozen(classifier)
-    say(describe_run(experiment, device, classifier, messages, width, dataset))
+    say(describe_model(experiment, classifier))
 
     history, accuracies, minutes = fine_tune(classifier, messages, experiment, device, say, progress)
     result = summarize(experiment, device, width, dataset, accuracies, minutes)
     say("\n" + results.markdown_header(result))
     tqdm.write(results.markdown_row(result), file=sys.stdout)
     return result, history
+
+
+OUT_OF_MEMORY_ADVICE = (
+    "Ways on: a smaller --batch_size with more --accumulation_steps (the product is what counts), a smaller\n"
+    "--context_length or --trainable_token_pos flexible, --features host or off, a smaller --model_size"
+)
 
 
 def main(argv=None):
@@ -1119,6 +1164,11 @@ def main(argv=None):
         return 2
     except FetchError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(error):
+            raise
+        print(f"error: out of memory\n{OUT_OF_MEMORY_ADVICE}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -1133,5 +1183,6 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())

@@ -140,7 +140,10 @@ def fetch_collection(data_dir, progress=False):
     for name in COLLECTION_NAMES:
         if (path := Path(data_dir, name)).exists():
             if not path.is_file() or sha256_of(path) != COLLECTION_SHA256:
-                raise FileError(f"{path} is not the SMS Spam Collection: its SHA-256 is not {COLLECTION_SHA256}")
+                raise FileError(
+                    f"{path} is not the SMS Spam Collection: its SHA-256 is not {COLLECTION_SHA256}; remove it to have "
+                    "the collection downloaded"
+                )
             return path
 
     path = Path(data_dir, COLLECTION_MEMBER)

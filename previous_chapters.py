@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-
 # --- sizes ---
 
 
@@ -62,8 +61,9 @@ class MultiHeadAttention(nn.Module):
     def forward(self, x, key_mask=None, query_at=None):
         """x (B, T, D) to (B, T, D), or to (B, 1, D) for the one query per message that `query_at` (B,) names.
 
-        `key_mask` (B, 1, 1, T) is True where a token may be attended to. Under the causal mask it is not
-        looked at unless `query_at` is given: pads stand behind the tokens, where no token sees them.
+        `key_mask` (B, 1, 1, T) is True where a token may be attended to. For all queries under the causal mask it is
+        not needed and not looked at: pads stand behind the tokens, where no token sees them. One query sees whatever
+        `key_mask` lets it; under the causal mask that must be what stands up to it.
         """
         one_query = query_at is not None
         if self.W_qkv is not None and not one_query:
@@ -109,12 +109,17 @@ class MultiHeadAttention(nn.Module):
 
     @torch.no_grad()
     def fuse(self):
-        """Hold query, key and value as one product, for a block that is not trained; their weights become views."""
+        """Hold query, key and value as one product, for a block that is not trained and stays where it is.
+
+        The three layers' weights and biases become views of the joined ones.
+        """
         parts = (self.W_query, self.W_key, self.W_value)
         weight = torch.cat([part.weight for part in parts])  # (3 D, D)
         bias = torch.cat([part.bias for part in parts]) if self.W_query.bias is not None else None
-        for part, view in zip(parts, weight.chunk(3)):
-            part.weight.data = view
+        for number, part in enumerate(parts):
+            part.weight.data = weight.chunk(3)[number]
+            if bias is not None:
+                part.bias.data = bias.chunk(3)[number]
         self.W_qkv = (weight, bias)
 
 
@@ -171,12 +176,18 @@ class GPTModel(nn.Module):
         """(B, T) to (B, T, D)."""
         return self.tok_emb(token_ids) + self.pos_emb.weight[: token_ids.shape[1]]
 
+    def blocks(self, x, start, end, key_mask=None, query_at=None):
+        """Blocks `start` to `end` (not included), x (B, T, D) to (B, T, D).
+
+        With `query_at` (B,) the model's very last block asks only for the output at that position: to (B, 1, D).
+        """
+        for number, block in enumerate(self.trf_blocks[start:end], start + 1):
+            x = block(x, key_mask, query_at if number == len(self.trf_blocks) else None)
+        return x
+
     def forward(self, token_ids, key_mask=None):
         """(B, T) token ids to (B, T, D) hidden states after the final norm."""
-        x = self.embed(token_ids)
-        for block in self.trf_blocks:
-            x = block(x, key_mask)
-        return self.final_norm(x)
+        return self.final_norm(self.blocks(self.embed(token_ids), 0, len(self.trf_blocks), key_mask))
 
 
 def pick(x, positions):

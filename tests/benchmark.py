@@ -12,7 +12,6 @@ what the loss needs. The share is the fast path's operations per second over the
 
 import argparse
 import json
-import resource
 import sys
 import time
 from dataclasses import replace
@@ -69,8 +68,8 @@ class PeakMemory:
         try:
             status = Path("/proc/self/status").read_text()
             return int(status.split("VmHWM:")[1].split()[0]) * 1024
-        except OSError:
-            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        except OSError:  # not Linux
+            return float("nan")
 
 
 # --- operations ---
@@ -128,6 +127,22 @@ def message_operations(experiment, T, fast, n_frozen):
     return frozen, predicted, trained
 
 
+def operations(experiment, messages, token_lists, width, n_frozen):
+    """Of a whole run: (what the fast path needs, what the plain path does)."""
+    predicted, trained, _ = counts(experiment, messages)
+    lengths = [length for part in messages.values() for length in part.lengths.tolist()]
+    needed = sum(message_operations(experiment, length, True, n_frozen)[0] for length in lengths)
+    plainly, n = 0, len(token_lists)
+    # The training messages stand for all that are predicted.
+    for length, tokens in zip(messages["train"].lengths.tolist(), token_lists, strict=True):
+        _, predict, train = message_operations(experiment, length, True, n_frozen)
+        needed += (predicted * predict + trained * train) / n
+        T = min(len(tokens), width) if experiment.no_padding else width
+        _, predict, train = message_operations(experiment, T, False, 0)
+        plainly += (predicted * predict + trained * train) / n
+    return needed, plainly
+
+
 # --- the two paths ---
 
 
@@ -143,7 +158,7 @@ def counts(experiment, messages):
 def time_plain(classifier, experiment, token_lists, width, messages, device):
     """Seconds of a whole plain run, extrapolated from some of its steps and evaluations."""
     optimizer = torch.optim.AdamW([p for p in classifier.parameters() if p.requires_grad], lr=5e-5, weight_decay=0.1)
-    predicted, trained, steps = counts(experiment, messages)
+    predicted, _, steps = counts(experiment, messages)
     B = experiment.batch_size
     n_steps = PLAIN_STEPS if B > 1 else 8 * PLAIN_STEPS  # single messages differ in length, so more of them
     labels = messages["train"].labels.to(device)
@@ -182,11 +197,11 @@ def time_fast(classifier, experiment, messages, device, fast_steps):
     predicted, _, steps = counts(experiment, messages)
     n = fast_steps * experiment.batch_size
     some = {split: take(part, n if split == "train" else 1) for split, part in messages.items()}
+    tokens = [sum(int(part.lengths.sum()) for part in parts.values()) for parts in (messages, some)]
     synchronize(device)
     start = time.perf_counter()
     some = ae.keep_features(classifier, some, experiment, device, say, False)
     synchronize(device)
-    tokens = [sum(int(part.lengths.sum()) for part in parts.values()) for parts in (messages, some)]
     features = (time.perf_counter() - start) * tokens[0] / tokens[1] if classifier.n_frozen else 0.0
 
     everything = torch.arange(len(some["train"]))
@@ -214,6 +229,7 @@ def measure(number, arguments):
     if arguments.dataset == "sample":
         experiment = replace(experiment, dataset="sample")
     device = ae.resolve_device(experiment.device)
+    ae.set_precision(experiment.precision, device)
     splits, _ = ae.load_splits(experiment)
     tokenizer = ae.gpt_download.load_vocabulary()
     messages, width = ae.encode(tokenizer, splits, experiment)
@@ -227,21 +243,7 @@ def measure(number, arguments):
     memory = PeakMemory(device)
     fast = time_fast(classifier, experiment, messages, device, arguments.fast_steps)
 
-    n_frozen = classifier.n_frozen
-    predicted, trained, _ = counts(experiment, messages)
-    needed = plainly = 0
-    for split, part in messages.items():
-        for length in part.lengths.tolist():
-            frozen, *_ = message_operations(experiment, length, True, n_frozen)
-            needed += frozen
-    lengths = messages["train"].lengths.tolist()
-    real = [len(tokens) for tokens in token_lists]
-    for length, n_real in zip(lengths, real):  # the training messages stand for all that are predicted
-        _, predict, train = message_operations(experiment, length, True, n_frozen)
-        needed += (predicted * predict + trained * train) / len(lengths)
-        T = min(n_real, width) if experiment.no_padding else width
-        _, predict, train = message_operations(experiment, T, False, 0)
-        plainly += (predicted * predict + trained * train) / len(lengths)
+    needed, plainly = operations(experiment, messages, token_lists, width, classifier.n_frozen)
     return {
         "row": number,
         "model": experiment.model_size,
@@ -272,8 +274,20 @@ def main():
     parser.add_argument("--json", type=Path, help="write the figures to this file as well")
     arguments = parser.parse_args()
 
-    print("| row | model | plain s | fast s | ratio | plain TFLOP | fast TFLOP | peak GFLOP/s | share of peak | memory |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    columns = [
+        "row",
+        "model",
+        "plain s",
+        "fast s",
+        "ratio",
+        "plain TFLOP",
+        "fast TFLOP",
+        "peak GFLOP/s",
+        "share",
+        "memory",
+    ]
+    print("| " + " | ".join(columns) + " |")
+    print("| --- " * len(columns) + "|")
     records = []
     for number in map(int, arguments.rows.split(",")):
         record = measure(number, arguments)

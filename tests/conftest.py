@@ -12,7 +12,7 @@ def sample_splits():
 
 @pytest.fixture
 def data_dir(tmp_path, sample_splits):
-    """A folder with somebody's own three files: 43 training, 9 validation and 17 test messages of at most 30 letters."""
+    """A folder with somebody's own three files: 43, 9 and 17 messages of at most 30 letters."""
     sizes = {"train": 43, "validation": 9, "test": 17}
     for split, size in sizes.items():
         frame = sample_splits[split].head(size)
