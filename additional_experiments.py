@@ -41,7 +41,7 @@ from tqdm import tqdm
 
 import gpt_download
 import results
-from gpt_download import PRETRAINED, FetchError, FileError
+from gpt_download import FetchError, FileError
 from previous_chapters import GPT_SIZES, GPTConfig, GPTModel, WeightsError, load_gpt2_weights, pick
 
 # --- the 19 rows ---
@@ -234,7 +234,7 @@ class Experiment:
     )
 
     def __post_init__(self):
-        if self.weights == "pretrained" and self.model_size not in PRETRAINED:
+        if self.weights == "pretrained" and self.model_size not in gpt_download.PRETRAINED:
             raise UsageError(f"{self.model_size} has no pretrained weights; use --weights random or --weights FILE")
         if self.weights not in ("pretrained", "random") and not Path(self.weights).is_file():
             raise UsageError(f"--weights {self.weights}: neither pretrained nor random, and no such file")

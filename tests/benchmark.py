@@ -225,6 +225,7 @@ def measure(number, arguments):
     options += ["--device", arguments.device, "--precision", arguments.precision, "--data_dir", arguments.data_dir]
     if arguments.model_size:
         options += ["--model_size", arguments.model_size]
+    options += arguments.options.split()
     experiment, _ = ae.parse_args(options)
     if arguments.dataset == "sample":
         experiment = replace(experiment, dataset="sample")
@@ -246,6 +247,7 @@ def measure(number, arguments):
     needed, plainly = operations(experiment, messages, token_lists, width, classifier.n_frozen)
     return {
         "row": number,
+        "options": arguments.options,
         "model": experiment.model_size,
         "device": ae.describe_device(device),
         "precision": experiment.precision,
@@ -265,6 +267,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", default="1", help="row numbers with commas between them (default: 1)")
     parser.add_argument("--model_size", help="instead of each row's own")
+    parser.add_argument("--options", default="", help="further options of the program, in one string, for every row")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16", "tf32"))
     parser.add_argument("--features", default="auto", choices=("auto", "device", "host", "off"))

@@ -25,6 +25,7 @@ import torch
 from huggingface_hub import constants
 from safetensors.torch import save, save_file
 from tiktoken_ext import openai_public
+from transformers import GPT2Config, GPT2Model
 
 import additional_experiments
 import gpt_download
@@ -494,6 +495,31 @@ def test_process_killed_while_it_fetches_the_weights(hub, server, tmp_path):
         process.kill()
     assert {"model.safetensors", sha256(WEIGHTS)}.isdisjoint(files_below(tmp_path))
     assert fetch_weights("tiny").read_bytes() == WEIGHTS
+
+
+# --- both, from the command line to the row ---
+
+
+def test_first_run_downloads_everything_and_the_second_nothing(collection, hub, server, tmp_path, monkeypatch, capsys):
+    nano = "gpt2-nano (7M)"
+    model = GPT2Model(GPT2Config(n_embd=128, n_layer=4, n_head=4))
+    weights = save(model.state_dict())
+    server.files[f"/nobody/nano/resolve/{REVISION}/model.safetensors"] = weights
+    monkeypatch.setitem(gpt_download.PRETRAINED, nano, HubFile("nobody/nano", REVISION, sha256(weights)))
+    (tmp_path / "collection.tsv").write_bytes(MESSAGES)
+    splits = additional_experiments.balanced_splits(tmp_path / "collection.tsv")
+    sums = {split: sha256(frame.to_csv(index=None).encode()) for split, frame in splits.items()}
+    monkeypatch.setattr(additional_experiments, "UCI_SPLITS_SHA256", sums)
+
+    command = ["--model_size", nano, "--num_epochs", "1", "--device", "cpu", "--data_dir", str(tmp_path / "data")]
+    rows = []
+    for _ in range(2):
+        assert additional_experiments.main(command) == 0
+        rows.append(capsys.readouterr().out.splitlines()[-1])
+    assert server.requests == ["GET first.zip", "HEAD model.safetensors", "GET model.safetensors"]
+    before_the_time = "| - | gpt2-nano (7M) | pretrained | last | last_block | longest train ex. (4) |"
+    assert all(row.startswith(before_the_time) for row in rows)
+    assert rows[0].split("|")[7:10] == rows[1].split("|")[7:10]  # the accuracies
 
 
 # --- opening ---

@@ -1,15 +1,16 @@
-"""The public original's numbers, for each row of the table at the nano size on the sample.
+"""The public original's numbers: each row of the table at the nano size on the sample, row 1 at full size.
 
 `rows_nano_sample.json` was made by running the original: its losses to six decimals, its accuracies as
 fractions. The rows that it lacks are not other ones at this size: 6 to 8 are row 1, and 9 and 10 are row 5.
 """
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 
-from additional_experiments import parse_args, run
+from additional_experiments import main, parse_args, run
 
 REFERENCE = json.loads(Path(__file__).with_name("rows_nano_sample.json").read_text())
 NANO = ["--model_size", "gpt2-nano", "--weights", "random", "--dataset", "sample", "--device", "cpu"]
@@ -40,3 +41,14 @@ def test_row(number, capsys):
     assert "{train} train, {validation} validation, {test} test".format(**counts) in printed
     assert f"Tokens per message: {expected['tokens_per_message']} at most" in printed
     assert f"Ep 1 (Step 000000): Train loss {expected['train_losses'][0]:.3f}, " in printed
+
+
+@pytest.mark.skipif(
+    "COLLECTION_DIR" not in os.environ, reason="takes minutes; COLLECTION_DIR is to hold the collection"
+)
+def test_full_size_line_by_line(capsys):
+    """As the original prints it. With the collection at hand: COLLECTION_DIR=sms_spam_collection python -m pytest."""
+    assert main(["--weights", "random", "--device", "cpu", "--data_dir", os.environ["COLLECTION_DIR"]]) == 0
+    expected = Path(__file__).with_name("small_random_row1_uci.log").read_text().splitlines()
+    results = ("Ep ", "Training accuracy", "Validation accuracy", "Test accuracy")
+    assert [line for line in capsys.readouterr().out.splitlines() if line.startswith(results)] == expected
