@@ -168,7 +168,7 @@ WEIGHTS = save({"wte.weight": torch.arange(1000.0)})
 def hub(server, tmp_path, monkeypatch):
     """A hub with the pretrained weights of "tiny", and a function that changes its client's settings."""
     server.files[f"/nobody/tiny/resolve/{REVISION}/model.safetensors"] = WEIGHTS
-    monkeypatch.setattr(gpt_download, "PRETRAINED", {"tiny": HubFile("nobody/tiny", REVISION, sha256(WEIGHTS))})
+    monkeypatch.setitem(gpt_download.PRETRAINED, "tiny", HubFile("nobody/tiny", REVISION, sha256(WEIGHTS)))
     with pytest.MonkeyPatch.context() as patch:
 
         def settings(**environment):
