@@ -576,7 +576,11 @@ class LinearWithLoRA(nn.Module):
         self.B = nn.Parameter(torch.zeros(rank, linear.out_features))
 
     def forward(self, x):
-        return self.linear(x) + (self.alpha * (x @ self.A)) @ self.B
+        thin = x @ self.A
+        out = self.linear(x)
+        # Added in place: the product is thin, so that a second `out` would cost more to write than to work out.
+        out.view(-1, out.shape[-1]).addmm_(thin.flatten(0, -2), self.B.to(thin.dtype), alpha=self.alpha)
+        return out
 
 
 class LinearWithMergedLoRA(LinearWithLoRA):

@@ -71,13 +71,14 @@ class MultiHeadAttention(nn.Module):
         else:
             queries, keys, values = self.W_query(pick(x, query_at) if one_query else x), self.W_key(x), self.W_value(x)
         causal = self.causal and not one_query
-        context = F.scaled_dot_product_attention(
-            self.split_heads(queries),
-            self.split_heads(keys),
-            self.split_heads(values),
-            attn_mask=None if causal else key_mask,
-            is_causal=causal,
-        )
+        queries, keys, values = (self.split_heads(part) for part in (queries, keys, values))
+        # On a CPU the fused kernel takes bfloat16 but is slower in it than in float32, backward by half.
+        if x.device.type == "cpu" and queries.dtype == torch.bfloat16:
+            queries, keys, values = queries.float(), keys.float(), values.float()
+        with torch.autocast("cpu", enabled=False):  # which would make them bfloat16 again
+            context = F.scaled_dot_product_attention(
+                queries, keys, values, attn_mask=None if causal else key_mask, is_causal=causal
+            )
         return self.out_proj(context.transpose(1, 2).flatten(2))
 
     def split_heads(self, x):
