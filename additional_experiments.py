@@ -23,11 +23,16 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 import argparse
 import csv
 import hashlib
+import importlib.util
+import json
 import math
 import platform
 import re
 import time
-from dataclasses import dataclass, field, fields, replace
+import uuid
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import datetime
 from itertools import islice, takewhile
 from pathlib import Path
 
@@ -142,6 +147,14 @@ def non_negative_number(text):
     return within(real_number(text), 0, None)
 
 
+def picture(text):
+    if Path(text).suffix not in results.PICTURES:
+        raise argparse.ArgumentTypeError(f'"{text}" does not end in {", ".join(results.PICTURES)}')
+    if not importlib.util.find_spec("matplotlib"):
+        raise argparse.ArgumentTypeError("pictures need matplotlib, which is not installed: pip install matplotlib")
+    return text
+
+
 MAX_CONTEXT = GPTConfig.context_length
 
 
@@ -155,9 +168,14 @@ def context_length(text):
         raise argparse.ArgumentTypeError(f"{error} (it is {named} or a number from 1 to {MAX_CONTEXT})") from None
 
 
-def option(default, help, **settings):
-    """A field of Experiment, with what argparse needs to know of it."""
-    return field(default=default, metadata=dict(help=help, **settings))
+# The headings of --help.
+MODEL, INPUT, TRAINING, DATA = "what is fine-tuned", "what it looks at", "training", "data"
+MACHINE, RESULTS, CUT_OFF, USE = "machine", "results", "runs that are cut off", "using what was trained"
+
+
+def option(default, group, help, **settings):
+    """A field of Experiment or Call, with what argparse needs to know of it."""
+    return field(default=default, metadata=dict(group=group, help=help, **settings))
 
 
 @dataclass(frozen=True)
@@ -168,66 +186,84 @@ class Experiment:
     """
 
     model_size: str = option(
-        "gpt2-small (124M)", f"{', '.join(GPT_SIZES)}; the name without the bracket will do", type=model_size
+        "gpt2-small (124M)", MODEL, f"{', '.join(GPT_SIZES)}; the name without the bracket will do", type=model_size
     )
-    weights: str = option("pretrained", "pretrained, random, or the path of a GPT-2 .safetensors file", metavar="W")
+    weights: str = option(
+        "pretrained", MODEL, "pretrained, random, or the path of a GPT-2 .safetensors file", metavar="W"
+    )
     trainable_layers: str = option(
         "last_block",
+        MODEL,
         "what is trained besides the new head; LoRA adapts every linear layer, lora_alternative is the same with the "
         "product merged into the weight",
         choices=("last_block", "last_layer", "last_two_blocks", "all", "lora", "lora_alternative"),
     )
-    lora_rank: int = option(8, "inner dimension of the LoRA matrices", type=whole_number(1))
-    lora_alpha: float = option(8.0, "factor of the LoRA product (not divided by the rank)", type=positive_number)
+    lora_rank: int = option(8, MODEL, "inner dimension of the LoRA matrices", type=whole_number(1))
+    lora_alpha: float = option(8.0, MODEL, "factor of the LoRA product (not divided by the rank)", type=positive_number)
     trainable_token_pos: str = option(
         "last",
+        INPUT,
         "the position whose output is classified; flexible: the last token that is no padding",
         choices=("last", "first", "flexible"),
     )
     average_embeddings: bool = option(
         False,
+        INPUT,
         "classify the mean of the outputs at all positions instead; with flexible or --no_padding at those of real "
         "tokens only",
         action="store_true",
     )
     context_length: str | int = option(
         "longest_training_example",
+        INPUT,
         "messages are cut to it and padded to it: longest_training_example, model_context_length, or a number from 1 "
         f"to {MAX_CONTEXT}",
         type=context_length,
     )
-    no_padding: bool = option(False, "pad no message: in a batch each gives what it gives alone", action="store_true")
-    disable_causal_mask: bool = option(
-        False, "let every token attend to every other, also to later ones", action="store_true"
+    no_padding: bool = option(
+        False, INPUT, "pad no message: in a batch each gives what it gives alone", action="store_true"
     )
-    ignore_index: int = option(-100, "label that adds nothing to the loss", type=whole_number())
-    batch_size: int = option(8, "messages in a batch", type=whole_number(1))
-    accumulation_steps: int = option(1, "batches whose gradients are averaged into one update", type=whole_number(1))
-    num_epochs: int = option(5, "passes over the training messages", type=whole_number(1))
-    learning_rate: float = option(5e-5, "step size of AdamW", type=positive_number)
-    weight_decay: float = option(0.1, "decoupled weight decay of AdamW", type=non_negative_number)
-    seed: int = option(123, "seed of the random weights, the head and the order of training", type=whole_number(0))
-    device: str = option("auto", "where to run; auto: cuda, else mps, else cpu", choices=("auto", "cpu", "mps", "cuda"))
+    disable_causal_mask: bool = option(
+        False, MODEL, "let every token attend to every other, also to later ones", action="store_true"
+    )
+    ignore_index: int = option(-100, TRAINING, "label that adds nothing to the loss", type=whole_number())
+    batch_size: int = option(8, TRAINING, "messages in a batch", type=whole_number(1))
+    accumulation_steps: int = option(
+        1, TRAINING, "batches whose gradients are averaged into one update", type=whole_number(1)
+    )
+    num_epochs: int = option(5, TRAINING, "passes over the training messages", type=whole_number(1))
+    learning_rate: float = option(5e-5, TRAINING, "step size of AdamW", type=positive_number)
+    weight_decay: float = option(0.1, TRAINING, "decoupled weight decay of AdamW", type=non_negative_number)
+    seed: int = option(
+        123, TRAINING, "seed of the random weights, the head and the order of training", type=whole_number(0)
+    )
+    device: str = option(
+        "auto", MACHINE, "where to run; auto: cuda, else mps, else cpu", choices=("auto", "cpu", "mps", "cuda")
+    )
     precision: str = option(
         "fp32",
+        MACHINE,
         "of the matrix products; trained weights, optimizer, loss and final logits stay float32. bf16: bfloat16; tf32: "
         "on CUDA only",
         choices=("fp32", "bf16", "tf32"),
     )
     features: str = option(
         "auto",
+        MACHINE,
         "where to keep what the frozen blocks give, which is worked out once per message; auto: on the device while it "
         "fits into half of what is free there, else in host memory likewise, else off: worked out anew each time",
         choices=("auto", "device", "host", "off"),
     )
     data_dir: str = option(
         "sms_spam_collection",
+        DATA,
         "folder of the collection and of train.csv, validation.csv and test.csv (columns Label, Text); if the three "
         "are there they are used as they are, so they can be your own",
         metavar="DIR",
     )
     dataset: str = option(
         "uci",
+        DATA,
         "uci: the SMS Spam Collection, or your own files in --data_dir; sample: the 1,500 messages that the project "
         "carries, for trying things out",
         choices=("uci", "sample"),
@@ -248,6 +284,79 @@ class Experiment:
         return GPTConfig(**GPT_SIZES[self.model_size], causal=not self.disable_causal_mask)
 
 
+@dataclass(frozen=True)
+class Call:
+    """What one call is to do beside its experiment, or in place of it. No number depends on it.
+
+    Raises UsageError for what does not go together, or has no folder to be written to.
+    """
+
+    quiet: bool = option(False, RESULTS, "print finished rows only", action="store_true")
+    results_file: str = option(
+        "results.csv", RESULTS, 'file to which each finished run appends its record; "" for none', metavar="FILE"
+    )
+    repeats: int = option(
+        1,
+        RESULTS,
+        "runs with as many seeds, --seed and those after it, then mean and standard deviation",
+        type=whole_number(1),
+    )
+    plot: str | None = option(
+        None, RESULTS, "draw losses and accuracies over the epochs (.png, .pdf or .svg)", type=picture, metavar="FILE"
+    )
+    report: str | None = option(
+        None,
+        RESULTS,
+        "train nothing; print the table from a file of records (without FILE: results.csv), published figures beside "
+        "measured ones",
+        nargs="?",
+        const="results.csv",
+        metavar="FILE",
+    )
+    report_plot: str | None = option(None, RESULTS, "with --report: draw it too", type=picture, metavar="FILE")
+    checkpoint: str | None = option(
+        None,
+        CUT_OFF,
+        "keep the state of training in FILE, after each epoch, now and then, on Ctrl-C and SIGTERM; the same command "
+        "goes on from it",
+        metavar="FILE",
+    )
+    checkpoint_minutes: float = option(
+        10.0, CUT_OFF, "minutes after which the state is written again", type=non_negative_number
+    )
+    restart: bool = option(False, CUT_OFF, "begin anew and overwrite what --checkpoint names", action="store_true")
+    save_model: str | None = option(
+        None, USE, "write what was trained, with all that is needed to use it (.safetensors)", metavar="FILE"
+    )
+    load_model: str | None = option(
+        None,
+        USE,
+        "train nothing; use what --save_model wrote (with --weights FILE if that file has moved)",
+        metavar="FILE",
+    )
+    classify: tuple = option(
+        (),
+        USE,
+        "with --load_model: messages to classify; - for one per line of standard input",
+        nargs="+",
+        metavar="TEXT",
+    )
+
+    def __post_init__(self):
+        for name, needed in (("report_plot", "report"), ("classify", "load_model"), ("restart", "checkpoint")):
+            if getattr(self, name) and getattr(self, needed) is None:
+                raise UsageError(f"--{name} needs --{needed}")
+        if self.load_model is not None and not self.classify:
+            raise UsageError("--load_model needs --classify")
+        if self.save_model is not None and self.repeats > 1:
+            raise UsageError("--save_model saves one classifier, --repeats trains several")
+        for name in ("results_file", "plot", "report_plot", "checkpoint", "save_model"):
+            if (path := getattr(self, name)) and not Path(path).parent.is_dir():
+                raise UsageError(f"--{name} {path}: there is no folder {Path(path).parent}")
+            if path and Path(path).is_dir():
+                raise UsageError(f"--{name} {path} is a folder")
+
+
 # A row is the same row with other values of these.
 NO_PART_OF_A_ROW = ("seed", "device", "precision", "features", "data_dir")
 
@@ -261,19 +370,26 @@ def row_number(experiment):
     return None
 
 
+# What may stand beside an option with which nothing is trained.
+BESIDE = {"report": ("report_plot",), "load_model": ("classify", "model_size", "weights", "device")}
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message):  # argparse's own prints the whole usage before the one line that matters
         raise UsageError(f"{message} (--help lists the options)")
 
 
 def parse_args(argv=None):
-    """The command line as (Experiment, quiet). Raises UsageError."""
+    """The command line as (Experiment, Call, options of the experiment that it gives). Raises UsageError.
+
+    Where nothing is to be trained there is no Experiment: None.
+    """
     parser = Parser(
         description="Fine-tune GPT-2 as a spam classifier: one configuration, one row of the table.",
         argument_default=argparse.SUPPRESS,  # so that options given can be told from defaults and presets
         allow_abbrev=False,
     )
-    preset = parser.add_mutually_exclusive_group()
+    preset = parser.add_argument_group("presets").add_mutually_exclusive_group()
     preset.add_argument(
         "--row",
         type=whole_number(1, len(ROWS)),
@@ -286,24 +402,33 @@ def parse_args(argv=None):
         help="preset a run that needs no network and about a minute: "
         + ", ".join(f"{name} {value}" for name, value in DEMO.items()),
     )
-    for setting in fields(Experiment):
+    groups = {}
+    for setting in (*fields(Experiment), *fields(Call)):
         arguments = dict(setting.metadata)
-        if "action" not in arguments:
+        heading = arguments.pop("group")
+        if setting.default not in (False, None, ()):
             arguments["help"] += f" (default: {setting.default})"
         if "choices" not in arguments and "action" not in arguments:
             arguments.setdefault("metavar", "N" if setting.type in (int, float) else setting.name.upper())
-        parser.add_argument(f"--{setting.name}", **arguments)
-    parser.add_argument("--quiet", action="store_true", help="print the finished row only")
+        if heading not in groups:
+            groups[heading] = parser.add_argument_group(heading)
+        groups[heading].add_argument(f"--{setting.name}", **arguments)
 
     given = vars(parser.parse_args(argv))
-    quiet = given.pop("quiet", False)
+    call = {setting.name: given.pop(setting.name) for setting in fields(Call) if setting.name in given}
+    for mode, beside in BESIDE.items():
+        if mode in call and (refused := sorted((given.keys() | call.keys()) - {mode, *beside})):
+            raise UsageError(f"--{refused[0]} has no place beside --{mode}, which trains nothing")
+    call = Call(**call)
+    if call.report is not None or call.load_model is not None:
+        return None, call, given
     presets = DEMO if given.pop("demo", False) else {}
     if (number := given.pop("row", None)) is not None:
         presets = ROWS[number].options
     settings = presets | given
     if settings.get("dataset") == "sample" and "data_dir" in given:
         raise UsageError("--data_dir is not looked at with the sample; add --dataset uci, or leave --data_dir out")
-    return Experiment(**settings), quiet
+    return Experiment(**settings), call, given
 
 
 def resolve_device(name):
@@ -551,6 +676,44 @@ def encode(tokenizer, splits, experiment):
     return {split: end_to_end(encoded[split], splits[split]["Label"]) for split in splits}, width
 
 
+@dataclass
+class Material:
+    """What a run works on, whatever its seed."""
+
+    messages: dict  # of each split, Messages
+    width: int  # tokens of a padded message
+    dataset: str  # "uci", "sample" or "own"
+    data_sha256: str  # of all labels and texts
+    labels: list  # the K classes by name
+    weights_sha256: str | None  # of the file; None: random
+    is_pretrained: bool  # the weights are the published ones, from wherever they came
+
+
+def gather(experiment, progress):
+    """The Material of an experiment. The weights are not read yet, but for those of `--weights FILE` their sum."""
+    pinned = gpt_download.PRETRAINED.get(experiment.model_size)
+    match experiment.weights:
+        case "pretrained":
+            weights_sha256 = pinned.sha256
+        case "random":
+            weights_sha256 = None
+        case path:
+            weights_sha256 = gpt_download.sha256_of(path)
+    splits, dataset = load_splits(experiment, progress)
+    n_classes = count_classes(splits, experiment)
+    content = json.dumps([[splits[split]["Label"].tolist(), splits[split]["Text"].tolist()] for split in SPLITS])
+    messages, width = encode(gpt_download.load_vocabulary(), splits, experiment)
+    return Material(
+        messages,
+        width,
+        dataset,
+        data_sha256=hashlib.sha256(content.encode()).hexdigest(),
+        labels=[str(number) for number in range(n_classes)] if dataset == "own" else ["ham", "spam"],
+        weights_sha256=weights_sha256,
+        is_pretrained=pinned is not None and weights_sha256 == pinned.sha256,
+    )
+
+
 # --- classifier ---
 #
 # The idea of this program is to compute only what the loss can see, and that only once:
@@ -713,7 +876,7 @@ def build_classifier(experiment, n_classes, weights=None):
     order and each after seeding anew: the model, then the head and the LoRA matrices.
     """
     torch.manual_seed(experiment.seed)
-    with torch.device("cpu" if weights is None else "meta"):  # meta: names and shapes only, nothing drawn or stored
+    with nullcontext() if weights is None else torch.device("meta"):  # names and shapes only, nothing drawn or stored
         gpt = GPTModel(experiment.config)
     if weights is not None:
         load_gpt2_weights(gpt, weights)
@@ -796,6 +959,35 @@ def free_memory(device):
         return min(free, int(limit) - int(used))
     except (OSError, ValueError):  # no such file, or "max"
         return free
+
+
+def memory_needs(experiment, n_classes, messages, device):
+    """Bytes on `device` that a run needs at least, item by item: activations are not among them."""
+    with torch.device("meta"):
+        classifier = build_classifier(experiment, n_classes)
+    trained = 4 * sum(p.numel() for p in classifier.parameters() if p.requires_grad)
+    features = sum(features_size(classifier, split) for split in messages.values()) if classifier.n_frozen else 0
+    place = place_features(experiment, features, device)
+    return {
+        "weights": 4 * sum(p.numel() for p in classifier.parameters()),
+        "gradients": trained,
+        "optimizer": 2 * trained,
+        "frozen features": features if place is not None and place.type == device.type else 0,
+    }
+
+
+def peak_memory(device):
+    """The most memory that this process has held, in bytes: of the device, or main memory; None where unknown."""
+    match device.type:
+        case "cuda":
+            return torch.cuda.max_memory_allocated(device)
+        case "mps":
+            return torch.mps.driver_allocated_memory()
+    if not importlib.util.find_spec("resource"):  # Windows
+        return None
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def compute_features(classifier, messages, device, place, bar):
@@ -900,66 +1092,140 @@ def accumulate(classifier, messages, window, experiment, device):
 
 @dataclass
 class History:
-    """What a run printed, as numbers."""
+    """What a run printed, as numbers and as lines."""
 
     steps: list = field(default_factory=list)
     train_losses: list = field(default_factory=list)
     val_losses: list = field(default_factory=list)
     train_accuracies: list = field(default_factory=list)  # results.Accuracy, after each epoch
     val_accuracies: list = field(default_factory=list)
+    lines: list = field(default_factory=list)
 
-    def add_losses(self, step, train_loss, val_loss):
+    def add_losses(self, epoch, step, train_loss, val_loss):
         self.steps.append(step)
         self.train_losses.append(train_loss)
         self.val_losses.append(val_loss)
+        self.lines.append(f"Ep {epoch} (Step {step:06d}): Train loss {train_loss:.3f}, Val loss {val_loss:.3f}")
 
-    def last_losses(self):
-        return f"Train loss {self.train_losses[-1]:.3f}, Val loss {self.val_losses[-1]:.3f}"
+    def add_accuracies(self, train, val):
+        self.train_accuracies.append(train)
+        self.val_accuracies.append(val)
+        self.lines.append(
+            f"Training accuracy: {train} | Validation accuracy: {val} ({train.correct}/{train.total}, "
+            f"{val.correct}/{val.total}; 95% intervals {train.bounds}, {val.bounds})"
+        )
 
-    def add_accuracies(self, train_accuracy, val_accuracy):
-        self.train_accuracies.append(train_accuracy)
-        self.val_accuracies.append(val_accuracy)
+    @classmethod
+    def from_dict(cls, entries):
+        """What `dataclasses.asdict` made of a History, also after a way through JSON."""
+        history = cls(**{name: list(values) for name, values in entries.items()})
+        for accuracies in (history.train_accuracies, history.val_accuracies):
+            accuracies[:] = [results.Accuracy(**accuracy) for accuracy in accuracies]
+        return history
 
-    def last_accuracies(self):
-        return f"Training accuracy: {self.train_accuracies[-1]} | Validation accuracy: {self.val_accuracies[-1]}"
+
+class TrainingState:
+    """All that training changes, and how far it has come: what a run needs to go on as if it had never stopped."""
+
+    def __init__(self, classifier, experiment, device, seconds=0.0):
+        self.spent, self.start = seconds, time.perf_counter()
+        self.trained = {name: p for name, p in classifier.named_parameters() if p.requires_grad}
+        self.optimizer = torch.optim.AdamW(
+            self.trained.values(), lr=experiment.learning_rate, weight_decay=experiment.weight_decay, fused=True
+        )
+        self.device = device
+        self.history = History()
+        self.n_batches = 0  # whose updates are made
+        self.order = torch.empty(0, dtype=torch.long)  # message numbers of the epoch under way, batch after batch
+
+    @property
+    def seconds(self):
+        """Spent on training so far, in all parts of a run that was cut off."""
+        return self.spent + time.perf_counter() - self.start
+
+    def moment(self):
+        """How far training has come: (what JSON can hold, tensors), which later steps leave as they are.
+
+        The parameters do not belong to it: they change in updates only.
+        """
+        rng = {"rng.cpu": torch.get_rng_state()}
+        if self.device.type != "cpu":
+            rng[f"rng.{self.device.type}"] = getattr(torch, self.device.type).get_rng_state()
+        entries = dict(n_batches=self.n_batches, seconds=self.seconds, history=asdict(self.history))
+        return entries, dict(order=self.order, **rng)
+
+    def trained_tensors(self):
+        return {f"model.{name}": parameter for name, parameter in self.trained.items()}
+
+    def tensors(self):
+        """Trained parameters and the optimizer's tensors by name."""
+        tensors = self.trained_tensors()
+        for name, parameter in self.trained.items():
+            for kind, tensor in self.optimizer.state[parameter].items():
+                tensors[f"optimizer.{kind}.{name}"] = tensor
+        return tensors
+
+    @torch.no_grad()
+    def restore(self, entries, tensors):
+        """Go back to a moment: its entries, its tensors and those of `tensors()`."""
+        self.spent += entries["seconds"]
+        self.n_batches, self.history = entries["n_batches"], History.from_dict(entries["history"])
+        self.order = tensors["order"].clone()
+        for name, parameter in self.trained.items():
+            parameter.copy_(tensors[f"model.{name}"])
+            for kind in ("step", "exp_avg", "exp_avg_sq"):  # none yet of a parameter that had no gradient
+                if (tensor := tensors.get(f"optimizer.{kind}.{name}")) is not None:
+                    self.optimizer.state[parameter][kind] = tensor.to(parameter.device, copy=True)
+        torch.set_rng_state(tensors["rng.cpu"].clone())
+        if self.device.type != "cpu":
+            getattr(torch, self.device.type).set_rng_state(tensors[f"rng.{self.device.type}"].clone())
 
 
-def train(classifier, messages, experiment, device, say, progress):
+def train(classifier, messages, experiment, device, say, progress, state=None, lifeline=None):
     """Fine-tune `classifier` on messages["train"] and say how it goes, in the public original's own lines.
 
-    Returns a History.
+    Goes on from `state`, if there is one. Each change of parameters is made within `lifeline.update`, and wherever
+    the run might go on from, `lifeline.safe` is told. Returns a History.
     """
     loaders = {split: make_loader(messages[split], experiment.batch_size, shuffle=split == "train") for split in SPLITS}
-    trained = [parameter for parameter in classifier.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(
-        trained, lr=experiment.learning_rate, weight_decay=experiment.weight_decay, fused=True
-    )
-    history, step = History(), -1
+    state, lifeline = state or TrainingState(classifier, experiment, device), lifeline or Lifeline()
+    history, per_epoch = state.history, len(loaders["train"])
+    classifier.train()
 
     def predict_split(split):
         return predict_batches(classifier, messages[split], loaders[split], device, EVALUATE_BATCHES)
 
-    total = experiment.num_epochs * len(loaders["train"])
-    with tqdm(desc="training", total=total, unit="batch", disable=not progress) as bar:
-        for epoch in range(1, experiment.num_epochs + 1):
-            classifier.train()
-            for window in windows(loaders["train"], experiment.accumulation_steps):
+    def evaluate_if_due(epoch, step):
+        if step % EVALUATE_EVERY == 0 and step not in history.steps[-1:]:
+            train_loss = mean_loss(predict_split("train"), experiment.ignore_index)
+            val_loss = mean_loss(predict_split("validation"), experiment.ignore_index)
+            history.add_losses(epoch, step, train_loss, val_loss)
+            say(history.lines[-1])
+
+    total = experiment.num_epochs * per_epoch
+    with tqdm(desc="training", total=total, initial=state.n_batches, unit="batch", disable=not progress) as bar:
+        while (epoch := len(history.train_accuracies) + 1) <= experiment.num_epochs:
+            done = state.n_batches - (epoch - 1) * per_epoch
+            if done == 0:
+                state.order = torch.cat(list(loaders["train"]))
+            else:  # the run was cut off after this update, perhaps before its evaluation
+                evaluate_if_due(epoch, state.n_batches - 1)
+            batches = state.order.split(experiment.batch_size)[done:]
+            for window in windows(batches, experiment.accumulation_steps):
                 accumulate(classifier, messages["train"], window, experiment, device)
-                for batch in window:  # step by step, since evaluations fall between the batches of a window too
-                    step += 1
-                    bar.update()
-                    if batch is window[-1]:
-                        optimizer.step()
-                        optimizer.zero_grad()
-                    if step % EVALUATE_EVERY == 0:
-                        history.add_losses(
-                            step,
-                            mean_loss(predict_split("train"), experiment.ignore_index),
-                            mean_loss(predict_split("validation"), experiment.ignore_index),
-                        )
-                        say(f"Ep {epoch} (Step {step:06d}): {history.last_losses()}")
+                last = state.n_batches + len(window) - 1
+                for step in range(state.n_batches, last):  # evaluations fall between the batches of a window too
+                    evaluate_if_due(epoch, step)
+                with lifeline.update(state):
+                    state.optimizer.step()
+                    state.optimizer.zero_grad()
+                    state.n_batches = last + 1
+                evaluate_if_due(epoch, last)
+                lifeline.safe(state)
+                bar.update(len(window))
             history.add_accuracies(accuracy(predict_split("train")), accuracy(predict_split("validation")))
-            say(history.last_accuracies())
+            say(history.lines[-1])
+            lifeline.safe(state, epoch_ends=True)
     return history
 
 
@@ -1027,15 +1293,15 @@ def describe_device(device):
             return f"CPU, {torch.get_num_threads()} threads"
 
 
-def describe_data(experiment, device, messages, width, dataset):
+def describe_data(experiment, device, material):
     """What will happen, as far as it is known before the weights are there: three lines."""
-    counts = ", ".join(f"{len(messages[split]):,} {split}" for split in SPLITS)
+    counts = ", ".join(f"{len(material.messages[split]):,} {split}" for split in SPLITS)
     return "\n".join(
         [
             f"Device: {describe_device(device)}; Python {platform.python_version()}, PyTorch {torch.__version__}, "
             f"tiktoken {tiktoken.__version__}",
-            f"Data: {DATASET_NAMES[dataset]}; messages: {counts}",
-            f"Tokens per message: {width} at most, {'not padded' if experiment.no_padding else 'padded'}",
+            f"Data: {DATASET_NAMES[material.dataset]}; messages: {counts}",
+            f"Tokens per message: {material.width} at most, {'not padded' if experiment.no_padding else 'padded'}",
         ]
     )
 
@@ -1050,9 +1316,12 @@ def describe_model(experiment, classifier):
     )
 
 
-def summarize(experiment, device, width, dataset, accuracies, minutes):
+def summarize(experiment, material, device, accuracies, minutes):
     """The run as a results.Result: its settings in the words of the table's columns."""
-    number = row_number(experiment) if dataset == "uci" else None
+    width, dataset = material.width, material.dataset
+    number = None
+    if dataset == "uci":
+        number = row_number(replace(experiment, weights="pretrained") if material.is_pretrained else experiment)
     layers, position = experiment.trainable_layers, experiment.trainable_token_pos
     if layers.startswith("lora"):
         layers += f" (rank {experiment.lora_rank}, alpha {experiment.lora_alpha:g})"
@@ -1089,6 +1358,280 @@ def summarize(experiment, device, width, dataset, accuracies, minutes):
     )
 
 
+def make_record(experiment, material, device, result, run_id, seconds):
+    """The run as one line of the file of records."""
+    peak = peak_memory(device)
+    return {
+        "run": f"{run_id}-{experiment.seed}",
+        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "row": result.row or "",
+        **asdict(experiment),
+        "weights_sha256": material.weights_sha256 or "",
+        "data": material.dataset,
+        "data_sha256": material.data_sha256,
+        "tokens_per_message": material.width,
+        **{f"{split}_{part}": getattr(getattr(result, split), part) for split in SPLITS for part in ACCURACY_PARTS},
+        "minutes": round(result.minutes, 4),
+        "seconds": round(seconds, 2),
+        "peak_memory_gb": "" if peak is None else round(peak / 1e9, 3),
+        "device_name": result.device,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "tiktoken": tiktoken.__version__,
+        "pandas": pd.__version__,
+    }
+
+
+ACCURACY_PARTS = ("correct", "total", "fraction")
+
+
+def row_commands():
+    """{number: (the options of the row as they are typed, what was published)}."""
+
+    def typed(name, value):
+        return f"--{name}" if value is True else f"--{name} " + (f'"{value}"' if " " in str(value) else f"{value}")
+
+    return {n: (" ".join(typed(*option) for option in row.options.items()), row.published) for n, row in ROWS.items()}
+
+
+def warn_of_memory(experiment, material, device, warn):
+    """Say so before a run that cannot fit: what it needs is known, but for activations."""
+    needs, free = memory_needs(experiment, len(material.labels), material.messages, device), free_memory(device)
+    if sum(needs.values()) > free:
+        items = ", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in needs.items())
+        warn(f"this run needs {sum(needs.values()) / 1e9:.2f} GB and {free / 1e9:.2f} GB are free: {items}")
+
+
+def print_report(call):
+    """`--report`: the table from a file of records, and its picture."""
+    runs, broken = results.read_runs(call.report)
+    print(results.report(runs, row_commands()))
+    if broken:
+        print(f"{call.report}: no whole record on line {', '.join(map(str, broken))}; left out", file=sys.stderr)
+    if call.report_plot:
+        results.plot_report(call.report_plot, runs, row_commands())
+
+
+# --- runs that are cut off ---
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM."""
+
+
+class Lifeline:
+    """Keeps a run that is cut off: it knows the last moment from which the run can go on, and writes it down.
+
+    Within its `with`, SIGTERM and Ctrl-C raise Terminated and KeyboardInterrupt, but never amid an update of the
+    parameters or the writing of the file. Without a path it keeps nothing and leaves signals as they are.
+    """
+
+    RAISED = {signal.SIGTERM: Terminated, signal.SIGINT: KeyboardInterrupt}
+
+    def __init__(self, path=None, minutes=0.0, identity=None, warn=print):
+        self.path, self.minutes, self.identity, self.warn = path, minutes, identity, warn
+        self.run_id = uuid.uuid4().hex
+        self.finished = []  # what is left of each seed that is through
+        self.left = None  # what the file holds of a seed that was cut off, until training goes on from it
+        self.trained = {}  # what the file holds of the last seed, if that was through
+        self.state = self.moment = None
+        self.holding, self.waiting, self.handlers = False, None, {}
+        self.written, self.warning = time.monotonic(), None
+
+    # the file
+
+    def load(self):
+        """Take up what the file holds, if there is one. Raises FileError for one of another run, or damaged."""
+        try:
+            if (found := results.read_checkpoint(self.path, self.identity)) is None:
+                return
+        except FileError as error:
+            raise FileError(f"{error}; --restart overwrites it") from None
+        entries, tensors = found
+        self.run_id, self.finished = entries["run_id"], entries["finished"]
+        if entries["current"] is not None:
+            self.left = entries["current"], tensors
+        else:
+            self.trained = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+
+    def write(self):
+        """Write the last moment down. What cannot be written is told, once, and the run goes on without."""
+        self.written = time.monotonic()
+        if self.path is None or self.moment is None:
+            return
+        current, tensors = self.moment
+        entries = dict(run_id=self.run_id, finished=self.finished, current=current)
+        tensors = tensors | (self.state.trained_tensors() if current is None else self.state.tensors())
+        with self.held():
+            try:
+                results.write_checkpoint(self.path, self.identity, entries, tensors)
+            except OSError as error:
+                warning = f"the checkpoint {self.path} could not be written: {error.strerror or error}"
+                if warning != self.warning:
+                    self.warn(warning)
+                self.warning = warning
+
+    # what training hands over
+
+    @contextmanager
+    def update(self, state):
+        """Within it the parameters change; after it training is at a moment from which it can go on."""
+        with self.held():
+            yield
+            self.hand_over(state)
+
+    def safe(self, state, epoch_ends=False):
+        """Training is at a moment from which it can go on. Some of these moments are written down."""
+        self.hand_over(state)
+        if epoch_ends or time.monotonic() - self.written >= 60 * self.minutes:
+            self.write()
+
+    def hand_over(self, state):
+        if self.path is not None:
+            self.state, self.moment = state, state.moment()
+
+    def finish(self, seed):
+        """A seed is through. `seed` is what is to be kept of it, beside the trained parameters."""
+        self.finished.append(seed)
+        if self.path is not None:
+            self.moment = None, {}
+            self.write()
+            self.moment = None
+
+    # signals
+
+    def __enter__(self):
+        for number in self.RAISED if self.path is not None else ():
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                self.handlers[number] = signal.signal(number, self.receive)
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        try:
+            if isinstance(error, KeyboardInterrupt) and self.path is not None:
+                self.write()
+                if Path(self.path).exists():
+                    error.args = (f"interrupted; the same command goes on from {self.path}",)
+        finally:
+            for number, handler in self.handlers.items():
+                signal.signal(number, handler)
+
+    def receive(self, number, frame):
+        if not self.holding:
+            raise self.RAISED[number]
+        self.waiting = number
+
+    @contextmanager
+    def held(self):
+        """Signals wait until this is over."""
+        self.holding = True
+        try:
+            yield
+        finally:
+            self.holding = False
+        if self.waiting is not None:
+            number, self.waiting = self.waiting, None
+            raise self.RAISED[number]
+
+
+def identity_of(experiment, material, device):
+    """What makes a run the same run, by name: with any other value it would give other numbers."""
+    elsewhere = ("weights", "device", "features", "data_dir")  # by their content, or without effect on numbers
+    settings = {name: value for name, value in asdict(experiment).items() if name not in elsewhere}
+    return settings | {
+        "weights": material.weights_sha256 or "random",
+        "device": device.type,
+        "data": material.data_sha256,
+    }
+
+
+# --- using what was trained ---
+
+CLASSIFIER = "saved classifier"
+
+
+def frozen_sha256(classifier):
+    """SHA-256 of what is not trained, as it was drawn or read."""
+    return results.sha256_of_tensors({name: p for name, p in classifier.named_parameters() if not p.requires_grad})
+
+
+def save_classifier(path, experiment, material, base_sha256, trained):
+    """Write the trained parameters by name, and all else that is needed to use them. Raises OSError."""
+    description = dict(
+        settings=asdict(experiment),
+        width=material.width,
+        labels=material.labels,
+        base_sha256=base_sha256,
+        torch=torch.__version__,
+    )
+    results.write_tensors(path, CLASSIFIER, description, trained)
+
+
+def load_classifier(path, given):
+    """What `save_classifier` wrote, ready for use: (Classifier, its Experiment, labels, torch.device).
+
+    `given` are options beside it. Raises FileError for a file that cannot be used, UsageError for a model size or
+    base weights that are not those it was trained on.
+    """
+    description, trained = results.read_tensors(path, CLASSIFIER)
+    settings = description["settings"]
+    if (size := given.get("model_size", settings["model_size"])) != settings["model_size"]:
+        raise UsageError(f"--model_size {size}: {path} was trained on {settings['model_size']}")
+    needs_base = settings["trainable_layers"] != "all"
+    settings |= given | dict(context_length=description["width"]) | ({} if needs_base else dict(weights="random"))
+    experiment = Experiment(**settings)
+    device = resolve_device(experiment.device)
+    set_precision(experiment.precision, device)
+
+    def check_base(sha256):
+        if needs_base and sha256 != description["base_sha256"]:
+            raise UsageError(f"--weights {experiment.weights}: {path} was trained on other weights (by their SHA-256)")
+
+    weights = None
+    if experiment.weights == "pretrained":
+        check_base(gpt_download.PRETRAINED[size].sha256)
+        weights = gpt_download.open_weights(gpt_download.fetch_weights(size, sys.stderr.isatty()))
+    elif experiment.weights != "random":
+        check_base(gpt_download.sha256_of(experiment.weights))
+        weights = open_weights_file(experiment)
+    classifier = build_classifier(experiment, len(description["labels"]), weights)
+    if weights is None:
+        check_base(frozen_sha256(classifier))
+    with torch.no_grad():
+        for name, parameter in classifier.named_parameters():
+            if parameter.requires_grad:
+                parameter.copy_(trained[name])
+    classifier.to(device)
+    prepare_frozen(classifier)
+    return classifier.eval(), experiment, description["labels"], device
+
+
+def predict_texts(classifier, experiment, texts, device):
+    """Logits (n, K) of messages, treated as in training."""
+    frame = pd.DataFrame(dict(Text=texts, Label=0))
+    encoded, _ = encode(gpt_download.load_vocabulary(), {"texts": frame}, experiment)
+    messages = encoded["texts"]
+    if classifier.n_frozen > 0:
+        messages = compute_features(classifier, messages, device, device, bar=tqdm(disable=True))
+    return predict(classifier, messages, torch.arange(len(messages)), device)
+
+
+def classify(call, given):
+    """`--classify`: label, probability and message, with tabs between them, for each message."""
+    texts = list(call.classify)
+    if texts == ["-"]:
+        texts = sys.stdin.read().splitlines()
+    for number, text in enumerate(texts, 1):
+        if not text.strip():
+            raise UsageError(f"message {number} is empty")
+    if not texts:
+        raise UsageError("there is no message on standard input")
+    classifier, experiment, labels, device = load_classifier(call.load_model, given)
+    probabilities = predict_texts(classifier, experiment, texts, device).softmax(-1)
+    for text, probability, best in zip(texts, *(part.tolist() for part in probabilities.max(-1))):
+        print(f"{labels[best]}\t{probability:.4f}\t{text}")
+
+
 # --- main ---
 
 
@@ -1103,53 +1646,144 @@ def open_weights_file(experiment):
     return tensors
 
 
-def fine_tune(classifier, messages, experiment, device, say, progress):
-    """From the built classifier to its final accuracies: (History, {split: results.Accuracy}, minutes of training)."""
-    torch.manual_seed(experiment.seed)
-    start = time.perf_counter()
-    messages = keep_features(classifier, messages, experiment, device, say, progress)
-    history = train(classifier, messages, experiment, device, say, progress)
-    minutes = (time.perf_counter() - start) / 60
-    say(f"Training completed in {minutes:.2f} minutes.")
+def fine_tune(classifier, features, experiment, device, say, progress, seconds=0.0, lifeline=None):
+    """From the built classifier to its final accuracies: (History, {split: results.Accuracy}, minutes of training).
 
-    accuracies = {}
-    for split, name in zip(SPLITS, ("Training", "Validation", "Test")):
-        loader = make_loader(messages[split], experiment.batch_size, shuffle=split == "train")
-        accuracies[split] = accuracy(predict_batches(classifier, messages[split], loader, device))
-        say(f"{name} accuracy: {accuracies[split]}")
+    `seconds` were spent on the features, and count as training.
+    """
+    torch.manual_seed(experiment.seed)
+    lifeline = lifeline or Lifeline()
+    state = TrainingState(classifier, experiment, device, seconds)
+    if lifeline.left is not None:
+        state.restore(*lifeline.left)
+        lifeline.left = None
+        say(f"Going on from {lifeline.path}, after {state.n_batches:,} batches; what was printed before:")
+        for line in state.history.lines:
+            say(line)
+    history = train(classifier, features, experiment, device, say, progress, state, lifeline)
+    accuracies, minutes = {}, state.seconds / 60
+    history.lines.append(f"Training completed in {minutes:.2f} minutes.")
+    say(history.lines[-1])
+
+    for split, name in results.SPLITS.items():
+        loader = make_loader(features[split], experiment.batch_size, shuffle=split == "train")
+        accuracies[split] = accuracy(predict_batches(classifier, features[split], loader, device))
+        history.lines.append(f"{name} accuracy: {accuracies[split].in_full}")
+        say(history.lines[-1])
     return history, accuracies, minutes
 
 
-def run(experiment, quiet=False):
-    """One experiment from its settings to its printed row. Returns (results.Result, History)."""
+class NotKept(RuntimeError):
+    """The run is through, but not all that was to be kept of it could be written."""
+
+
+def run(experiment, call=Call()):
+    """One experiment from its settings to its printed row, with `call.repeats` seeds one after another.
+
+    Returns [(results.Result, History), ...]. Raises NotKept, at the very end, where something could not be written.
+    """
 
     def say(line):
-        if not quiet:
-            tqdm.write(line, file=sys.stdout)
-            sys.stdout.flush()  # into a pipe or a log file too: a run that is killed is to leave what it said
+        if not call.quiet:
+            show(line)
 
-    progress = sys.stderr.isatty() and not quiet
+    def show(line):
+        tqdm.write(line, file=sys.stdout)
+        sys.stdout.flush()  # into a pipe or a log file too: a run that is killed is to leave what it said
+
+    def warn(line):
+        tqdm.write(f"warning: {line}", file=sys.stderr)
+
+    not_kept = []
+
+    def keep(what, path, write, *arguments):
+        try:
+            return write(path, *arguments)
+        except OSError as error:
+            not_kept.append(f"{what} could not be written to {path}: {error.strerror or error}")
+            warn(f"{not_kept[-1]}; the run goes on")
+
+    progress = sys.stderr.isatty() and not call.quiet
     device = resolve_device(experiment.device)
     set_precision(experiment.precision, device)
     weights = None
     if experiment.weights not in ("pretrained", "random"):
         weights = open_weights_file(experiment)
-    splits, dataset = load_splits(experiment, progress)
-    n_classes = count_classes(splits, experiment)
-    messages, width = encode(gpt_download.load_vocabulary(), splits, experiment)
-    say(describe_data(experiment, device, messages, width, dataset))
+    material = gather(experiment, progress)
+    say(describe_data(experiment, device, material))
+    lifeline = Lifeline(call.checkpoint, call.checkpoint_minutes, identity_of(experiment, material, device), warn)
+    if call.checkpoint is not None and not call.restart:
+        lifeline.load()
+    warn_of_memory(experiment, material, device, warn)
     if experiment.weights == "pretrained":
         weights = gpt_download.open_weights(gpt_download.fetch_weights(experiment.model_size, progress))
-    classifier = build_classifier(experiment, n_classes, weights).to(device)
-    del weights  # and with it the file's memory map, but for what is viewed and not copied
-    prepare_frozen(classifier)
-    say(describe_model(experiment, classifier))
 
-    history, accuracies, minutes = fine_tune(classifier, messages, experiment, device, say, progress)
-    result = summarize(experiment, device, width, dataset, accuracies, minutes)
-    say("\n" + results.markdown_header(result))
-    tqdm.write(results.markdown_row(result), file=sys.stdout)
-    return result, history
+    ended = []
+
+    def end(seed, trained):
+        """Show the row of a seed that is through, and keep what is to be kept of it."""
+        one = replace(experiment, seed=seed["record"]["seed"])
+        accuracies = {split: results.Accuracy(**seed["accuracies"][split]) for split in SPLITS}
+        result = summarize(one, material, device, accuracies, seed["minutes"])
+        ended.append((result, History.from_dict(seed["history"])))
+        say("\n" + results.markdown_header(result))
+        show(results.markdown_row(result))
+        if call.save_model is not None:
+            keep("the classifier", call.save_model, save_classifier, one, material, seed["base_sha256"], trained)
+        if call.results_file:
+            path = keep("the record", call.results_file, results.append_record, seed["record"])
+            if path not in (None, Path(call.results_file)):
+                warn(f"{call.results_file} has other columns and stays as it is; the record is in {path}")
+
+    with lifeline:
+        for seed in lifeline.finished[: call.repeats]:
+            say(f"Finished before, says {call.checkpoint}; what was printed:")
+            for line in seed["history"]["lines"]:
+                say(line)
+            end(seed, lifeline.trained)
+        features = classifier = None
+        for number in range(len(lifeline.finished), call.repeats):
+            one, start = replace(experiment, seed=experiment.seed + number), time.perf_counter()
+            before = 0.0 if lifeline.left is None else lifeline.left[0]["seconds"]
+            classifier = None  # the last seed's goes before there is another
+            classifier = build_classifier(one, len(material.labels), weights)
+            base_sha256 = material.weights_sha256
+            if weights is None and (call.save_model or call.checkpoint):
+                base_sha256 = frozen_sha256(classifier)
+            classifier.to(device)
+            prepare_frozen(classifier)
+            if not ended:
+                say(describe_model(one, classifier))
+            if features is None or weights is None:  # random weights, which are other ones with each seed
+                features, features_start = None, time.perf_counter()
+                features = keep_features(classifier, material.messages, one, device, say, progress)
+                features_seconds = time.perf_counter() - features_start
+            history, accuracies, minutes = fine_tune(
+                classifier, features, one, device, say, progress, features_seconds, lifeline
+            )
+            result = summarize(one, material, device, accuracies, minutes)
+            seconds = before + time.perf_counter() - start
+            seed = dict(
+                record=make_record(one, material, device, result, lifeline.run_id, seconds),
+                accuracies={split: asdict(accuracies[split]) for split in SPLITS},
+                minutes=minutes,
+                history=asdict(history),
+                base_sha256=base_sha256,
+            )
+            end(seed, {name: p for name, p in classifier.named_parameters() if p.requires_grad})
+            lifeline.finish(seed)
+
+    if call.repeats > 1:
+        several = [result for result, _ in ended]
+        say("\n" + results.markdown_header(several[0]))
+        show(results.markdown_mean_row(several))
+    if call.plot is not None:
+        per_epoch = len(make_loader(material.messages["train"], experiment.batch_size, shuffle=True))
+        histories = [history for _, history in ended]
+        keep("the picture", call.plot, results.plot_history, histories, per_epoch, experiment.batch_size)
+    if not_kept:
+        raise NotKept("; ".join(not_kept))
+    return ended
 
 
 OUT_OF_MEMORY_ADVICE = (
@@ -1159,14 +1793,22 @@ OUT_OF_MEMORY_ADVICE = (
 
 
 def main(argv=None):
-    """Run the command line and return the exit status: 0, 1 (cannot be had), 2 (cannot be used), 130 (Ctrl-C)."""
+    """Run the command line and return the exit status.
+
+    0; 1: something could not be had or kept; 2: something cannot be used; 130: Ctrl-C; 143: SIGTERM.
+    """
     try:
-        experiment, quiet = parse_args(argv)
-        run(experiment, quiet)
+        experiment, call, given = parse_args(argv)
+        if call.report is not None:
+            print_report(call)
+        elif call.load_model is not None:
+            classify(call, given)
+        else:
+            run(experiment, call)
     except (UsageError, FileError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except FetchError as error:
+    except (FetchError, NotKept) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except (MemoryError, RuntimeError) as error:
@@ -1174,9 +1816,9 @@ def main(argv=None):
             raise
         print(f"error: out of memory\n{OUT_OF_MEMORY_ADVICE}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as error:
+        print(error.args[0] if error.args else "interrupted", file=sys.stderr)
+        return 143 if isinstance(error, Terminated) else 130
     except BrokenPipeError:  # whoever read the output has gone; Python's own last flush must not complain either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -1189,4 +1831,6 @@ def main(argv=None):
 if __name__ == "__main__":
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    for stream in (sys.stdout, sys.stderr):  # a terminal without an en dash shows a question mark for it
+        stream.reconfigure(errors="replace")
     sys.exit(main())

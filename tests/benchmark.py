@@ -191,8 +191,12 @@ def time_fast(classifier, experiment, messages, device, fast_steps):
     def say(line):
         print(f"    {line}", file=sys.stderr, flush=True)
 
+    def whole_run():
+        features = ae.keep_features(classifier, messages, experiment, device, say, False)
+        ae.fine_tune(classifier, features, experiment, device, say, False)
+
     if fast_steps is None:
-        return seconds(device, ae.fine_tune, classifier, messages, experiment, device, say, False)
+        return seconds(device, whole_run)
 
     predicted, _, steps = counts(experiment, messages)
     n = fast_steps * experiment.batch_size
@@ -226,7 +230,7 @@ def measure(number, arguments):
     if arguments.model_size:
         options += ["--model_size", arguments.model_size]
     options += arguments.options.split()
-    experiment, _ = ae.parse_args(options)
+    experiment, *_ = ae.parse_args(options)
     if arguments.dataset == "sample":
         experiment = replace(experiment, dataset="sample")
     device = ae.resolve_device(experiment.device)

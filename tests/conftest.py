@@ -26,3 +26,9 @@ def nano(data_dir):
     """Options of a run that takes a second: own data, the smallest model, one epoch."""
     options = ["--model_size", "gpt2-nano", "--weights", "random", "--device", "cpu", "--num_epochs", "1"]
     return [*options, "--data_dir", str(data_dir)]
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path_factory, monkeypatch):
+    """Each test runs in an empty folder of its own: a finished run writes its record where it was called."""
+    monkeypatch.chdir(tmp_path_factory.mktemp("called_from"))

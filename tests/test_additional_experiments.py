@@ -145,14 +145,15 @@ def test_lines_of_a_run(nano, capsys):
     assert lines[1] == (
         "Data: your own data (numbers do not compare with the table); messages: 43 train, 9 validation, 17 test"
     )
-    percent = r"\d+\.\d\d%"
+    percent, bounds = r"\d+\.\d\d%", r"\d+\.\d–\d+\.\d"
     patterns = [
         r"Ep 1 \(Step 000000\): Train loss \d\.\d{3}, Val loss \d\.\d{3}",
-        rf"Training accuracy: {percent} \| Validation accuracy: {percent}",
+        rf"Training accuracy: {percent} \| Validation accuracy: {percent} "
+        rf"\(\d+/40, \d/9; 95% intervals {bounds}, {bounds}\)$",
         r"Training completed in \d+\.\d\d minutes\.",
-        rf"Training accuracy: {percent}",
-        rf"Validation accuracy: {percent}",
-        rf"Test accuracy: {percent}",
+        rf"Training accuracy: {percent} \(\d+/40, 95% interval {bounds}\)$",
+        rf"Validation accuracy: {percent} \(\d/9, 95% interval {bounds}\)$",
+        rf"Test accuracy: {percent} \(\d+/17, 95% interval {bounds}\)$",
     ]
     for pattern, line in zip(patterns, lines[5:11], strict=True):
         assert re.match(pattern, line), line
@@ -193,7 +194,7 @@ def test_demo_learns_without_a_network(tmp_path):
     )
     assert run.returncode == 0, run.stderr
     assert float(re.search(r"^Test accuracy: ([\d.]+)%", run.stdout, re.M)[1]) > 85
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["results.csv"]
 
 
 # --- bad input ---
@@ -361,7 +362,7 @@ def test_three_classes_and_messages_without_a_label(nano, data_dir, capsys):
     frame["Label"] = [0, 1, 2] * 14 + [-100]
     frame.to_csv(data_dir / "train.csv", index=None)
     (data_dir / "test.csv").write_text("Label,Text\n-100,a\n2,b\n")
-    result, _ = ae.run(parse(*nano, "--batch_size", 1))
+    [(result, _)] = ae.run(parse(*nano, "--batch_size", 1))
     assert (result.train.total, result.test.total) == (42, 1)
     assert "loss nan" not in capsys.readouterr().out
 
@@ -452,9 +453,9 @@ def test_weights_file_that_transformers_wrote(nano, tmp_path, layers, capsys):
     theirs.save_pretrained(tmp_path / "theirs")
 
     options = [*nano, "--trainable_layers", layers]
-    expected, expected_history = ae.run(parse(*options))
+    [(expected, expected_history)] = ae.run(parse(*options))
     options[options.index("random")] = str(tmp_path / "theirs" / "model.safetensors")
-    result, history = ae.run(parse(*options))
+    [(result, history)] = ae.run(parse(*options))
     assert history.train_losses == pytest.approx(expected_history.train_losses, abs=1e-5)
     assert (result.train, result.test) == (expected.train, expected.test)
     assert "weights: " + options[options.index("--weights") + 1] in capsys.readouterr().out

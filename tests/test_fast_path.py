@@ -109,8 +109,8 @@ class NoBar:
 
 
 def run_nano(options, **changes):
-    experiment, _ = ae.parse_args(options)
-    result, history = ae.run(replace(experiment, **changes), quiet=True)
+    experiment, *_ = ae.parse_args(options)
+    [(result, history)] = ae.run(replace(experiment, **changes), ae.Call(quiet=True))
     return history, (result.train, result.validation, result.test)
 
 
@@ -178,7 +178,7 @@ def test_features_go_where_there_is_room(monkeypatch):
 
 @pytest.mark.parametrize("layers", ["last_layer", "last_block", "last_two_blocks"])
 def test_size_of_features_is_foreseen(nano, layers):
-    experiment, _ = ae.parse_args([*nano, "--trainable_layers", layers])
+    experiment, *_ = ae.parse_args([*nano, "--trainable_layers", layers])
     splits, _ = ae.load_splits(experiment)
     messages, _ = ae.encode(ae.gpt_download.load_vocabulary(), splits, experiment)
     for bf16 in (False, True):
@@ -206,7 +206,7 @@ def test_accumulated_batches_train_like_one_large_batch(nano, data_dir, layers):
     trained = []
     for batch_size, accumulation_steps in ((8, 1), (4, 2), (2, 4)):
         sizes = ["--batch_size", str(batch_size), "--accumulation_steps", str(accumulation_steps)]
-        experiment, _ = ae.parse_args([*nano, *sizes, "--trainable_layers", layers])
+        experiment, *_ = ae.parse_args([*nano, *sizes, "--trainable_layers", layers])
         splits, _ = ae.load_splits(experiment)
         messages, _ = ae.encode(ae.gpt_download.load_vocabulary(), splits, experiment)
         classifier = build_classifier(experiment, 2).double()
@@ -219,7 +219,7 @@ def test_accumulated_batches_train_like_one_large_batch(nano, data_dir, layers):
 
 def test_last_partial_window_is_averaged_over_what_it_holds(nano, monkeypatch):
     """Three batches and a window of two: the second update's gradient is that of the third batch, undivided."""
-    experiment, _ = ae.parse_args([*nano, "--trainable_layers", "last_layer", "--batch_size", "14"])
+    experiment, *_ = ae.parse_args([*nano, "--trainable_layers", "last_layer", "--batch_size", "14"])
     gradients_seen = {}
     for steps in (1, 2):
         updates = gradients_seen[steps] = []
@@ -232,7 +232,7 @@ def test_last_partial_window_is_averaged_over_what_it_holds(nano, monkeypatch):
                 updates.append(self.param_groups[0]["params"][0].grad.clone())
 
         monkeypatch.setattr(torch.optim, "AdamW", Recording)
-        ae.run(replace(experiment, accumulation_steps=steps), quiet=True)
+        ae.run(replace(experiment, accumulation_steps=steps), ae.Call(quiet=True))
     single, double = gradients_seen[1], gradients_seen[2]
     assert (len(single), len(double)) == (3, 2)
     torch.testing.assert_close(double[0], (single[0] + single[1]) / 2)
@@ -241,7 +241,7 @@ def test_last_partial_window_is_averaged_over_what_it_holds(nano, monkeypatch):
 
 @pytest.mark.parametrize("layers", ["last_layer", "last_block", "last_two_blocks", "all", "lora", "lora_alternative"])
 def test_bf16_is_close_and_its_trained_weights_and_head_are_float32(nano, layers):
-    experiment, _ = ae.parse_args([*nano, "--trainable_layers", layers])
+    experiment, *_ = ae.parse_args([*nano, "--trainable_layers", layers])
     splits, _ = ae.load_splits(experiment)
     messages, _ = ae.encode(ae.gpt_download.load_vocabulary(), splits, experiment)
     logits = {}
@@ -271,7 +271,7 @@ def test_ignored_labels_add_nothing():
 
 @pytest.mark.parametrize("layers", ["last_layer", "last_block", "all"])
 def test_batch_of_ignored_labels_leaves_no_gradient(nano, layers):
-    experiment, _ = ae.parse_args([*nano, "--trainable_layers", layers, "--ignore_index", "1"])
+    experiment, *_ = ae.parse_args([*nano, "--trainable_layers", layers, "--ignore_index", "1"])
     splits, _ = ae.load_splits(experiment)
     messages, _ = ae.encode(ae.gpt_download.load_vocabulary(), splits, experiment)
     classifier = build_classifier(experiment, 2)
@@ -300,7 +300,7 @@ def test_free_memory_in_a_container_and_without_linux(monkeypatch):
 
 def test_weights_stay_views_after_they_are_fused_and_loaded_anew(nano):
     """A frozen block computes with what load_state_dict gave it, biases too."""
-    experiment, _ = ae.parse_args(nano)
+    experiment, *_ = ae.parse_args(nano)
     classifier, other = build_classifier(experiment, 2), build_classifier(replace(experiment, seed=1), 2)
     ae.prepare_frozen(classifier)
     ae.prepare_frozen(other)
@@ -314,7 +314,7 @@ def test_weights_stay_views_after_they_are_fused_and_loaded_anew(nano):
 
 def test_large_batch_runs_in_small_passes(nano, monkeypatch):
     """Over frozen features, a batch of 40 costs the memory of a few messages, and gives the same gradient."""
-    experiment, _ = ae.parse_args([*nano, "--batch_size", "40"])
+    experiment, *_ = ae.parse_args([*nano, "--batch_size", "40"])
     splits, _ = ae.load_splits(experiment)
     messages, _ = ae.encode(ae.gpt_download.load_vocabulary(), splits, experiment)
     classifier = build_classifier(experiment, 2)

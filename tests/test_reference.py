@@ -21,8 +21,8 @@ REFERENCE["18"] = REFERENCE["1"]  # no label is 50256, so nothing may change
 @pytest.mark.parametrize("number", REFERENCE)
 def test_row(number, capsys):
     expected = REFERENCE[number]
-    experiment, _ = parse_args(["--row", number, *NANO])
-    result, history = run(experiment)
+    experiment, *_ = parse_args(["--row", number, *NANO])
+    [(result, history)] = run(experiment)
 
     assert history.steps == expected["evaluated_at_steps"]
     assert history.train_losses == pytest.approx(expected["train_losses"], abs=1e-3)
@@ -51,4 +51,6 @@ def test_full_size_line_by_line(capsys):
     assert main(["--weights", "random", "--device", "cpu", "--data_dir", os.environ["COLLECTION_DIR"]]) == 0
     expected = Path(__file__).with_name("small_random_row1_uci.log").read_text().splitlines()
     results = ("Ep ", "Training accuracy", "Validation accuracy", "Test accuracy")
-    assert [line for line in capsys.readouterr().out.splitlines() if line.startswith(results)] == expected
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith(results)]
+    for line, begins in zip(printed, expected, strict=True):  # counts and intervals come after it
+        assert line.startswith(begins)
