@@ -1385,13 +1385,28 @@ def make_record(experiment, material, device, result, run_id, seconds):
 ACCURACY_PARTS = ("correct", "total", "fraction")
 
 
-def row_commands():
-    """{number: (the options of the row as they are typed, what was published)}."""
+def described_rows():
+    """{number of the row: (its options as they are typed, the same in words, what was published)}."""
 
     def typed(name, value):
+        value = f"{value:g}" if isinstance(value, float) else value
         return f"--{name}" if value is True else f"--{name} " + (f'"{value}"' if " " in str(value) else f"{value}")
 
-    return {n: (" ".join(typed(*option) for option in row.options.items()), row.published) for n, row in ROWS.items()}
+    words = dict(trainable_token_pos="{} token", weights="{} weights", lora_rank="rank {}", lora_alpha="alpha {:g}")
+    words |= dict(batch_size="batch size {}", accumulation_steps="accumulation {}", ignore_index="ignore index {}")
+
+    def in_words(name, value):
+        text = name.replace("_", " ") if value is True else words.get(name, "{}").format(value)
+        return text.replace("_", " ")
+
+    return {
+        number: (
+            " ".join(typed(*option) for option in row.options.items()),
+            ", ".join(in_words(*option) for option in row.options.items()) or "last block, last token",
+            row.published,
+        )
+        for number, row in ROWS.items()
+    }
 
 
 def warn_of_memory(experiment, material, device, warn):
@@ -1405,11 +1420,11 @@ def warn_of_memory(experiment, material, device, warn):
 def print_report(call):
     """`--report`: the table from a file of records, and its picture."""
     runs, broken = results.read_runs(call.report)
-    print(results.report(runs, row_commands()))
+    print(results.report(runs, described_rows()))
     if broken:
         print(f"{call.report}: no whole record on line {', '.join(map(str, broken))}; left out", file=sys.stderr)
     if call.report_plot:
-        results.plot_report(call.report_plot, runs, row_commands())
+        results.plot_report(call.report_plot, runs, described_rows())
 
 
 # --- runs that are cut off ---

@@ -186,8 +186,9 @@ def append_record(path, record):
 
     Safe when several processes append at once: one lock, one write, flushed to disk. A file with other columns is
     left as it is; the record then goes to the first of `name-2.csv`, `name-3.csv`, … that has these columns or is
-    not there. A record whose `run` is in the file already is not written again: a run that was cut off between its
-    record and its next checkpoint comes by twice. Raises OSError where nothing can be written, and leaves no part.
+    not there. A record whose `run`, its first column, is in the file already is not written again: a run that was cut
+    off between its record and its next checkpoint comes by twice. Raises OSError where nothing can be written, and
+    leaves no part.
     """
     header, line = csv_line(record), csv_line(record.values())
     path = beside = Path(path)
@@ -197,7 +198,7 @@ def append_record(path, record):
             file.seek(0)
             content = file.read()
             if content.startswith(header) or not content:
-                if record["run"].encode() not in content:
+                if b"\n" + csv_line([record["run"]]).rstrip() + b"," not in content:
                     if not content:
                         line = header + line
                     elif not content.endswith(b"\n"):  # an editor's work, or a line that was cut off
@@ -237,7 +238,12 @@ def read_runs(path):
 
     Raises FileError for a file that is missing or has other columns.
     """
-    needed = ("row", "minutes", "device", *(f"{split}_{part}" for split in SPLITS for part in ("correct", "total")))
+    needed = (
+        "row",
+        "minutes",
+        "device_name",
+        *(f"{split}_{part}" for split in SPLITS for part in ("correct", "total")),
+    )
     runs, broken = [], []
     try:
         with open(path, encoding="utf-8", newline="") as file:
@@ -249,7 +255,7 @@ def read_runs(path):
                 try:
                     accuracies = [Accuracy(int(record[f"{s}_correct"]), int(record[f"{s}_total"])) for s in SPLITS]
                     row = int(record["row"]) if record["row"] else None
-                    runs.append(Run(row, *accuracies, float(record["minutes"]), record["device"]))
+                    runs.append(Run(row, *accuracies, float(record["minutes"]), record["device_name"]))
                 except (TypeError, ValueError):  # TypeError: a line that ends early has None in its last columns
                     broken.append(reader.line_num)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
@@ -276,15 +282,15 @@ def compare(accuracies, published):
     deviation = f" ± {spread([a.fraction * 100 for a in accuracies])[1]:.2f}" if len(accuracies) > 1 else ""
     low, high = measured.interval
     where = "inside" if low <= published / 100 <= high else "outside"
-    difference = measured.fraction * 100 - published
+    difference = round(measured.fraction * 100 - published, 2) + 0.0  # never -0.00
     return f"{measured}{deviation} [{measured.bounds}]; {published:.2f}, {difference:+.2f}, {where}"
 
 
 def report(runs, rows):
-    """The table in Markdown. `rows` maps the number of each row to its command and its Published figures."""
+    """The table in Markdown. `rows` maps the number of each row to (its options, the same in words, Published)."""
     title = ["Row", "Options", "Runs", *(f"{name} acc" for name in SPLITS.values()), "Training time", "CPU/GPU"]
     lines = [markdown_line(title), markdown_line("---" for _ in title)]
-    for number, (command, published) in rows.items():
+    for number, (command, _, published) in rows.items():
         of_row = [run for run in runs if run.row == number]
         if of_row:
             cells = [compare([getattr(run, s) for run in of_row], getattr(published, s)) for s in SPLITS]
@@ -363,25 +369,23 @@ def plot_report(path, runs, rows):
     picture = figure(8, 0.7 + 0.36 * len(rows))
     axes = picture.subplots()
     labels = []
-    for height, (number, (command, published)) in enumerate(rows.items()):
+    for height, (number, (_, words, published)) in enumerate(rows.items()):
         tests = [run.test for run in runs if run.row == number]
-        axes.plot(
-            published.test, height, "D", color=ORANGE, fillstyle="none", label=None if height else "published", zorder=3
-        )
+        label = None if height else "published"
+        axes.plot(published.test, height, "D", color=ORANGE, fillstyle="none", label=label, zorder=3)
         if tests:
             measured = mean_accuracy(tests)
             low, high = measured.interval
             axes.plot([100 * low, 100 * high], [height, height], color=BLUE, linewidth=2)
             axes.plot(100 * measured.fraction, height, "o", color=BLUE)
         else:
-            axes.annotate(
-                "missing", (published.test, height), (8, 0), textcoords="offset points", color=GREY, va="center"
-            )
-        labels.append(f"{command or '(no options)'}  {number}" + (f" (n = {len(tests)})" if len(tests) > 1 else ""))
+            look = dict(textcoords="offset points", color=GREY, fontsize=8, va="center", ha="right")
+            axes.annotate("missing", (published.test, height), (-8, 0), **look)
+        labels.append(f"{words}{f' (n = {len(tests)})' if len(tests) > 1 else ''}  {number:2}")
     axes.plot([], [], "o-", color=BLUE, label="measured, 95% interval")
     axes.set_yticks(range(len(rows)), labels, fontsize=8)
     axes.set(xlabel="Test accuracy (%)", ylim=(len(rows) - 0.5, -0.5))
-    axes.margins(x=0.08)
+    axes.margins(x=0.1)
     axes.grid(axis="x", color="0.9")
     axes.spines[["right", "top", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
