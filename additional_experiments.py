@@ -24,13 +24,13 @@ import argparse
 import csv
 import hashlib
 import importlib.util
+import io
 import json
 import math
 import platform
 import re
 import time
-import uuid
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime
 from itertools import islice, takewhile
@@ -286,7 +286,7 @@ class Experiment:
 
 @dataclass(frozen=True)
 class Call:
-    """What one call is to do beside its experiment, or in place of it. No number depends on it.
+    """What one call is to do beside its experiment, or in place of it. No number of a seed depends on it.
 
     Raises UsageError for what does not go together, or has no folder to be written to.
     """
@@ -350,11 +350,18 @@ class Call:
             raise UsageError("--load_model needs --classify")
         if self.save_model is not None and self.repeats > 1:
             raise UsageError("--save_model saves one classifier, --repeats trains several")
-        for name in ("results_file", "plot", "report_plot", "checkpoint", "save_model"):
-            if (path := getattr(self, name)) and not Path(path).parent.is_dir():
+        names = {}
+        for name in ("plot", "report_plot", "checkpoint", "save_model", "load_model", "results_file"):
+            if (path := getattr(self, name)) is None or (path == "" and name == "results_file"):
+                continue
+            if path == "":
+                raise UsageError(f"--{name} is given without the name of a file")
+            if not Path(path).parent.is_dir():
                 raise UsageError(f"--{name} {path}: there is no folder {Path(path).parent}")
-            if path and Path(path).is_dir():
+            if Path(path).is_dir():
                 raise UsageError(f"--{name} {path} is a folder")
+            if (other := names.setdefault(Path(path).resolve(), name)) != name:
+                raise UsageError(f"--{other} and --{name} name the same file, {path}")
 
 
 # A row is the same row with other values of these.
@@ -428,7 +435,11 @@ def parse_args(argv=None):
     settings = presets | given
     if settings.get("dataset") == "sample" and "data_dir" in given:
         raise UsageError("--data_dir is not looked at with the sample; add --dataset uci, or leave --data_dir out")
-    return Experiment(**settings), call, given
+    experiment = Experiment(**settings)
+    for name in ("checkpoint", "save_model", "plot", "results_file"):
+        if getattr(call, name) and Path(getattr(call, name)).resolve() == Path(experiment.weights).resolve():
+            raise UsageError(f"--{name} {experiment.weights} would overwrite the weights")
+    return experiment, call, given
 
 
 def resolve_device(name):
@@ -932,13 +943,16 @@ def features_size(classifier, messages):
     return (2 if classifier.bf16 else 4) * vectors * width + 4 * len(messages) * width
 
 
-def place_features(experiment, size, device):
-    """The torch.device on which `size` bytes of features are kept, or None where they are worked out anew."""
+def place_features(experiment, size, device, in_use=0):
+    """The torch.device on which `size` bytes of features are kept, or None where they are worked out anew.
+
+    `in_use` bytes of `device` are still to be taken for other things.
+    """
     places = {"device": device, "host": torch.device("cpu"), "off": None}
     if experiment.features != "auto":
         return places[experiment.features]
     for place in (device, places["host"]):
-        if size <= free_memory(place) / 2:
+        if size <= (free_memory(place) - (in_use if place == device else 0)) / 2:
             return place
     return None
 
@@ -965,13 +979,15 @@ def memory_needs(experiment, n_classes, messages, device):
     """Bytes on `device` that a run needs at least, item by item: activations are not among them."""
     with torch.device("meta"):
         classifier = build_classifier(experiment, n_classes)
-    trained = 4 * sum(p.numel() for p in classifier.parameters() if p.requires_grad)
+        prepare_frozen(classifier)
+    weights = sum(p.numel() * p.element_size() for p in classifier.parameters())
+    trained = sum(p.numel() * p.element_size() for p in classifier.parameters() if p.requires_grad)
     features = sum(features_size(classifier, split) for split in messages.values()) if classifier.n_frozen else 0
-    place = place_features(experiment, features, device)
+    place = place_features(experiment, features, device, in_use=weights)
     return {
-        "weights": 4 * sum(p.numel() for p in classifier.parameters()),
+        "weights": weights,
         "gradients": trained,
-        "optimizer": 2 * trained,
+        "optimizer": 2 * trained,  # two moments of each parameter
         "frozen features": features if place is not None and place.type == device.type else 0,
     }
 
@@ -1127,8 +1143,7 @@ class History:
 class TrainingState:
     """All that training changes, and how far it has come: what a run needs to go on as if it had never stopped."""
 
-    def __init__(self, classifier, experiment, device, seconds=0.0):
-        self.spent, self.start = seconds, time.perf_counter()
+    def __init__(self, classifier, experiment, device, seed_begun=None, training_begun=None):
         self.trained = {name: p for name, p in classifier.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(
             self.trained.values(), lr=experiment.learning_rate, weight_decay=experiment.weight_decay, fused=True
@@ -1137,30 +1152,27 @@ class TrainingState:
         self.history = History()
         self.n_batches = 0  # whose updates are made
         self.order = torch.empty(0, dtype=torch.long)  # message numbers of the epoch under way, batch after batch
+        now = time.perf_counter()
+        self.begun = dict(training=training_begun or now, total=seed_begun or now)
+        self.before = dict(training=0.0, total=0.0, peak_memory=0)
 
-    @property
-    def seconds(self):
-        """Spent on training so far, in all parts of a run that was cut off."""
-        return self.spent + time.perf_counter() - self.start
+    def spent(self):
+        """Seconds of training and in all, and the most bytes of memory, over all parts of a run that was cut off."""
+        seconds = {kind: self.before[kind] + time.perf_counter() - begun for kind, begun in self.begun.items()}
+        return seconds | dict(peak_memory=max(self.before["peak_memory"], peak_memory(self.device) or 0))
 
     def moment(self):
-        """How far training has come: (what JSON can hold, tensors), which later steps leave as they are.
-
-        The parameters do not belong to it: they change in updates only.
-        """
+        """How far training has come: (what JSON can hold, tensors), which later steps leave as they are."""
         rng = {"rng.cpu": torch.get_rng_state()}
         if self.device.type != "cpu":
             rng[f"rng.{self.device.type}"] = getattr(torch, self.device.type).get_rng_state()
-        entries = dict(n_batches=self.n_batches, seconds=self.seconds, history=asdict(self.history))
+        entries = dict(n_batches=self.n_batches, spent=self.spent(), history=asdict(self.history))
         return entries, dict(order=self.order, **rng)
 
-    def trained_tensors(self):
-        return {f"model.{name}": parameter for name, parameter in self.trained.items()}
-
-    def tensors(self):
-        """Trained parameters and the optimizer's tensors by name."""
-        tensors = self.trained_tensors()
-        for name, parameter in self.trained.items():
+    def tensors(self, with_optimizer):
+        """Trained parameters by name, and the optimizer's tensors: they change in updates only."""
+        tensors = {f"model.{name}": parameter for name, parameter in self.trained.items()}
+        for name, parameter in self.trained.items() if with_optimizer else ():
             for kind, tensor in self.optimizer.state[parameter].items():
                 tensors[f"optimizer.{kind}.{name}"] = tensor
         return tensors
@@ -1168,9 +1180,8 @@ class TrainingState:
     @torch.no_grad()
     def restore(self, entries, tensors):
         """Go back to a moment: its entries, its tensors and those of `tensors()`."""
-        self.spent += entries["seconds"]
-        self.n_batches, self.history = entries["n_batches"], History.from_dict(entries["history"])
-        self.order = tensors["order"].clone()
+        self.n_batches, self.before = entries["n_batches"], entries["spent"]
+        self.history, self.order = History.from_dict(entries["history"]), tensors["order"].clone()
         for name, parameter in self.trained.items():
             parameter.copy_(tensors[f"model.{name}"])
             for kind in ("step", "exp_avg", "exp_avg_sq"):  # none yet of a parameter that had no gradient
@@ -1188,7 +1199,7 @@ def train(classifier, messages, experiment, device, say, progress, state=None, l
     the run might go on from, `lifeline.safe` is told. Returns a History.
     """
     loaders = {split: make_loader(messages[split], experiment.batch_size, shuffle=split == "train") for split in SPLITS}
-    state, lifeline = state or TrainingState(classifier, experiment, device), lifeline or Lifeline()
+    state, lifeline = state or TrainingState(classifier, experiment, device), lifeline or results.Lifeline()
     history, per_epoch = state.history, len(loaders["train"])
     classifier.train()
 
@@ -1358,9 +1369,11 @@ def summarize(experiment, material, device, accuracies, minutes):
     )
 
 
-def make_record(experiment, material, device, result, run_id, seconds):
+ACCURACY_PARTS = ("correct", "total", "fraction")
+
+
+def make_record(experiment, material, result, run_id, spent):
     """The run as one line of the file of records."""
-    peak = peak_memory(device)
     return {
         "run": f"{run_id}-{experiment.seed}",
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -1372,17 +1385,14 @@ def make_record(experiment, material, device, result, run_id, seconds):
         "tokens_per_message": material.width,
         **{f"{split}_{part}": getattr(getattr(result, split), part) for split in SPLITS for part in ACCURACY_PARTS},
         "minutes": round(result.minutes, 4),
-        "seconds": round(seconds, 2),
-        "peak_memory_gb": "" if peak is None else round(peak / 1e9, 3),
+        "seconds": round(spent["total"], 2),
+        "peak_memory_gb": round(spent["peak_memory"] / 1e9, 3) or "",  # not known on Windows
         "device_name": result.device,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "tiktoken": tiktoken.__version__,
         "pandas": pd.__version__,
     }
-
-
-ACCURACY_PARTS = ("correct", "total", "fraction")
 
 
 def described_rows():
@@ -1430,125 +1440,6 @@ def print_report(call):
 # --- runs that are cut off ---
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM."""
-
-
-class Lifeline:
-    """Keeps a run that is cut off: it knows the last moment from which the run can go on, and writes it down.
-
-    Within its `with`, SIGTERM and Ctrl-C raise Terminated and KeyboardInterrupt, but never amid an update of the
-    parameters or the writing of the file. Without a path it keeps nothing and leaves signals as they are.
-    """
-
-    RAISED = {signal.SIGTERM: Terminated, signal.SIGINT: KeyboardInterrupt}
-
-    def __init__(self, path=None, minutes=0.0, identity=None, warn=print):
-        self.path, self.minutes, self.identity, self.warn = path, minutes, identity, warn
-        self.run_id = uuid.uuid4().hex
-        self.finished = []  # what is left of each seed that is through
-        self.left = None  # what the file holds of a seed that was cut off, until training goes on from it
-        self.trained = {}  # what the file holds of the last seed, if that was through
-        self.state = self.moment = None
-        self.holding, self.waiting, self.handlers = False, None, {}
-        self.written, self.warning = time.monotonic(), None
-
-    # the file
-
-    def load(self):
-        """Take up what the file holds, if there is one. Raises FileError for one of another run, or damaged."""
-        try:
-            if (found := results.read_checkpoint(self.path, self.identity)) is None:
-                return
-        except FileError as error:
-            raise FileError(f"{error}; --restart overwrites it") from None
-        entries, tensors = found
-        self.run_id, self.finished = entries["run_id"], entries["finished"]
-        if entries["current"] is not None:
-            self.left = entries["current"], tensors
-        else:
-            self.trained = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
-
-    def write(self):
-        """Write the last moment down. What cannot be written is told, once, and the run goes on without."""
-        self.written = time.monotonic()
-        if self.path is None or self.moment is None:
-            return
-        current, tensors = self.moment
-        entries = dict(run_id=self.run_id, finished=self.finished, current=current)
-        tensors = tensors | (self.state.trained_tensors() if current is None else self.state.tensors())
-        with self.held():
-            try:
-                results.write_checkpoint(self.path, self.identity, entries, tensors)
-            except OSError as error:
-                warning = f"the checkpoint {self.path} could not be written: {error.strerror or error}"
-                if warning != self.warning:
-                    self.warn(warning)
-                self.warning = warning
-
-    # what training hands over
-
-    @contextmanager
-    def update(self, state):
-        """Within it the parameters change; after it training is at a moment from which it can go on."""
-        with self.held():
-            yield
-            self.hand_over(state)
-
-    def safe(self, state, epoch_ends=False):
-        """Training is at a moment from which it can go on. Some of these moments are written down."""
-        self.hand_over(state)
-        if epoch_ends or time.monotonic() - self.written >= 60 * self.minutes:
-            self.write()
-
-    def hand_over(self, state):
-        if self.path is not None:
-            self.state, self.moment = state, state.moment()
-
-    def finish(self, seed):
-        """A seed is through. `seed` is what is to be kept of it, beside the trained parameters."""
-        self.finished.append(seed)
-        if self.path is not None:
-            self.moment = None, {}
-            self.write()
-            self.moment = None
-
-    # signals
-
-    def __enter__(self):
-        for number in self.RAISED if self.path is not None else ():
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                self.handlers[number] = signal.signal(number, self.receive)
-        return self
-
-    def __exit__(self, kind, error, traceback):
-        try:
-            if isinstance(error, KeyboardInterrupt) and self.path is not None:
-                self.write()
-                if Path(self.path).exists():
-                    error.args = (f"interrupted; the same command goes on from {self.path}",)
-        finally:
-            for number, handler in self.handlers.items():
-                signal.signal(number, handler)
-
-    def receive(self, number, frame):
-        if not self.holding:
-            raise self.RAISED[number]
-        self.waiting = number
-
-    @contextmanager
-    def held(self):
-        """Signals wait until this is over."""
-        self.holding = True
-        try:
-            yield
-        finally:
-            self.holding = False
-        if self.waiting is not None:
-            number, self.waiting = self.waiting, None
-            raise self.RAISED[number]
-
-
 def identity_of(experiment, material, device):
     """What makes a run the same run, by name: with any other value it would give other numbers."""
     elsewhere = ("weights", "device", "features", "data_dir")  # by their content, or without effect on numbers
@@ -1589,33 +1480,38 @@ def load_classifier(path, given):
     base weights that are not those it was trained on.
     """
     description, trained = results.read_tensors(path, CLASSIFIER)
-    settings = description["settings"]
+    settings = description["settings"] | dict(context_length=description["width"])
     if (size := given.get("model_size", settings["model_size"])) != settings["model_size"]:
         raise UsageError(f"--model_size {size}: {path} was trained on {settings['model_size']}")
     needs_base = settings["trainable_layers"] != "all"
-    settings |= given | dict(context_length=description["width"]) | ({} if needs_base else dict(weights="random"))
-    experiment = Experiment(**settings)
-    device = resolve_device(experiment.device)
-    set_precision(experiment.precision, device)
+    base = given.get("weights", settings["weights"]) if needs_base else "random"
+    if base not in ("pretrained", "random") and not Path(base).is_file():
+        raise UsageError(f"{path} was trained on {base}, which is not there; name the file with --weights")
+    device = resolve_device(given.get("device", "cpu" if settings["device"] == "cpu" else "auto"))
+    precision = "fp32" if settings["precision"] == "tf32" and device.type != "cuda" else settings["precision"]
+    experiment = Experiment(**settings | dict(weights=base, device=device.type, precision=precision))
+    set_precision(precision, device)
 
     def check_base(sha256):
         if needs_base and sha256 != description["base_sha256"]:
-            raise UsageError(f"--weights {experiment.weights}: {path} was trained on other weights (by their SHA-256)")
+            raise UsageError(f"--weights {base}: {path} was trained on other weights (by their SHA-256)")
 
     weights = None
-    if experiment.weights == "pretrained":
+    if base == "pretrained":
         check_base(gpt_download.PRETRAINED[size].sha256)
         weights = gpt_download.open_weights(gpt_download.fetch_weights(size, sys.stderr.isatty()))
-    elif experiment.weights != "random":
-        check_base(gpt_download.sha256_of(experiment.weights))
+    elif base != "random":
+        check_base(gpt_download.sha256_of(base))
         weights = open_weights_file(experiment)
     classifier = build_classifier(experiment, len(description["labels"]), weights)
     if weights is None:
         check_base(frozen_sha256(classifier))
+    parameters = {name: p for name, p in classifier.named_parameters() if p.requires_grad}
+    if {name: p.shape for name, p in parameters.items()} != {name: tensor.shape for name, tensor in trained.items()}:
+        raise FileError(f"{path} does not hold the trained parameters that its settings name")
     with torch.no_grad():
-        for name, parameter in classifier.named_parameters():
-            if parameter.requires_grad:
-                parameter.copy_(trained[name])
+        for name, parameter in parameters.items():
+            parameter.copy_(trained[name])
     classifier.to(device)
     prepare_frozen(classifier)
     return classifier.eval(), experiment, description["labels"], device
@@ -1631,20 +1527,28 @@ def predict_texts(classifier, experiment, texts, device):
     return predict(classifier, messages, torch.arange(len(messages)), device)
 
 
+TEXTS_AT_ONCE = 1000
+
+
 def classify(call, given):
     """`--classify`: label, probability and message, with tabs between them, for each message."""
     texts = list(call.classify)
     if texts == ["-"]:
-        texts = sys.stdin.read().splitlines()
+        try:
+            texts = [line.rstrip("\r\n") for line in io.TextIOWrapper(sys.stdin.buffer, "utf-8", newline="\n")]
+        except UnicodeDecodeError as error:
+            raise UsageError(f"standard input is not UTF-8 text ({error.reason})") from None
+    if not texts:
+        raise UsageError("there is no message on standard input")
     for number, text in enumerate(texts, 1):
         if not text.strip():
             raise UsageError(f"message {number} is empty")
-    if not texts:
-        raise UsageError("there is no message on standard input")
     classifier, experiment, labels, device = load_classifier(call.load_model, given)
-    probabilities = predict_texts(classifier, experiment, texts, device).softmax(-1)
-    for text, probability, best in zip(texts, *(part.tolist() for part in probabilities.max(-1))):
-        print(f"{labels[best]}\t{probability:.4f}\t{text}")
+    for start in range(0, len(texts), TEXTS_AT_ONCE):
+        some = texts[start : start + TEXTS_AT_ONCE]
+        probabilities = predict_texts(classifier, experiment, some, device).softmax(-1)
+        for text, probability, best in zip(some, *(part.tolist() for part in probabilities.max(-1))):
+            print(f"{labels[best]}\t{probability:.4f}\t{text}")
 
 
 # --- main ---
@@ -1661,35 +1565,96 @@ def open_weights_file(experiment):
     return tensors
 
 
-def fine_tune(classifier, features, experiment, device, say, progress, seconds=0.0, lifeline=None):
-    """From the built classifier to its final accuracies: (History, {split: results.Accuracy}, minutes of training).
+class Screen:
+    """What a run prints: rows and warnings always, the rest unless it is to be quiet."""
 
-    `seconds` were spent on the features, and count as training.
-    """
-    torch.manual_seed(experiment.seed)
-    lifeline = lifeline or Lifeline()
-    state = TrainingState(classifier, experiment, device, seconds)
-    if lifeline.left is not None:
-        state.restore(*lifeline.left)
-        lifeline.left = None
-        say(f"Going on from {lifeline.path}, after {state.n_batches:,} batches; what was printed before:")
-        for line in state.history.lines:
-            say(line)
-    history = train(classifier, features, experiment, device, say, progress, state, lifeline)
-    accuracies, minutes = {}, state.seconds / 60
-    history.lines.append(f"Training completed in {minutes:.2f} minutes.")
-    say(history.lines[-1])
+    def __init__(self, quiet):
+        self.quiet = quiet
+        self.progress = sys.stderr.isatty() and not quiet
 
-    for split, name in results.SPLITS.items():
-        loader = make_loader(features[split], experiment.batch_size, shuffle=split == "train")
-        accuracies[split] = accuracy(predict_batches(classifier, features[split], loader, device))
-        history.lines.append(f"{name} accuracy: {accuracies[split].in_full}")
-        say(history.lines[-1])
-    return history, accuracies, minutes
+    def show(self, line):
+        tqdm.write(line, file=sys.stdout)
+        sys.stdout.flush()  # into a pipe or a log file too: a run that is killed is to leave what it said
+
+    def say(self, line):
+        if not self.quiet:
+            self.show(line)
+
+    def warn(self, line):
+        tqdm.write(f"warning: {line}", file=sys.stderr)
 
 
 class NotKept(RuntimeError):
     """The run is through, but not all that was to be kept of it could be written."""
+
+
+def fine_tune(classifier, features, experiment, device, say, progress, state=None, lifeline=None):
+    """From the built classifier to its final accuracies: ({split: results.Accuracy}, minutes of training, its state).
+
+    Goes on from where the run was cut off, if the lifeline knows of it.
+    """
+    torch.manual_seed(experiment.seed)
+    state, lifeline = state or TrainingState(classifier, experiment, device), lifeline or results.Lifeline()
+    if lifeline.take_up(state):
+        say(f"Going on from {lifeline.path}, after {state.n_batches:,} batches; what was printed before:")
+        for line in state.history.lines:
+            say(line)
+    train(classifier, features, experiment, device, say, progress, state, lifeline)
+    minutes = state.spent()["training"] / 60
+
+    def tell(line):
+        state.history.lines.append(line)
+        say(line)
+
+    tell(f"Training completed in {minutes:.2f} minutes.")
+    accuracies = {}
+    for split, name in results.SPLITS.items():
+        loader = make_loader(features[split], experiment.batch_size, shuffle=split == "train")
+        accuracies[split] = accuracy(predict_batches(classifier, features[split], loader, device))
+        tell(f"{name} accuracy: {accuracies[split].in_full}")
+    return accuracies, minutes, state
+
+
+@dataclass
+class Finished:
+    """What is kept of a seed that is through; JSON can hold it."""
+
+    record: dict
+    accuracies: dict  # of each split, a results.Accuracy as a dict
+    minutes: float
+    history: dict  # a History as a dict
+    base_sha256: str | None  # of the weights that are not trained
+
+
+def run_seed(experiment, material, weights, features, device, screen, lifeline):
+    """One seed from its weights to its accuracies: (Finished, trained parameters by name, features)."""
+    begun = time.perf_counter()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    classifier = build_classifier(experiment, len(material.labels), weights)
+    base_sha256 = material.weights_sha256 or frozen_sha256(classifier)
+    classifier.to(device)
+    prepare_frozen(classifier)
+    screen.say(describe_model(experiment, classifier))
+
+    training_begun = time.perf_counter()
+    if features is None:
+        features = keep_features(classifier, material.messages, experiment, device, screen.say, screen.progress)
+    kept = "worked out anew" if features is material.messages and classifier.n_frozen else "kept"
+    lifeline.circumstances = dict(device=describe_device(device), PyTorch=torch.__version__, features=kept)
+    state = TrainingState(classifier, experiment, device, begun, training_begun)
+    accuracies, minutes, state = fine_tune(
+        classifier, features, experiment, device, screen.say, screen.progress, state, lifeline
+    )
+    result = summarize(experiment, material, device, accuracies, minutes)
+    finished = Finished(
+        record=make_record(experiment, material, result, lifeline.run_id, state.spent()),
+        accuracies={split: asdict(accuracies[split]) for split in SPLITS},
+        minutes=minutes,
+        history=asdict(state.history),
+        base_sha256=base_sha256,
+    )
+    return finished, state.trained, features
 
 
 def run(experiment, call=Call()):
@@ -1697,101 +1662,83 @@ def run(experiment, call=Call()):
 
     Returns [(results.Result, History), ...]. Raises NotKept, at the very end, where something could not be written.
     """
+    screen = Screen(call.quiet)
+    device = resolve_device(experiment.device)
+    set_precision(experiment.precision, device)
+    weights = None
+    if experiment.weights not in ("pretrained", "random"):
+        weights = open_weights_file(experiment)
+    material = gather(experiment, screen.progress)
+    screen.say(describe_data(experiment, device, material))
+    identity = identity_of(experiment, material, device)
+    lifeline = results.Lifeline(call.checkpoint, call.checkpoint_minutes, identity, screen.warn)
+    if call.checkpoint is not None and not call.restart:
+        lifeline.load()
+        if call.save_model is not None and lifeline.finished and (len(lifeline.finished) > 1 or lifeline.cut_off):
+            held = experiment.seed + len(lifeline.finished) - (lifeline.cut_off is None)
+            raise UsageError(f"--save_model: {call.checkpoint} holds seed {held} and has let go of the one before")
+    warn_of_memory(experiment, material, device, screen.warn)
+    if experiment.weights == "pretrained":
+        weights = gpt_download.open_weights(gpt_download.fetch_weights(experiment.model_size, screen.progress))
 
-    def say(line):
-        if not call.quiet:
-            show(line)
-
-    def show(line):
-        tqdm.write(line, file=sys.stdout)
-        sys.stdout.flush()  # into a pipe or a log file too: a run that is killed is to leave what it said
-
-    def warn(line):
-        tqdm.write(f"warning: {line}", file=sys.stderr)
-
-    not_kept = []
+    not_kept, ended = [], []
 
     def keep(what, path, write, *arguments):
         try:
             return write(path, *arguments)
         except OSError as error:
             not_kept.append(f"{what} could not be written to {path}: {error.strerror or error}")
-            warn(f"{not_kept[-1]}; the run goes on")
+            screen.warn(not_kept[-1])
 
-    progress = sys.stderr.isatty() and not call.quiet
-    device = resolve_device(experiment.device)
-    set_precision(experiment.precision, device)
-    weights = None
-    if experiment.weights not in ("pretrained", "random"):
-        weights = open_weights_file(experiment)
-    material = gather(experiment, progress)
-    say(describe_data(experiment, device, material))
-    lifeline = Lifeline(call.checkpoint, call.checkpoint_minutes, identity_of(experiment, material, device), warn)
-    if call.checkpoint is not None and not call.restart:
-        lifeline.load()
-    warn_of_memory(experiment, material, device, warn)
-    if experiment.weights == "pretrained":
-        weights = gpt_download.open_weights(gpt_download.fetch_weights(experiment.model_size, progress))
-
-    ended = []
-
-    def end(seed, trained):
+    def end(finished, trained):
         """Show the row of a seed that is through, and keep what is to be kept of it."""
-        one = replace(experiment, seed=seed["record"]["seed"])
-        accuracies = {split: results.Accuracy(**seed["accuracies"][split]) for split in SPLITS}
-        result = summarize(one, material, device, accuracies, seed["minutes"])
-        ended.append((result, History.from_dict(seed["history"])))
-        say("\n" + results.markdown_header(result))
-        show(results.markdown_row(result))
-        if call.save_model is not None:
-            keep("the classifier", call.save_model, save_classifier, one, material, seed["base_sha256"], trained)
+        one = replace(experiment, seed=finished.record["seed"])
+        accuracies = {split: results.Accuracy(**finished.accuracies[split]) for split in SPLITS}
+        result = summarize(one, material, device, accuracies, finished.minutes)
+        ended.append((result, History.from_dict(finished.history)))
+        screen.say("\n" + results.markdown_header(result))
+        screen.show(results.markdown_row(result))
         if call.results_file:
-            path = keep("the record", call.results_file, results.append_record, seed["record"])
+            path = keep("the record", call.results_file, results.append_record, finished.record)
             if path not in (None, Path(call.results_file)):
-                warn(f"{call.results_file} has other columns and stays as it is; the record is in {path}")
+                screen.warn(f"{call.results_file} has other columns and stays as it is; the record is in {path}")
+        if call.save_model is not None:
+            keep("the classifier", call.save_model, save_classifier, one, material, finished.base_sha256, trained)
 
-    with lifeline:
-        for seed in lifeline.finished[: call.repeats]:
-            say(f"Finished before, says {call.checkpoint}; what was printed:")
-            for line in seed["history"]["lines"]:
-                say(line)
-            end(seed, lifeline.trained)
-        features = classifier = None
-        for number in range(len(lifeline.finished), call.repeats):
-            one, start = replace(experiment, seed=experiment.seed + number), time.perf_counter()
-            before = 0.0 if lifeline.left is None else lifeline.left[0]["seconds"]
-            classifier = None  # the last seed's goes before there is another
-            classifier = build_classifier(one, len(material.labels), weights)
-            base_sha256 = material.weights_sha256
-            if weights is None and (call.save_model or call.checkpoint):
-                base_sha256 = frozen_sha256(classifier)
-            classifier.to(device)
-            prepare_frozen(classifier)
-            if not ended:
-                say(describe_model(one, classifier))
-            if features is None or weights is None:  # random weights, which are other ones with each seed
-                features, features_start = None, time.perf_counter()
-                features = keep_features(classifier, material.messages, one, device, say, progress)
-                features_seconds = time.perf_counter() - features_start
-            history, accuracies, minutes = fine_tune(
-                classifier, features, one, device, say, progress, features_seconds, lifeline
-            )
-            result = summarize(one, material, device, accuracies, minutes)
-            seconds = before + time.perf_counter() - start
-            seed = dict(
-                record=make_record(one, material, device, result, lifeline.run_id, seconds),
-                accuracies={split: asdict(accuracies[split]) for split in SPLITS},
-                minutes=minutes,
-                history=asdict(history),
-                base_sha256=base_sha256,
-            )
-            end(seed, {name: p for name, p in classifier.named_parameters() if p.requires_grad})
-            lifeline.finish(seed)
+    try:
+        with lifeline:
+            for entry in lifeline.finished[: call.repeats]:
+                screen.say(f"Finished before, says {call.checkpoint}; what was printed:")
+                for line in entry["history"]["lines"]:
+                    screen.say(line)
+                trained = {name.removeprefix("model."): tensor for name, tensor in lifeline.last_trained.items()}
+                end(Finished(**entry), trained)
+            features = trained = None
+            for number in range(len(lifeline.finished), call.repeats):
+                if weights is None:  # random ones, which change with the seed, and the features with them
+                    features = None
+                trained = None  # with it the last seed's classifier goes before there is another
+                finished, trained, features = run_seed(
+                    replace(experiment, seed=experiment.seed + number),
+                    material,
+                    weights,
+                    features,
+                    device,
+                    screen,
+                    lifeline,
+                )
+                end(finished, trained)
+                lifeline.finish(asdict(finished))
+    except KeyboardInterrupt as error:
+        if lifeline.is_ours:
+            command = "the same command without --restart" if call.restart else "the same command"
+            error.args = (f"interrupted; {command} goes on from {call.checkpoint}",)
+        raise
 
     if call.repeats > 1:
         several = [result for result, _ in ended]
-        say("\n" + results.markdown_header(several[0]))
-        show(results.markdown_mean_row(several))
+        screen.say("\n" + results.markdown_header(several[0]))
+        screen.show(results.markdown_mean_row(several))
     if call.plot is not None:
         per_epoch = len(make_loader(material.messages["train"], experiment.batch_size, shuffle=True))
         histories = [history for _, history in ended]
@@ -1801,16 +1748,18 @@ def run(experiment, call=Call()):
     return ended
 
 
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "DefaultCPUAllocator", "ALLOC_FAILED")
 OUT_OF_MEMORY_ADVICE = (
-    "Ways on: a smaller --batch_size with more --accumulation_steps (the product is what counts), a smaller\n"
-    "--context_length or --trainable_token_pos flexible, --features host or off, a smaller --model_size"
+    "Ways on: a smaller --batch_size with more --accumulation_steps (the product is what counts); to train less,\n"
+    "--trainable_layers lora or last_block; --trainable_token_pos flexible or a smaller --context_length;\n"
+    "--features host or off; --precision bf16; a smaller --model_size"
 )
 
 
 def main(argv=None):
     """Run the command line and return the exit status.
 
-    0; 1: something could not be had or kept; 2: something cannot be used; 130: Ctrl-C; 143: SIGTERM.
+    0; 1: something could not be had or kept; 2: something cannot be used; 130: Ctrl-C; 143: SIGTERM; 129: SIGHUP.
     """
     try:
         experiment, call, given = parse_args(argv)
@@ -1823,17 +1772,20 @@ def main(argv=None):
     except (UsageError, FileError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (FetchError, NotKept) as error:
+    except FetchError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except NotKept as error:
+        print(f"error: the run is through, but {error}", file=sys.stderr)
+        return 1
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(error):
+        if not isinstance(error, MemoryError) and not any(words in str(error) for words in OUT_OF_MEMORY):
             raise
         print(f"error: out of memory\n{OUT_OF_MEMORY_ADVICE}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as error:
         print(error.args[0] if error.args else "interrupted", file=sys.stderr)
-        return 143 if isinstance(error, Terminated) else 130
+        return 128 + (error.number if isinstance(error, results.Terminated) else signal.SIGINT)
     except BrokenPipeError:  # whoever read the output has gone; Python's own last flush must not complain either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

@@ -5,13 +5,15 @@ Each is fetched from a pinned address, verified by its SHA-256 and opened. What 
 is not what it should be raises `FileError`. Nothing half-written stays behind.
 """
 
+import glob
 import hashlib
 import io
 import os
+import shutil
 import tempfile
 import time
 import zipfile
-from contextlib import suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -230,20 +232,53 @@ def check_writable(folder):
         ) from error
 
 
+@contextmanager
+def written_whole(path):
+    """A path to write to, whose file takes the place of `path` at the end, flushed to disk; after an error it does not.
+
+    It lies in a folder beside `path` that a process which is killed leaves behind, and a later one clears away.
+    """
+    path = Path(path).resolve()  # of a link the file that it points to is replaced
+    for left_over in path.parent.glob(f"{glob.escape(path.name)}.*.part"):
+        if not is_running(left_over.suffixes[-2][1:]):
+            shutil.rmtree(left_over, ignore_errors=True)
+    folder = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        folder.mkdir()
+        yield folder / path.name
+        with open(folder / path.name, "rb+") as file:
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(folder / path.name, 0o666 & ~umask)  # some writers make files that nobody else may read
+        os.replace(folder / path.name, path)
+        if os.name == "posix":  # the new name is to outlast a power failure too
+            descriptor = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def is_running(pid):
+    """Whether another process of this number may be running; where that cannot be told, as on Windows, it may."""
+    if os.name != "posix" or not pid.isdigit():
+        return True
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return int(pid) != os.getpid()
+
+
 def write_whole(path, content):
     """Write `content` (bytes) to `path` so that the file is there whole or not at all, whatever happens meanwhile."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".", suffix=".part")
-    try:
-        with open(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:  # Ctrl-C included
-        with suppress(OSError):
-            os.unlink(temporary)
-        raise
+    with written_whole(path) as temporary:
+        temporary.write_bytes(content)
 
 
 # --- opening ---

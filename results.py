@@ -10,8 +10,10 @@ import io
 import json
 import math
 import os
-import shutil
+import signal
 import statistics
+import time
+import uuid
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from gpt_download import FileError
+from gpt_download import FileError, written_whole
 
 try:
     import fcntl
@@ -57,7 +59,8 @@ class Accuracy:
         n, p = self.total, self.fraction
         center = p + Z95**2 / (2 * n)
         half = Z95 * math.sqrt(p * (1 - p) / n + Z95**2 / (4 * n**2))
-        return max(0.0, (center - half) / (1 + Z95**2 / n)), min(1.0, (center + half) / (1 + Z95**2 / n))
+        low, high = (bound / (1 + Z95**2 / n) for bound in (center - half, center + half))
+        return low if p > 0 else 0.0, high if p < 1 else 1.0  # rounding would miss these by a hair
 
     def __str__(self):
         return f"{self.fraction * 100:.2f}%"
@@ -398,26 +401,6 @@ def plot_report(path, runs, rows):
 FORMAT = 1
 
 
-@contextmanager
-def written_whole(path):
-    """A path to write a file to, which takes the place of `path` at the end, flushed to disk; or, on an error, not.
-
-    It lies in the folder `path`.part, which a process that is killed here leaves behind and the next one clears away.
-    """
-    path = Path(path)
-    folder = path.with_name(path.name + ".part")
-    shutil.rmtree(folder, ignore_errors=True)
-    try:
-        folder.mkdir()
-        yield folder / path.name
-        with open(folder / path.name, "rb+") as file:
-            os.fsync(file.fileno())
-        os.chmod(folder / path.name, 0o644)
-        os.replace(folder / path.name, path)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 def sha256_of_tensors(tensors, *texts):
     """SHA-256 of tensors with their names, types and shapes, and of texts beside them."""
     sha256 = hashlib.sha256(json.dumps(texts).encode())
@@ -480,3 +463,146 @@ def read_checkpoint(path, identity):
 def write_checkpoint(path, identity, state, tensors):
     """Write the state of a run, which JSON can hold, and its tensors. Raises OSError; what was there then stays."""
     write_tensors(path, CHECKPOINT, dict(identity=identity, state=state), tensors)
+
+
+# --- runs that are cut off ---
+
+
+class Terminated(KeyboardInterrupt):
+    """A signal other than Ctrl-C that ends the run."""
+
+    def __init__(self, number):
+        super().__init__()
+        self.number = number
+
+
+class Lifeline:
+    """Keeps a run that is cut off: it knows the last moment from which the run can go on, and writes it down.
+
+    What trains hands over a state with `moment()`, (what JSON can hold, tensors), and `tensors()`, those that change in
+    updates only. Within `with lifeline:` the signals that end a run raise KeyboardInterrupt or Terminated, but never
+    amid an update or the writing of the file. Without a path it keeps nothing and leaves signals as they are.
+    """
+
+    SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+    def __init__(self, path=None, minutes=0.0, identity=None, warn=print):
+        self.path, self.minutes, self.identity, self.warn = path, minutes, identity, warn
+        self.run_id = uuid.uuid4().hex
+        self.circumstances = {}  # that may change the last digits; a run goes on under other ones, and says so
+        self.finished = []  # what is kept of each seed that is through, one after another
+        self.cut_off = None  # (moment, tensors, circumstances) that the file holds, until training goes on from it
+        self.last_trained = {}  # the trained tensors of the last seed in `finished`, where the file has no moment
+        self.state = self.moment = None
+        self.holding, self.waiting, self.handlers = False, None, {}
+        self.written, self.is_ours, self.warning = time.monotonic(), False, None
+
+    # the file
+
+    def load(self):
+        """Take up what the file holds, if there is one. Raises FileError for one of another run, or damaged."""
+        try:
+            found = read_checkpoint(self.path, self.identity)
+        except FileError as error:
+            raise FileError(f"{error}; --restart overwrites it") from None
+        if found is None:
+            return
+        entries, tensors = found
+        self.is_ours, self.run_id, self.finished = True, entries["run_id"], entries["finished"]
+        if entries["moment"] is not None:
+            self.cut_off = entries["moment"], tensors, entries["circumstances"]
+        else:
+            self.last_trained = {name: tensor.clone() for name, tensor in tensors.items()}  # out of the memory map
+
+    def take_up(self, state):
+        """Bring a state to the moment that the file holds. Returns whether it holds one."""
+        if self.cut_off is None:
+            return False
+        entries, tensors, circumstances = self.cut_off
+        for name, value in self.circumstances.items():
+            if circumstances[name] != value:
+                before = f"{self.path} was begun with {name} {circumstances[name]}"
+                self.warn(f"{before} and goes on with {value}: last digits may differ")
+        state.restore(entries, tensors)
+        self.cut_off = None
+        self.hand_over(state)
+        return True
+
+    def write(self):
+        """Write the last moment down. What cannot be written is told, once, and the run goes on without."""
+        moment, tensors = self.moment
+        entries = dict(run_id=self.run_id, circumstances=self.circumstances, finished=self.finished, moment=moment)
+        try:
+            write_checkpoint(self.path, self.identity, entries, tensors | self.state.tensors(moment is not None))
+            self.is_ours = True
+        except OSError as error:
+            warning = f"the checkpoint {self.path} could not be written: {error.strerror or error}"
+            if warning != self.warning:
+                self.warn(warning)
+            self.warning = warning
+        self.written = time.monotonic()
+
+    # what training hands over
+
+    @contextmanager
+    def update(self, state):
+        """Within it the parameters change; after it training is at a moment from which it can go on."""
+        with self.held():
+            self.moment = None  # an error amid the update leaves none
+            yield
+            self.hand_over(state)
+
+    def safe(self, state, epoch_ends=False):
+        """Training is at a moment from which it can go on. Some of these moments are written down."""
+        self.hand_over(state)
+        if self.path is not None and (epoch_ends or time.monotonic() - self.written >= 60 * self.minutes):
+            with self.held():
+                self.write()
+
+    def hand_over(self, state):
+        if self.path is not None:
+            self.state, self.moment = state, state.moment()
+
+    def finish(self, entry):
+        """A seed is through: keep its entry, which JSON can hold, and the trained tensors, but no moment."""
+        with self.held():
+            self.finished.append(entry)
+            if self.path is not None:
+                self.moment = None, {}
+                self.write()
+            self.state = self.moment = None
+
+    # signals
+
+    def __enter__(self):
+        for number in self.SIGNALS if self.path is not None else ():
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                self.handlers[number] = signal.signal(number, self.receive)
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        self.holding = True  # an impatient second signal is late
+        if error is not None and self.moment is not None:
+            self.write()
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+    def receive(self, number, frame):
+        if self.holding:
+            self.waiting = number
+        else:
+            self.interrupt(number)
+
+    def interrupt(self, number):
+        raise KeyboardInterrupt if number == signal.SIGINT else Terminated(number)
+
+    @contextmanager
+    def held(self):
+        """Signals wait until this is over."""
+        self.holding, self.waiting = True, None
+        try:
+            yield
+        finally:
+            self.holding = False
+        if self.waiting is not None:
+            self.interrupt(self.waiting)

@@ -42,6 +42,7 @@ def test_accuracy_is_printed_in_percent():
 def test_accuracy_in_full():
     assert Accuracy(285, 300).in_full == "95.00% (285/300, 95% interval 91.9–96.9)"
     assert Accuracy(0, 0).interval == (0, 1)
+    assert Accuracy(300, 300).interval[1] == 1 and Accuracy(0, 3).interval[0] == 0  # exactly, and not by a hair
 
 
 @pytest.mark.parametrize("correct, total", [(0, 1), (1, 1), (0, 300), (300, 300), (285, 300), (17, 149), (3, 7)])
@@ -316,8 +317,8 @@ def test_what_was_there_stays_if_the_disk_is_full(tmp_path):
 
 
 def test_what_a_killed_process_left_is_cleared_away(tmp_path):
-    (tmp_path / "file.part").mkdir()
-    (tmp_path / "file.part" / ".tmp123").write_bytes(bytes(100))
+    (tmp_path / "file.999999999.part").mkdir()  # no system has as many processes
+    (tmp_path / "file.999999999.part" / ".tmp123").write_bytes(bytes(100))
     results.write_tensors(tmp_path / "file", "checkpoint", {}, TENSORS)
     assert [tmp_path / "file"] == list(tmp_path.iterdir())
 
