@@ -1378,6 +1378,7 @@ def make_record(experiment, material, result, run_id, spent):
         "run": f"{run_id}-{experiment.seed}",
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
         "row": result.row or "",
+        "configuration": configuration(experiment, material.dataset),
         **asdict(experiment),
         "weights_sha256": material.weights_sha256 or "",
         "data": material.dataset,
@@ -1395,28 +1396,53 @@ def make_record(experiment, material, result, run_id, spent):
     }
 
 
+# Settings whose value does not say by itself what it is the value of.
+IN_WORDS = {
+    "trainable_token_pos": "{} token",
+    "weights": "{} weights",
+    "dataset": "{} data",
+    "lora_rank": "rank {}",
+    "lora_alpha": "alpha {:g}",
+    "batch_size": "batch size {}",
+    "accumulation_steps": "accumulation {}",
+    "num_epochs": "{} epochs",
+    "learning_rate": "learning rate {:g}",
+    "weight_decay": "weight decay {:g}",
+    "ignore_index": "ignore index {}",
+    "context_length": "context: {}",
+}
+
+
+def in_words(options):
+    """Options, a dict, as a reader would name them: `gpt2-xl (1558M), lora, rank 16`."""
+    words = []
+    for name, value in options.items():
+        words.append((name if value is True else IN_WORDS.get(name, "{}").format(value)).replace("_", " "))
+    return ", ".join(words) or "last block, last token"
+
+
+def typed(options):
+    """Options, a dict, as they are typed."""
+    words = []
+    for name, value in options.items():
+        value = f"{value:g}" if isinstance(value, float) else f'"{value}"' if " " in str(value) else value
+        words.append(f"--{name}" if value is True else f"--{name} {value}")
+    return " ".join(words)
+
+
+def configuration(experiment, dataset):
+    """What differs from row 1, in words, whatever the seed and the machine."""
+    options = {
+        setting.name: getattr(experiment, setting.name)
+        for setting in fields(experiment)
+        if setting.name not in NO_PART_OF_A_ROW and getattr(experiment, setting.name) != setting.default
+    }
+    return in_words(options) + (", own data" if dataset == "own" else "")
+
+
 def described_rows():
     """{number of the row: (its options as they are typed, the same in words, what was published)}."""
-
-    def typed(name, value):
-        value = f"{value:g}" if isinstance(value, float) else value
-        return f"--{name}" if value is True else f"--{name} " + (f'"{value}"' if " " in str(value) else f"{value}")
-
-    words = dict(trainable_token_pos="{} token", weights="{} weights", lora_rank="rank {}", lora_alpha="alpha {:g}")
-    words |= dict(batch_size="batch size {}", accumulation_steps="accumulation {}", ignore_index="ignore index {}")
-
-    def in_words(name, value):
-        text = name.replace("_", " ") if value is True else words.get(name, "{}").format(value)
-        return text.replace("_", " ")
-
-    return {
-        number: (
-            " ".join(typed(*option) for option in row.options.items()),
-            ", ".join(in_words(*option) for option in row.options.items()) or "last block, last token",
-            row.published,
-        )
-        for number, row in ROWS.items()
-    }
+    return {n: (typed(row.options), in_words(row.options), row.published) for n, row in ROWS.items()}
 
 
 def warn_of_memory(experiment, material, device, warn):

@@ -12,6 +12,7 @@ import math
 import os
 import signal
 import statistics
+import textwrap
 import time
 import uuid
 from contextlib import contextmanager, suppress
@@ -229,6 +230,7 @@ class Run:
     """One record as the report reads it; `row` is None where the run was no row of the table."""
 
     row: int | None
+    configuration: str
     train: Accuracy
     validation: Accuracy
     test: Accuracy
@@ -243,6 +245,7 @@ def read_runs(path):
     """
     needed = (
         "row",
+        "configuration",
         "minutes",
         "device_name",
         *(f"{split}_{part}" for split in SPLITS for part in ("correct", "total")),
@@ -258,7 +261,9 @@ def read_runs(path):
                 try:
                     accuracies = [Accuracy(int(record[f"{s}_correct"]), int(record[f"{s}_total"])) for s in SPLITS]
                     row = int(record["row"]) if record["row"] else None
-                    runs.append(Run(row, *accuracies, float(record["minutes"]), record["device_name"]))
+                    runs.append(
+                        Run(row, record["configuration"], *accuracies, float(record["minutes"]), record["device_name"])
+                    )
                 except (TypeError, ValueError):  # TypeError: a line that ends early has None in its last columns
                     broken.append(reader.line_num)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
@@ -279,30 +284,55 @@ def mean_accuracy(accuracies):
     return Accuracy(fraction * total, total)
 
 
-def compare(accuracies, published):
-    """One cell: what was measured and its interval, the published figure, the difference, where that figure lies."""
-    measured = mean_accuracy(accuracies)
+def measured(accuracies):
+    """One cell: the mean of several runs, ± their standard deviation, and its interval."""
     deviation = f" ± {spread([a.fraction * 100 for a in accuracies])[1]:.2f}" if len(accuracies) > 1 else ""
-    low, high = measured.interval
+    mean = mean_accuracy(accuracies)
+    return f"{mean}{deviation} [{mean.bounds}]"
+
+
+def compare(accuracies, published):
+    """What is to be said of a published figure: itself, the difference, and where it lies."""
+    mean = mean_accuracy(accuracies)
+    low, high = mean.interval
     where = "inside" if low <= published / 100 <= high else "outside"
-    difference = round(measured.fraction * 100 - published, 2) + 0.0  # never -0.00
-    return f"{measured}{deviation} [{measured.bounds}]; {published:.2f}, {difference:+.2f}, {where}"
+    difference = round(mean.fraction * 100 - published, 2) + 0.0  # never -0.00
+    return f"{published:.2f}, {difference:+.2f}, {where}"
+
+
+def time_and_devices(runs):
+    minutes, deviation = spread([run.minutes for run in runs])
+    devices = ", ".join(dict.fromkeys(run.device for run in runs))
+    return f"{minutes:.2f}{f' ± {deviation:.2f}' if len(runs) > 1 else ''} min", devices
+
+
+def other_runs(runs, rows):
+    """The runs that are no row of the table, by their configuration."""
+    others = {}
+    for run in runs:
+        if run.row not in rows:
+            others.setdefault(run.configuration, []).append(run)
+    return others
 
 
 def report(runs, rows):
-    """The table in Markdown. `rows` maps the number of each row to (its options, the same in words, Published)."""
+    """The table in Markdown, and one of the other runs.
+
+    `rows` maps the number of each row to (its options, the same in words, its Published figures).
+    """
     title = ["Row", "Options", "Runs", *(f"{name} acc" for name in SPLITS.values()), "Training time", "CPU/GPU"]
     lines = [markdown_line(title), markdown_line("---" for _ in title)]
     for number, (command, _, published) in rows.items():
         of_row = [run for run in runs if run.row == number]
+        cells, (time, devices) = ["missing"] * len(SPLITS), ("missing", "-")
         if of_row:
-            cells = [compare([getattr(run, s) for run in of_row], getattr(published, s)) for s in SPLITS]
-            minutes, deviation = spread([run.minutes for run in of_row])
-            time = f"{minutes:.2f}{f' ± {deviation:.2f}' if len(of_row) > 1 else ''} min; {published.minutes:.2f}"
-            devices = ", ".join(dict.fromkeys(run.device for run in of_row))
-        else:
-            cells = [f"missing; {getattr(published, s):.2f}" for s in SPLITS]
-            time, devices = f"missing; {published.minutes:.2f}", "-"
+            cells = [measured([getattr(run, split) for run in of_row]) for split in SPLITS]
+            time, devices = time_and_devices(of_row)
+        for column, split in enumerate(SPLITS):
+            figure = getattr(published, split)
+            cells[column] += "; "
+            cells[column] += compare([getattr(run, split) for run in of_row], figure) if of_row else f"{figure:.2f}"
+        time += f"; {published.minutes:.2f}"
         lines.append(markdown_line([number, f"`{command}`" if command else "-", len(of_row), *cells, time, devices]))
     lines += [
         "",
@@ -310,8 +340,12 @@ def report(runs, rows):
         "figure, the difference in points, and whether the published figure lies inside the interval. Times: minutes",
         "measured; published, on an A100.",
     ]
-    if others := sum(run.row not in rows for run in runs):
-        lines.append(f"Further runs in the file that are no row of the table: {others}.")
+    if others := other_runs(runs, rows):
+        title = ["Other runs", *title[2:]]
+        lines += ["", markdown_line(title), markdown_line("---" for _ in title)]
+        for configuration, alike in others.items():
+            cells = [measured([getattr(run, split) for run in alike]) for split in SPLITS]
+            lines.append(markdown_line([configuration, len(alike), *cells, *time_and_devices(alike)]))
     return "\n".join(lines)
 
 
@@ -368,26 +402,32 @@ def plot_history(path, histories, per_epoch, batch_size):
 
 
 def plot_report(path, runs, rows):
-    """Test accuracy of each row with its interval, and the published figure as a mark."""
-    picture = figure(8, 0.7 + 0.36 * len(rows))
+    """Test accuracy of each row with its interval, and the published figure as a mark; below them the other runs."""
+    lines = [
+        (f"{words}{{}}  {number:2}", [run.test for run in runs if run.row == number], published.test)
+        for number, (_, words, published) in rows.items()
+    ]
+    for configuration, alike in other_runs(runs, rows).items():
+        lines.append((f"{configuration}{{}}", [run.test for run in alike], None))
+    picture = figure(8, 0.7 + 0.36 * len(lines))
     axes = picture.subplots()
-    labels = []
-    for height, (number, (_, words, published)) in enumerate(rows.items()):
-        tests = [run.test for run in runs if run.row == number]
-        label = None if height else "published"
-        axes.plot(published.test, height, "D", color=ORANGE, fillstyle="none", label=label, zorder=3)
+    for height, (_, tests, published) in enumerate(lines):
+        if published is not None:
+            axes.plot(published, height, "D", color=ORANGE, fillstyle="none", zorder=3)
         if tests:
-            measured = mean_accuracy(tests)
-            low, high = measured.interval
-            axes.plot([100 * low, 100 * high], [height, height], color=BLUE, linewidth=2)
-            axes.plot(100 * measured.fraction, height, "o", color=BLUE)
+            mean = mean_accuracy(tests)
+            axes.plot([100 * bound for bound in mean.interval], [height, height], color=BLUE, linewidth=2)
+            axes.plot(100 * mean.fraction, height, "o", color=BLUE)
         else:
-            look = dict(textcoords="offset points", color=GREY, fontsize=8, va="center", ha="right")
-            axes.annotate("missing", (published.test, height), (-8, 0), **look)
-        labels.append(f"{words}{f' (n = {len(tests)})' if len(tests) > 1 else ''}  {number:2}")
-    axes.plot([], [], "o-", color=BLUE, label="measured, 95% interval")
-    axes.set_yticks(range(len(rows)), labels, fontsize=8)
-    axes.set(xlabel="Test accuracy (%)", ylim=(len(rows) - 0.5, -0.5))
+            side, aside = ("right", -8) if published > 85 else ("left", 8)
+            look = dict(textcoords="offset points", color=GREY, fontsize=8, va="center", ha=side)
+            axes.annotate("missing", (published, height), (aside, 0), **look)
+    labels = [label.format(f" (n\u00a0=\u00a0{len(tests)})" if len(tests) > 1 else "") for label, tests, _ in lines]
+    labels = [textwrap.fill(label, 60, drop_whitespace=False) for label in labels]
+    axes.plot([], [], "D", color=ORANGE, fillstyle="none", label="published")
+    axes.plot([], [], "o-", color=BLUE, linewidth=2, label="measured, 95% interval")
+    axes.set_yticks(range(len(lines)), labels, fontsize=8)
+    axes.set(xlabel="Test accuracy (%)", ylim=(len(lines) - 0.5, -0.5))
     axes.margins(x=0.1)
     axes.grid(axis="x", color="0.9")
     axes.spines[["right", "top", "left"]].set_visible(False)

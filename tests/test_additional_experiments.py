@@ -3,6 +3,7 @@
 import hashlib
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -73,6 +74,17 @@ def test_options_given_beside_a_preset_win():
     demo = parse("--demo", "--num_epochs", 1)
     assert (demo.model_size, demo.weights, demo.trainable_layers) == ("gpt2-nano (7M)", "random", "all")
     assert (demo.dataset, demo.learning_rate, demo.num_epochs) == ("sample", 5e-4, 1)
+
+
+def test_configuration_in_words():
+    assert ae.configuration(parse("--seed", 5, "--device", "cpu", "--data_dir", "d"), "own").endswith(", own data")
+    assert ae.configuration(parse(), "uci") == "last block, last token"
+    demo = "gpt2-nano (7M), random weights, all, learning rate 0.0005, sample data"
+    assert ae.configuration(parse("--demo"), "sample") == demo
+    for number, (command, words, _) in ae.described_rows().items():
+        assert parse_args(shlex.split(command))[0] == parse("--row", number)
+        differing = ae.configuration(parse("--row", number), "uci").split(", ")
+        assert set(differing) == set(words.split(", ")) - {"alpha 8"}  # row 12 names what is the default
 
 
 def test_published_figures():

@@ -1,7 +1,6 @@
 """Runs that are cut off and go on, repeats, and what was trained put to use: all at the nano size."""
 
 import csv
-import multiprocessing
 import os
 import random
 import shutil
@@ -14,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from test_results import damaged_at, in_the_next_format, no_file_above
+from test_results import damaged_at, in_the_next_format, no_file_above, processes
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import additional_experiments as ae
@@ -60,13 +59,6 @@ def run_in_folder(folder, options):
         status = ae.main(options)
     Path("seconds").write_text(f"{time.perf_counter() - begin}")
     sys.exit(status)
-
-
-def processes():
-    """Python with PyTorch imported already, from which a process starts at once."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["additional_experiments", "results"])
-    return context
 
 
 # --- SIGKILL ---

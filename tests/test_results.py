@@ -86,12 +86,22 @@ def test_row_of_several_seeds():
 
 def record(run, **further):
     accuracies = {f"{s}_{part}": n for s in results.SPLITS for part, n in (("correct", 285), ("total", 300))}
-    return dict(run=run, row=1, **accuracies, minutes=3.5, device_name='an "odd", name') | further
+    return (
+        dict(run=run, row=1, configuration="as it comes", **accuracies, minutes=3.5, device_name='an "odd", name')
+        | further
+    )
 
 
 def lines_of(path):
     with open(path, newline="") as file:
         return list(csv.DictReader(file))
+
+
+def processes():
+    """Python with all that takes long to import, from which a process starts at once."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["additional_experiments", "torch._dynamo", "test_results", "test_cut_off"])
+    return context
 
 
 def append_some(path, number, barrier):
@@ -101,10 +111,8 @@ def append_some(path, number, barrier):
 
 
 def test_twenty_processes_append_at_once(tmp_path):
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["results"])
-    path, barrier = tmp_path / "results.csv", context.Barrier(20)
-    writers = [context.Process(target=append_some, args=(path, number, barrier)) for number in range(20)]
+    path, barrier = tmp_path / "results.csv", processes().Barrier(20)
+    writers = [processes().Process(target=append_some, args=(path, number, barrier)) for number in range(20)]
     for writer in writers:
         writer.start()
     for writer in writers:
@@ -176,12 +184,15 @@ def some_runs(path):
     results.append_record(path, record("a"))
     results.append_record(path, record("b", test_correct=291, minutes=4.5))
     results.append_record(path, record("c", row=3))
-    results.append_record(path, record("d", row=""))
+    for run in ("d", "e"):
+        results.append_record(path, record(run, row="", configuration="gpt2-nano (7M), sample data"))
     return results.read_runs(path)[0]
 
 
 def test_report(tmp_path):
-    header, rule, first, second, third, *remarks = results.report(some_runs(tmp_path / "r.csv"), ROWS).splitlines()
+    header, rule, first, second, third, *_, _, others, _, other = results.report(
+        some_runs(tmp_path / "r.csv"), ROWS
+    ).splitlines()
     assert header.count("|") == rule.count("|") == first.count("|") == second.count("|") == third.count("|")
     both = Accuracy(288, 300).bounds  # the mean of two runs on the same 300 messages
     assert "| 2 | 95.00% ± 0.00 [91.9–96.9]; 96.63, -1.63, inside | 95.00% ± 0.00 [91.9–96.9]; 99.33" in first
@@ -191,7 +202,8 @@ def test_report(tmp_path):
         "| missing; 78.46 | missing; 80.54 | missing; 75.00 | missing; 0.28 | - |"
     )
     assert "| 1 | 95.00% [91.9–96.9]; 78.65, +16.35, outside |" in third and "| 3.50 min; 0.25 |" in third
-    assert remarks[-1] == "Further runs in the file that are no row of the table: 1."
+    assert others.startswith("| Other runs | Runs | Training acc |") and others.count("|") == other.count("|")
+    assert other.startswith("| gpt2-nano (7M), sample data | 2 | 95.00% ± 0.00 [91.9–96.9] |")
 
 
 @pytest.mark.parametrize(
@@ -239,7 +251,13 @@ def test_report_picture_names_each_row(tmp_path):
     with matplotlib.rc_context({"svg.fonttype": "none"}):  # letters as letters
         results.plot_report(tmp_path / "report.svg", some_runs(tmp_path / "r.csv"), ROWS)
     texts = re.findall(r"<text[^>]*>([^<]*)</text>", (tmp_path / "report.svg").read_text())
-    for text in ("last block, last token (n = 2)   1", "first token   2", "last layer   3", "missing", "published"):
+    for text in (
+        "last block, last token (n\u00a0=\u00a02)   1",
+        "first token   2",
+        "last layer   3",
+        "missing",
+        "published",
+    ):
         assert text in texts
 
 
