@@ -1,8 +1,14 @@
+import signal
+
 import pandas as pd
 import pytest
 
 import additional_experiments
 import gpt_download
+
+# A shell script starts what it puts into the background with Ctrl-C ignored, and children inherit that: without this
+# line the tests of Ctrl-C would fail where the whole suite runs so.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

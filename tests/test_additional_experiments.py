@@ -426,13 +426,16 @@ def test_ctrl_c(tmp_path, moment):
         text=True,
         cwd=tmp_path,
     )
-    if moment == "import":
-        maps = Path(f"/proc/{process.pid}/maps")
-        wait_until(lambda: "libtorch" in maps.read_text(), process)
-    else:
-        wait_until(lambda: process.stdout.readline().startswith("Ep 1"), process)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=300)
+    try:
+        if moment == "import":
+            maps = Path(f"/proc/{process.pid}/maps")
+            wait_until(lambda: "libtorch" in maps.read_text(), process)
+        else:
+            wait_until(lambda: process.stdout.readline().startswith("Ep 1"), process)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 130 and "Traceback" not in err
 
 
