@@ -1378,7 +1378,7 @@ def make_record(experiment, material, result, run_id, spent):
         "run": f"{run_id}-{experiment.seed}",
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
         "row": result.row or "",
-        "configuration": configuration(experiment, material.dataset),
+        "configuration": configuration(experiment, material.dataset, material.data_sha256),
         **asdict(experiment),
         "weights_sha256": material.weights_sha256 or "",
         "data": material.dataset,
@@ -1430,14 +1430,14 @@ def typed(options):
     return " ".join(words)
 
 
-def configuration(experiment, dataset):
-    """What differs from row 1, in words, whatever the seed and the machine."""
+def configuration(experiment, dataset, data_sha256):
+    """What differs from row 1, in words, whatever the seed and the machine. Other data of one's own are told apart."""
     options = {
         setting.name: getattr(experiment, setting.name)
         for setting in fields(experiment)
         if setting.name not in NO_PART_OF_A_ROW and getattr(experiment, setting.name) != setting.default
     }
-    return in_words(options) + (", own data" if dataset == "own" else "")
+    return in_words(options) + (f", own data {data_sha256[:8]}" if dataset == "own" else "")
 
 
 def described_rows():

@@ -231,6 +231,7 @@ class Run:
 
     row: int | None
     configuration: str
+    seed: int
     train: Accuracy
     validation: Accuracy
     test: Accuracy
@@ -241,16 +242,20 @@ class Run:
 def read_runs(path):
     """The Runs of a file of records, and the numbers of the lines that are none.
 
+    The same seed with the same result on the same device is one run that was made twice: it counts once, or a
+    standard deviation would come out too small.
+
     Raises FileError for a file that is missing or has other columns.
     """
     needed = (
         "row",
         "configuration",
+        "seed",
         "minutes",
         "device_name",
         *(f"{split}_{part}" for split in SPLITS for part in ("correct", "total")),
     )
-    runs, broken = [], []
+    runs, broken = {}, []
     try:
         with open(path, encoding="utf-8", newline="") as file:
             reader = csv.DictReader(file)
@@ -259,16 +264,16 @@ def read_runs(path):
                     raise FileError(f"{path} holds no records of runs: column {column} is missing")
             for record in reader:
                 try:
-                    accuracies = [Accuracy(int(record[f"{s}_correct"]), int(record[f"{s}_total"])) for s in SPLITS]
                     row = int(record["row"]) if record["row"] else None
-                    runs.append(
-                        Run(row, record["configuration"], *accuracies, float(record["minutes"]), record["device_name"])
-                    )
+                    what = row, record["configuration"], int(record["seed"])
+                    accuracies = [Accuracy(int(record[f"{s}_correct"]), int(record[f"{s}_total"])) for s in SPLITS]
+                    minutes, device = float(record["minutes"]), record["device_name"]
+                    runs.setdefault((what, *accuracies, device), Run(*what, *accuracies, minutes, device))
                 except (TypeError, ValueError):  # TypeError: a line that ends early has None in its last columns
                     broken.append(reader.line_num)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise FileError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    return runs, broken
+    return list(runs.values()), broken
 
 
 # --- the report ---

@@ -77,13 +77,14 @@ def test_options_given_beside_a_preset_win():
 
 
 def test_configuration_in_words():
-    assert ae.configuration(parse("--seed", 5, "--device", "cpu", "--data_dir", "d"), "own").endswith(", own data")
-    assert ae.configuration(parse(), "uci") == "last block, last token"
+    own = parse("--seed", 5, "--device", "cpu", "--data_dir", "d")
+    assert ae.configuration(own, "own", "01234567" * 8) == "last block, last token, own data 01234567"
+    assert ae.configuration(parse(), "uci", "") == "last block, last token"
     demo = "gpt2-nano (7M), random weights, all, learning rate 0.0005, sample data"
-    assert ae.configuration(parse("--demo"), "sample") == demo
+    assert ae.configuration(parse("--demo"), "sample", "") == demo
     for number, (command, words, _) in ae.described_rows().items():
         assert parse_args(shlex.split(command))[0] == parse("--row", number)
-        differing = ae.configuration(parse("--row", number), "uci").split(", ")
+        differing = ae.configuration(parse("--row", number), "uci", "").split(", ")
         assert set(differing) == set(words.split(", ")) - {"alpha 8"}  # row 12 names what is the default
 
 

@@ -87,7 +87,8 @@ def test_row_of_several_seeds():
 def record(run, **further):
     accuracies = {f"{s}_{part}": n for s in results.SPLITS for part, n in (("correct", 285), ("total", 300))}
     return (
-        dict(run=run, row=1, configuration="as it comes", **accuracies, minutes=3.5, device_name='an "odd", name')
+        dict(run=run, row=1, configuration="as it comes", seed=123, **accuracies, minutes=3.5)
+        | dict(device_name='an "odd", name')
         | further
     )
 
@@ -145,7 +146,7 @@ def test_a_line_that_was_cut_off_spoils_no_other(tmp_path):
     results.append_record(path, record("x"))
     with open(path, "a") as file:
         file.write("y,1,285")
-    results.append_record(path, record("z"))
+    results.append_record(path, record("z", seed=124))
     runs, broken = results.read_runs(path)
     assert len(runs) == 2 and broken == [3]
 
@@ -184,8 +185,8 @@ def some_runs(path):
     results.append_record(path, record("a"))
     results.append_record(path, record("b", test_correct=291, minutes=4.5))
     results.append_record(path, record("c", row=3))
-    for run in ("d", "e"):
-        results.append_record(path, record(run, row="", configuration="gpt2-nano (7M), sample data"))
+    for run, seed in (("d", 123), ("e", 124), ("again", 124)):
+        results.append_record(path, record(run, row="", configuration="gpt2-nano (7M), sample data", seed=seed))
     return results.read_runs(path)[0]
 
 
@@ -203,6 +204,7 @@ def test_report(tmp_path):
     )
     assert "| 1 | 95.00% [91.9–96.9]; 78.65, +16.35, outside |" in third and "| 3.50 min; 0.25 |" in third
     assert others.startswith("| Other runs | Runs | Training acc |") and others.count("|") == other.count("|")
+    # the third has the seed and the result of the second: nothing new
     assert other.startswith("| gpt2-nano (7M), sample data | 2 | 95.00% ± 0.00 [91.9–96.9] |")
 
 
