@@ -1,39 +1,33 @@
 """Everything that comes from elsewhere: GPT-2's weights, the SMS Spam Collection, the vocabulary.
 
-Each is fetched from a pinned address, verified by its SHA-256 and opened. What cannot be had raises
-`FetchError`, whose message names what was asked for, why it failed and the ways on; a file that is there but
-is not what it should be raises `FileError`. Nothing half-written stays behind.
+Each is fetched from a pinned address, verified by its SHA-256 and opened. A download that fails raises `FetchError`,
+whose message names what was asked for, why it failed and what to try; a file that is there but is not what it
+should be raises `FileError`. Nothing half-written stays behind.
 """
 
-import glob
 import hashlib
 import io
 import os
-import shutil
+import sys
 import tempfile
 import time
 import zipfile
-from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import huggingface_hub
 import requests
 import tiktoken
+import torch
 from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import disable_progress_bars
 from safetensors import SafetensorError, safe_open
 from tiktoken.load import load_tiktoken_bpe
 from tqdm import tqdm
 
-
-class FetchError(RuntimeError):
-    """Something could not be fetched."""
-
-
-class FileError(ValueError):
-    """A file is damaged, or is not the file that it should be."""
-
+from previous_chapters import GPT_SIZES, GPTConfig, GPTModel, WeightsError, load_gpt2_weights
+from runner.files import FetchError, FileError, UsageError, sha256_of, write_bytes
 
 # --- what is fetched, and from where ---
 
@@ -96,7 +90,7 @@ LARGEST_ARCHIVE = 50_000_000  # bytes; the collection has 203,415
 
 
 def retrying(attempt, give_up=()):
-    """What `attempt()` returns, tried up to ATTEMPTS times; errors of the kinds in `give_up` are final at once."""
+    """What `attempt()` returns, tried up to ATTEMPTS times; errors of the types in `give_up` are raised at once."""
     for retries_left in reversed(range(ATTEMPTS)):
         try:
             return attempt()
@@ -110,7 +104,7 @@ class FinalAnswer(requests.RequestException):
     """An answer that a further attempt would not change."""
 
 
-def download(url, sha256, progress=False):
+def download(url, sha256, quiet=False):
     """The bytes behind `url`, whose SHA-256 must be `sha256`. Raises requests.RequestException."""
 
     def attempt():
@@ -120,7 +114,7 @@ def download(url, sha256, progress=False):
                 raise FinalAnswer(f"{answer.status_code} {answer.reason}")
             answer.raise_for_status()
             size = int(answer.headers.get("Content-Length", 0)) or None
-            with tqdm(desc=url.rsplit("/", 1)[-1], total=size, unit="B", unit_scale=True, disable=not progress) as bar:
+            with tqdm(desc=url.rsplit("/", 1)[-1], total=size, unit="B", unit_scale=True, disable=quiet or None) as bar:
                 for piece in answer.iter_content(1 << 16):
                     content.write(piece)
                     bar.update(len(piece))
@@ -134,10 +128,10 @@ def download(url, sha256, progress=False):
     return retrying(attempt, give_up=FinalAnswer)
 
 
-def fetch_collection(data_dir, progress=False):
+def fetch_collection(data_dir, quiet=False):
     """Path of the SMS Spam Collection in the folder `data_dir`, downloaded if it is not there.
 
-    Raises FileError if a file of its name is there and is another, FetchError if it cannot be had.
+    Raises FileError if another file of its name is there, FetchError if the download fails.
     """
     for name in COLLECTION_NAMES:
         if (path := Path(data_dir, name)).exists():
@@ -153,33 +147,33 @@ def fetch_collection(data_dir, progress=False):
     reasons = []
     for url in COLLECTION_URLS:
         try:
-            archive = download(url, COLLECTION_ZIP_SHA256, progress)
+            archive = download(url, COLLECTION_ZIP_SHA256, quiet)
         except requests.RequestException as error:
             reasons.append(f"  {url}: {reason(error)}")
             continue
-        write_whole(path, zipfile.ZipFile(io.BytesIO(archive)).read(COLLECTION_MEMBER))
+        write_bytes(path, zipfile.ZipFile(io.BytesIO(archive)).read(COLLECTION_MEMBER))
         return path
     raise FetchError(
         "\n".join(
             [
                 "the SMS Spam Collection could not be downloaded:",
                 *reasons,
-                "Ways on: try again later; use --dataset sample (or --demo), which needs no network; or fetch the zip",
+                "Try: the same command later; --dataset sample or --demo, which need no network; or download the zip",
                 f"by other means and put its member {COLLECTION_MEMBER} at {path}",
             ]
         )
     )
 
 
-def fetch_weights(model_size, progress=False):
+def fetch_weights(model_size, quiet=False):
     """Path of the pretrained weights of `model_size` in the Hugging Face cache, downloaded if not there.
 
     The hub's client does the work, so that its cache and its settings (HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE)
-    hold. Raises FetchError if the file cannot be had or is not the one that is pinned.
+    apply. Raises FetchError if the download fails or gives another file than the pinned one.
     """
     file = PRETRAINED[model_size]
     where = dict(repo_id=file.repo_id, filename=file.filename, revision=file.revision)
-    if not progress:
+    if quiet or not sys.stderr.isatty():
         disable_progress_bars()
     try:
         path = Path(
@@ -198,8 +192,8 @@ def fetch_weights(model_size, progress=False):
         raise FetchError(
             f"{file.filename} of {file.repo_id} at revision {file.revision} could not be downloaded\n"
             f"  from {os.environ.get('HF_ENDPOINT', 'https://huggingface.co')}: {reason(error)}\n"
-            "Ways on: try again later; set HF_ENDPOINT to a mirror of the hub; fetch the file by other means and\n"
-            "give its path as --weights FILE; use --weights random, or --demo, which needs no network"
+            "Try: the same command later; HF_ENDPOINT=URL for a mirror of the hub; --weights FILE for a file that was\n"
+            "downloaded by other means; --weights random, or --demo, which needs no network"
         ) from error
     return path
 
@@ -211,14 +205,6 @@ def reason(error):
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 
-# --- files ---
-
-
-def sha256_of(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def check_writable(folder):
     """Make `folder` if it is not there. Raises FetchError where nothing can be written into it."""
     try:
@@ -228,57 +214,8 @@ def check_writable(folder):
     except OSError as error:
         raise FetchError(
             f"nothing can be written into {folder} ({error.strerror or error})\n"
-            "Ways on: name another folder with --data_dir, or use --dataset sample"
+            "Try: another folder with --data_dir, or --dataset sample"
         ) from error
-
-
-@contextmanager
-def written_whole(path):
-    """A path to write to, whose file takes the place of `path` at the end, flushed to disk; after an error it does not.
-
-    It lies in a folder beside `path` that a process which is killed leaves behind, and a later one clears away.
-    """
-    path = Path(path).resolve()  # of a link the file that it points to is replaced
-    for left_over in path.parent.glob(f"{glob.escape(path.name)}.*.part"):
-        if not is_running(left_over.suffixes[-2][1:]):
-            shutil.rmtree(left_over, ignore_errors=True)
-    folder = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        folder.mkdir()
-        yield folder / path.name
-        with open(folder / path.name, "rb+") as file:
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(folder / path.name, 0o666 & ~umask)  # some writers make files that nobody else may read
-        os.replace(folder / path.name, path)
-        if os.name == "posix":  # the new name is to outlast a power failure too
-            descriptor = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def is_running(pid):
-    """Whether another process of this number may be running; where that cannot be told, as on Windows, it may."""
-    if os.name != "posix" or not pid.isdigit():
-        return True
-    try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):
-        return True
-    return int(pid) != os.getpid()
-
-
-def write_whole(path, content):
-    """Write `content` (bytes) to `path` so that the file is there whole or not at all, whatever happens meanwhile."""
-    with written_whole(path) as temporary:
-        temporary.write_bytes(content)
 
 
 # --- opening ---
@@ -296,12 +233,62 @@ def open_weights(path):
         raise FileError(f"{path} cannot be read as a .safetensors file: {reason(error)}") from error
 
 
+@dataclass
+class Weights:
+    """The weights from which a classifier starts: a file's, or random ones."""
+
+    model_size: str
+    sha256: str | None = None  # of the file; None: random
+    path: str | None = None  # None: random, or the published file, which `open` fetches
+    tensors: dict | None = None  # {name: tensor}, memory-mapped, once opened; None: random
+
+    @property
+    def is_random(self):
+        return self.sha256 is None
+
+    @property
+    def is_published(self):
+        """Whether they are the pretrained ones, from wherever they came."""
+        return self.model_size in PRETRAINED and self.sha256 == PRETRAINED[self.model_size].sha256
+
+    def open(self, quiet=False):
+        """Open the file, downloaded if need be. Raises FetchError or FileError."""
+        if not self.is_random:
+            self.tensors = open_weights(self.path or fetch_weights(self.model_size, quiet))
+
+
+def find_weights(source, model_size):
+    """The Weights that `source`, the value of --weights, names: pretrained, random or the path of a file.
+
+    A file is checked now, the published one when it is opened. Raises FileError for a file that cannot be read,
+    UsageError for one whose tensors are not those of the model.
+    """
+    if source == "random":
+        return Weights(model_size)
+    if source == "pretrained":
+        return Weights(model_size, PRETRAINED[model_size].sha256)
+    try:
+        with torch.device("meta"):
+            load_gpt2_weights(GPTModel(GPTConfig(**GPT_SIZES[model_size])), open_weights(source))
+    except WeightsError as error:
+        raise UsageError(f"--weights {source} does not fit {model_size}: {error}") from None
+    return Weights(model_size, sha256_of(source), source)
+
+
+# --- the vocabulary and the sample ---
+
+
 def load_vocabulary():
-    """GPT-2's byte-pair encoding, from the file that the project carries. Raises FileError if it is not as it was."""
-    # The file itself is looked at too, because tiktoken's loader may read its cache's copy instead.
+    """GPT-2's byte-pair encoding, a tiktoken.Encoding, from the file in data/. Raises FileError if it was changed."""
+    # The file itself is hashed, because tiktoken's loader may read its cache's copy instead.
     if not VOCABULARY.is_file() or sha256_of(VOCABULARY) != VOCABULARY_SHA256:
         raise FileError(f"the vocabulary {VOCABULARY} is missing or changed: its SHA-256 is not {VOCABULARY_SHA256}")
-    ranks = load_tiktoken_bpe(str(VOCABULARY), expected_hash=VOCABULARY_SHA256)
+    return build_vocabulary(str(VOCABULARY))
+
+
+@cache
+def build_vocabulary(path):
+    ranks = load_tiktoken_bpe(path, expected_hash=VOCABULARY_SHA256)
     # The pattern that cuts text into words before merging: letters, digits or other signs with at most one
     # space before them, English contractions apart (Radford et al. 2019, section 2.2).
     pattern = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -309,7 +296,7 @@ def load_vocabulary():
 
 
 def sample_path():
-    """Path of the sample of messages that the project carries. Raises FileError if it is not as it was."""
+    """Path of the sample of messages in data/. Raises FileError if it was changed."""
     if not SAMPLE.is_file() or sha256_of(SAMPLE) != SAMPLE_SHA256:
         raise FileError(f"the sample {SAMPLE} is missing or changed: its SHA-256 is not {SAMPLE_SHA256}")
     return SAMPLE

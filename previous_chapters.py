@@ -58,18 +58,19 @@ class MultiHeadAttention(nn.Module):
         self.out_proj = nn.Linear(cfg.emb_dim, cfg.emb_dim)
         self.W_qkv = None
 
-    def forward(self, x, key_mask=None, query_at=None):
-        """x (B, T, D) to (B, T, D), or to (B, 1, D) for the one query per message that `query_at` (B,) names.
+    def forward(self, x, key_mask=None, query_positions=None):
+        """x (B, T, D) to (B, T, D), or to (B, 1, D) for the one query per message that `query_positions` (B,) names.
 
         `key_mask` (B, 1, 1, T) is True where a token may be attended to. For all queries under the causal mask it is
-        not needed and not looked at: pads stand behind the tokens, where no token sees them. One query sees whatever
-        `key_mask` lets it; under the causal mask that must be what stands up to it.
+        not needed and not read: pads come after the tokens, where no token sees them. One query sees whatever
+        `key_mask` lets it; under the causal mask that must be the tokens up to and including it.
         """
-        one_query = query_at is not None
+        one_query = query_positions is not None
         if self.W_qkv is not None and not one_query:
             queries, keys, values = F.linear(x, *self.W_qkv).chunk(3, dim=-1)
         else:
-            queries, keys, values = self.W_query(pick(x, query_at) if one_query else x), self.W_key(x), self.W_value(x)
+            query_input = select_positions(x, query_positions) if one_query else x
+            queries, keys, values = self.W_query(query_input), self.W_key(x), self.W_value(x)
         causal = self.causal and not one_query
         queries, keys, values = (self.split_heads(part) for part in (queries, keys, values))
         # On a CPU the fused kernel takes bfloat16 but is slower in it than in float32, backward by half.
@@ -143,18 +144,18 @@ class TransformerBlock(nn.Module):
         self.norm1 = nn.LayerNorm(cfg.emb_dim)
         self.norm2 = nn.LayerNorm(cfg.emb_dim)
 
-    def forward(self, x, key_mask=None, query_at=None):
-        """x (B, T, D) to (B, T, D), or to (B, 1, D) with `query_at`; the arguments are those of the attention."""
-        shortcut = x if query_at is None else pick(x, query_at)
-        x = shortcut + self.att(self.norm1(x), key_mask, query_at)
+    def forward(self, x, key_mask=None, query_positions=None):
+        """x (B, T, D) to (B, T, D), or to (B, 1, D) with `query_positions`; arguments as in the attention."""
+        residual = x if query_positions is None else select_positions(x, query_positions)
+        x = residual + self.att(self.norm1(x), key_mask, query_positions)
         return x + self.ff(self.norm2(x))
 
-    def forward_normalized(self, shortcut, x_hat, key_mask=None):
+    def forward_normalized(self, residual, x_hat, key_mask=None):
         """What `forward` gives for one query per message, from the kept parts of a frozen input x (B, T, D).
 
-        shortcut (B, 1, D) is x at the query's position; x_hat (B, T, D) is x standardized, as `standardize` does.
+        residual (B, 1, D) is x at the query's position; x_hat (B, T, D) is x standardized, as `standardize` does.
         """
-        x = shortcut + self.att.attend_to_normalized(self.norm1(shortcut), x_hat, self.norm1, key_mask)
+        x = residual + self.att.attend_to_normalized(self.norm1(residual), x_hat, self.norm1, key_mask)
         return x + self.ff(self.norm2(x))
 
     def standardize(self, x):
@@ -177,13 +178,13 @@ class GPTModel(nn.Module):
         """(B, T) to (B, T, D)."""
         return self.tok_emb(token_ids) + self.pos_emb.weight[: token_ids.shape[1]]
 
-    def blocks(self, x, start, end, key_mask=None, query_at=None):
+    def blocks(self, x, start, end, key_mask=None, query_positions=None):
         """Blocks `start` to `end` (not included), x (B, T, D) to (B, T, D).
 
-        With `query_at` (B,) the model's very last block asks only for the output at that position: to (B, 1, D).
+        With `query_positions` (B,) the model's very last block asks only for the output at that position: to (B, 1, D).
         """
         for number, block in enumerate(self.trf_blocks[start:end], start + 1):
-            x = block(x, key_mask, query_at if number == len(self.trf_blocks) else None)
+            x = block(x, key_mask, query_positions if number == len(self.trf_blocks) else None)
         return x
 
     def forward(self, token_ids, key_mask=None):
@@ -191,7 +192,7 @@ class GPTModel(nn.Module):
         return self.final_norm(self.blocks(self.embed(token_ids), 0, len(self.trf_blocks), key_mask))
 
 
-def pick(x, positions):
+def select_positions(x, positions):
     """The vector of each message at its own position: x (B, T, D), positions (B,) to (B, 1, D)."""
     return x[torch.arange(len(x), device=x.device), positions].unsqueeze(1)
 
@@ -224,7 +225,7 @@ def load_gpt2_weights(model, tensors):
 
     `tensors` maps names to tensors, as GPT-2 checkpoints name them: with or without `transformer.` before
     each, linear weights (in, out), query, key and value side by side in `c_attn` (D, 3 D). Mask buffers and an
-    `lm_head.weight` that equals `wte.weight` are passed over. A float32 tensor is not copied but viewed, so
+    `lm_head.weight` that equals `wte.weight` are skipped. A float32 tensor is not copied but viewed, so
     that a memory-mapped file is read where the model reads it; other floats are converted.
 
     Raises WeightsError for a tensor that is missing, left over, there twice, of another shape or not of floats.

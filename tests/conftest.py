@@ -1,19 +1,34 @@
+import os
 import signal
+import sys
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # there are as many workers as cores: one thread each, and what they start too
+    os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))  # for the processes that tests start
 
 import pandas as pd
 import pytest
 
-import additional_experiments
 import gpt_download
+from previous_chapters import GPT_SIZES
+from runner import dataset
 
 # A shell script starts what it puts into the background with Ctrl-C ignored, and children inherit that: without this
 # line the tests of Ctrl-C would fail where the whole suite runs so.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# For tests that run the whole program many times: most of its time at this size is not the model's.
+TINY, TINY_SIZE = "gpt2-tiny (1M)", dict(emb_dim=16, n_layers=4, n_heads=4)
+
+
+@pytest.fixture(autouse=True)
+def tiny_size(monkeypatch):
+    monkeypatch.setitem(GPT_SIZES, TINY, TINY_SIZE)
+
 
 @pytest.fixture(scope="session")
 def sample_splits():
-    return additional_experiments.balanced_splits(gpt_download.SAMPLE)
+    return dataset.balanced_splits(gpt_download.SAMPLE)
 
 
 @pytest.fixture
@@ -32,6 +47,21 @@ def nano(data_dir):
     """Options of a run that takes a second: own data, the smallest model, one epoch."""
     options = ["--model_size", "gpt2-nano", "--weights", "random", "--device", "cpu", "--num_epochs", "1"]
     return [*options, "--data_dir", str(data_dir)]
+
+
+@pytest.fixture
+def options(nano):
+    """The options of `nano` with a model of width 16, and two epochs of 43 batches: losses at steps 0 and 50."""
+    options = [option.replace("gpt2-nano", "gpt2-tiny") for option in nano]
+    return [*options, "--num_epochs", "2", "--batch_size", "1"]
+
+
+@pytest.fixture(scope="session")
+def nano_weights(tmp_path_factory):
+    """The path of a weights file of the nano size, as transformers writes it."""
+    from helpers import save_random_weights
+
+    return save_random_weights(tmp_path_factory.mktemp("weights"))
 
 
 @pytest.fixture(autouse=True)

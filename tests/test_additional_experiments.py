@@ -1,110 +1,33 @@
-"""The command line: what each option does, what each bad input is told, and what is printed."""
+"""Runs from the command line to the row: what each option does, what is printed, Ctrl-C, weights from files."""
 
-import hashlib
 import os
 import re
-import shlex
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import fields
+from dataclasses import replace
 from pathlib import Path
 
-import pandas as pd
 import pytest
 import torch
+from helpers import no_file_above, records_in, save_random_weights
 from safetensors.torch import save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import additional_experiments as ae
-from additional_experiments import ROWS, Experiment, UsageError, build_classifier, main, parse_args
+import gpt_download
+from additional_experiments import ROWS, build_classifier, main, parse_args
 from previous_chapters import THIRD_OF_C_ATTN, checkpoint_name
+from runner import dataset
+from runner.files import sha256_of
+from runner.records import mean_and_deviation
 
 SCRIPT = Path(ae.__file__)
 
 
 def parse(*options):
     return parse_args([str(option) for option in options])[0]
-
-
-# --- what options mean ---
-
-
-def test_defaults_are_those_of_row_1():
-    assert parse() == Experiment() == parse("--row", 1)
-    assert ae.row_number(parse("--seed", 7, "--device", "cpu", "--data_dir", "elsewhere", "--precision", "bf16")) == 1
-
-
-COMMANDS = {
-    1: "",
-    2: "--trainable_token_pos first",
-    3: "--trainable_layers last_layer",
-    4: "--trainable_layers last_two_blocks",
-    5: "--trainable_layers all",
-    6: "--model_size gpt2-medium",
-    7: "--model_size gpt2-large",
-    8: "--model_size gpt2-xl",
-    9: "--model_size gpt2-xl --trainable_layers all",
-    10: "--weights random --trainable_layers all",
-    11: "--trainable_layers lora --lora_rank 16 --lora_alpha 16",
-    12: "--trainable_layers lora --lora_rank 16 --lora_alpha 8 --model_size gpt2-xl",
-    13: "--context_length model_context_length",
-    14: "--no_padding --batch_size 1",
-    15: "--no_padding --batch_size 1 --accumulation_steps 8",
-    16: "--trainable_token_pos flexible",
-    17: "--disable_causal_mask",
-    18: "--ignore_index 50256",
-    19: "--average_embeddings",
-}
-
-
-@pytest.mark.parametrize("number, command", COMMANDS.items())
-def test_each_row_is_one_command(number, command):
-    experiment = parse(*command.split())
-    assert experiment == parse("--row", number)
-    assert ae.row_number(experiment) == number
-
-
-def test_options_given_beside_a_preset_win():
-    assert parse("--row", 11, "--lora_rank", 4) == parse(
-        "--trainable_layers", "lora", "--lora_rank", 4, "--lora_alpha", 16
-    )
-    assert parse("--batch_size", 2, "--row", 14).batch_size == 2
-    demo = parse("--demo", "--num_epochs", 1)
-    assert (demo.model_size, demo.weights, demo.trainable_layers) == ("gpt2-nano (7M)", "random", "all")
-    assert (demo.dataset, demo.learning_rate, demo.num_epochs) == ("sample", 5e-4, 1)
-
-
-def test_configuration_in_words():
-    own = parse("--seed", 5, "--device", "cpu", "--data_dir", "d")
-    assert ae.configuration(own, "own", "01234567" * 8) == "last block, last token, own data 01234567"
-    assert ae.configuration(parse(), "uci", "") == "last block, last token"
-    demo = "gpt2-nano (7M), random weights, all, learning rate 0.0005, sample data"
-    assert ae.configuration(parse("--demo"), "sample", "") == demo
-    for number, (command, words, _) in ae.described_rows().items():
-        assert parse_args(shlex.split(command))[0] == parse("--row", number)
-        differing = ae.configuration(parse("--row", number), "uci", "").split(", ")
-        assert set(differing) == set(words.split(", ")) - {"alpha 8"}  # row 12 names what is the default
-
-
-def test_published_figures():
-    assert {n: str(row.published) for n, row in ROWS.items() if n in (1, 9, 15)} == {
-        1: "96.63% / 99.33% / 95.00%, 0.28 min (A100)",
-        9: "100.00% / 98.66% / 98.67%, 8.12 min (A100)",
-        15: "99.33% / 98.66% / 98.33%, 1.70 min (A100)",
-    }
-
-
-def test_auto_device_prefers_an_accelerator(monkeypatch):
-    there = {"cuda": True, "mps": True}
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: there["cuda"])
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: there["mps"])
-    assert ae.resolve_device("auto").type == "cuda"
-    there["cuda"] = False
-    assert ae.resolve_device("auto").type == "mps"
-    there["mps"] = False
-    assert ae.resolve_device("auto").type == "cpu"
 
 
 @pytest.mark.parametrize(
@@ -134,7 +57,7 @@ def test_auto_device_prefers_an_accelerator(monkeypatch):
         ("--seed 5", "seed 5"),
         ("--device auto", "Device: "),
         ("--precision bf16", "bf16"),
-        ("--features off", "worked out anew each time"),
+        ("--features off", "recomputed each time"),
         (
             "--dataset sample --context_length 4 --trainable_layers last_layer",
             "messages: 840 train, 120",
@@ -184,14 +107,13 @@ def test_quiet_leaves_the_row_only(nano, capsys):
 
 def test_published_figures_stand_beside_the_result_of_a_row(nano, capsys, monkeypatch):
     """On the collection itself, which is not at hand here: its splits are what a test says they are."""
-    monkeypatch.setattr(ae, "load_splits", lambda *_: (LOAD_SPLITS(parse(*nano), False)[0], "uci"))
-    monkeypatch.setitem(ROWS, 20, ae.Row(dict(model_size=ae.NANO, weights="random", num_epochs=1), ROWS[2].published))
+    load_splits = dataset.load_splits
+    monkeypatch.setattr(dataset, "load_splits", lambda *arguments: (load_splits(*arguments)[0], "uci"))
+    options = dict(model_size=ae.NANO, weights="random", num_epochs=1)
+    monkeypatch.setitem(ROWS, 20, replace(ROWS[2], options=options))
     assert main([*nano, "--quiet"]) == 0
     row = capsys.readouterr().out
     assert row.startswith("| 20 |") and row.endswith("| 78.46% / 80.54% / 75.00%, 0.28 min (A100) |\n")
-
-
-LOAD_SPLITS = ae.load_splits
 
 
 def test_demo_learns_without_a_network(tmp_path):
@@ -210,126 +132,6 @@ def test_demo_learns_without_a_network(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["results.csv"]
 
 
-# --- bad input ---
-
-
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        ("--no_such_option", "unrecognized arguments: --no_such_option"),
-        ("--batch 8", "unrecognized arguments: --batch 8"),  # no guessing of abbreviations
-        ("--model_size gpt3", '"gpt3" is none of gpt2-small (124M), '),
-        ("--trainable_layers some", "invalid choice: 'some'"),
-        ("--trainable_token_pos middle", "invalid choice: 'middle'"),
-        ("--context_length 0", "0 is less than 1"),
-        ("--context_length 1025", "1025 is more than 1024"),
-        ("--context_length long", '"long" is not a whole number'),
-        ("--batch_size 0", "0 is less than 1"),
-        ("--batch_size 1.5", '"1.5" is not a whole number'),
-        ("--accumulation_steps -1", "-1 is less than 1"),
-        ("--num_epochs 0", "0 is less than 1"),
-        ("--learning_rate 0", "0 is not greater than 0"),
-        ("--learning_rate nan", '"nan" is not a finite number'),
-        ("--weight_decay -0.1", "-0.1 is less than 0"),
-        ("--lora_rank 0", "0 is less than 1"),
-        ("--lora_alpha 0", "0 is not greater than 0"),
-        ("--lora_rank 769", "--lora_rank 769 is over the width 768 of gpt2-small (124M)"),
-        ("--seed -1", "-1 is less than 0"),
-        ("--ignore_index 9223372036854775808", "is more than 9223372036854775807"),
-        ("--accumulation_steps 9223372036854775808", "is more than 9223372036854775807"),
-        ("--ignore_index x", '"x" is not a whole number'),
-        ("--device tpu", "invalid choice: 'tpu'"),
-        ("--dataset mine", "invalid choice: 'mine'"),
-        ("--weights missing.safetensors", "no such file"),
-        ("--model_size gpt2-nano", "gpt2-nano (7M) has no pretrained weights"),
-        ("--average_embeddings --trainable_token_pos first", "--average_embeddings takes all positions"),
-        ("--dataset sample --data_dir here", "--data_dir is not looked at with the sample"),
-        ("--demo --row 3", "not allowed with argument"),
-        ("--demo please", "unrecognized arguments: please"),
-        ("--row 0", "0 is less than 1"),
-        ("--row 20", "20 is more than 19"),
-        ("--row one", '"one" is not a whole number'),
-        ("--weights random --precision tf32 --device cpu", "--precision tf32 is for CUDA"),
-    ],
-)
-def test_bad_options_are_refused_in_one_line(options, message, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    assert main(options.split()) == 2
-    out, err = capsys.readouterr()
-    assert out == "" and err.count("\n") == 1 and message in err
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-def test_a_device_that_is_not_there(capsys):
-    assert main(["--device", "cuda"]) == 2
-    assert "--device cuda: PyTorch finds none here" in capsys.readouterr().err
-
-
-def test_misprint_of_row_9(capsys):
-    assert main(["--model_size", "gpt2-xl (1558M)--trainable_layers", "all"]) == 2
-    assert 'is a space missing before "--trainable_layers"?' in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    "split, content, message",
-    [
-        ("train", "", "the file is empty"),
-        ("train", "Label,Text\n", "no messages below the header"),
-        ("train", "Label,Message\n0,a\n", "column Text is missing; there are Label, Message"),
-        ("train", "Class,Text\n0,a\n", "column Label is missing"),
-        ("test", "Label,Text\n0,a\n1,\n", "line 3: the text is empty"),
-        ("test", "Label,Text\n0,a\n1,   \n", "line 3: the text is empty"),
-        ("test", "Label,Text\n0,a\n1\n", "line 3: the text is empty"),
-        ("test", "Label,Text\n0,a\n,b\n", 'line 3: label "" is not a whole number'),
-        ("train", "Label,Text\n0,a\nspam,b\n", 'line 3: label "spam" is not a whole number'),
-        ("train", "Label,Text\n0,a\n1.0,b\n", 'line 3: label "1.0" is not a whole number'),
-        ("train", 'Label,Text\n0,"two\nlines"\nx,b\n', 'line 4: label "x" is not a whole number'),
-        ("train", "Label,Text\n0,a,b\n", "line 2: more fields than columns"),
-        ("train", "Label,Text\n2,a\n1,b\n", "line 3: label 1, but labels begin at 0"),
-        ("train", "Label,Text\n0,a\n-1,b\n", "line 3: label -1, but labels begin at 0"),
-        ("train", "Label,Text\n0,a\n2,b\n", "line 3: label 2, but no training message has label 1"),
-        ("validation", "Label,Text\n0,a\n2,b\n", "validation.csv, line 3: label 2, which no training message has"),
-        ("train", "Label,Text\n-100,a\n-100,b\n", "every training label is the ignored one, -100"),
-        ("train", 'Label,Text\n0,"a\n', "unexpected end of data"),
-        (
-            "train",
-            "Label,Text\n0,a\n999999999999,b\n",
-            "label 999999999999, but no training message has label 1",
-        ),
-        ("train", "Label,Text\n0,a\n0,b\n", "every label is 0; there is nothing to tell apart"),
-        ("train", b"Label,Text\n0,\xff\xfe\n", "not UTF-8 text"),
-    ],
-)
-def test_bad_data_is_refused_by_line(nano, data_dir, capsys, split, content, message):
-    (data_dir / f"{split}.csv").write_bytes(content if isinstance(content, bytes) else content.encode())
-    assert main(nano) == 2
-    out, err = capsys.readouterr()
-    assert out == "" and err.count("\n") == 1 and message in err
-    assert f"{split}.csv" in err or message.startswith("every training")
-
-
-def test_training_labels_that_are_all_ignored(nano, data_dir, capsys):
-    (data_dir / "train.csv").write_text("Label,Text\n" + "0,a\n" * 8)
-    (data_dir / "validation.csv").write_text("Label,Text\n0,a\n")
-    (data_dir / "test.csv").write_text("Label,Text\n0,a\n")
-    assert main([*nano, "--ignore_index", "0"]) == 2
-    assert "every training label is the ignored one, 0" in capsys.readouterr().err
-
-
-def test_batch_larger_than_the_training_set(nano, capsys):
-    assert main([*nano, "--batch_size", "44"]) == 2
-    assert "--batch_size 44: there are only 43 training messages" in capsys.readouterr().err
-
-
-def test_one_of_three_files_is_not_overwritten(nano, data_dir, capsys):
-    (data_dir / "test.csv").unlink()
-    before = (data_dir / "train.csv").read_bytes()
-    assert main(nano) == 2
-    assert "holds train.csv but not test.csv; your own data needs all three" in capsys.readouterr().err
-    assert (data_dir / "train.csv").read_bytes() == before and len(list(data_dir.iterdir())) == 2
-
-
 @pytest.mark.parametrize(
     "damage, message",
     [
@@ -341,7 +143,7 @@ def test_one_of_three_files_is_not_overwritten(nano, data_dir, capsys):
 )
 def test_weights_that_cannot_be_used(tmp_path, monkeypatch, capsys, damage, message):
     """Refused before the collection is asked for."""
-    monkeypatch.setattr(ae, "load_splits", lambda *_: pytest.fail("the data was asked for"))
+    monkeypatch.setattr(dataset, "load_splits", lambda *_: pytest.fail("the data was asked for"))
     path = tmp_path / "file.safetensors"
     save_file({"wte.weight": torch.ones(1000)}, path)
     damage(path)
@@ -350,62 +152,78 @@ def test_weights_that_cannot_be_used(tmp_path, monkeypatch, capsys, damage, mess
     assert out == "" and err.count("\n") == 1 and message in err and str(path) in err
 
 
-# --- data ---
+# --- outputs and warnings ---
 
 
-def test_text_is_taken_as_it_is(nano, data_dir):
-    """NA is a message, a comma in quotes and a line break are part of one, and so is <|endoftext|>."""
-    texts = ["NA", "null", 'a "b", c', "two\nlines", "<|endoftext|>", "ä€😀"]
-    frame = pd.DataFrame({"Label": [0, 1] * 3, "Text": texts})
-    frame.to_csv(data_dir / "test.csv", index=None)
-    splits, name = ae.load_splits(parse(*nano))
-    assert list(splits["test"]["Text"]) == texts and list(splits["test"]["Label"]) == [0, 1] * 3 and name == "own"
-    messages, _ = ae.encode(ae.gpt_download.load_vocabulary(), splits, parse(*nano, "--no_padding"))
-    assert 50256 not in messages["test"].x
+def test_nothing_can_be_written(options, capsys):
+    """Not even the record: the result stays on the screen, and the exit status says that something is lost."""
+    Path("results.csv").touch()
+    with no_file_above(0):
+        status = ae.main([*options, "--save_model", "trained.safetensors", "--plot", "run.png"])
+    out, err = capsys.readouterr()
+    assert status == 1 and "Test accuracy: " in out and "| - | gpt2-tiny (1M) |" in out
+    for what in ("the record could not be written to results.csv", "the classifier could", "the picture could"):
+        assert f"warning: {what}" in err
+    assert Path("results.csv").read_bytes() == b"" and [path.name for path in Path().iterdir()] == ["results.csv"]
 
 
-def test_byte_order_mark_and_further_columns(nano, data_dir):
-    (data_dir / "test.csv").write_text("\ufeffId,Text,Label\n7,a,1\n", encoding="utf-8")
-    splits, _ = ae.load_splits(parse(*nano))
-    assert splits["test"][["Label", "Text"]].values.tolist() == [[1, "a"]]
+def test_results_file_with_other_columns(options, capfd):
+    Path("results.csv").write_text("a,b\n")
+    assert ae.main(options) == 0
+    told = "warning: results.csv has other columns and was left as it is; the record is in results-2.csv\n"
+    assert capfd.readouterr().err == told
+    assert Path("results.csv").read_text() == "a,b\n" and len(records_in("results-2.csv")) == 1
 
 
-def test_three_classes_and_messages_without_a_label(nano, data_dir, capsys):
-    frame = pd.read_csv(data_dir / "train.csv")
-    frame["Label"] = [0, 1, 2] * 14 + [-100]
-    frame.to_csv(data_dir / "train.csv", index=None)
-    (data_dir / "test.csv").write_text("Label,Text\n-100,a\n2,b\n")
-    [(result, _)] = ae.run(parse(*nano, "--batch_size", 1))
-    assert (result.train.total, result.test.total) == (42, 1)
-    assert "loss nan" not in capsys.readouterr().out
+def test_no_record_is_asked_for(options):
+    assert ae.main([*options, "--results_file", ""]) == 0
+    assert list(Path().iterdir()) == []
 
 
-def test_sample_is_split_70_10_20_and_balanced(sample_splits):
-    assert [len(sample_splits[split]) for split in ae.SPLITS] == [840, 120, 240]
-    assert sum(frame["Label"].sum() for frame in sample_splits.values()) == 600
+def test_memory_that_cannot_be_enough_is_told_item_by_item(nano, monkeypatch, capfd):
+    monkeypatch.setattr(ae.features, "free_memory", lambda device: 50_000_000)
+    assert ae.main([*nano, "--trainable_layers", "all"]) == 0
+    assert capfd.readouterr().err == (
+        "warning: this run needs 0.12 GB and 0.05 GB are free: weights 0.03 GB, gradients 0.03 GB, optimizer 0.06 GB, "
+        "frozen features 0.00 GB\n"
+    )
 
 
-def test_collection_is_split_and_written_once(tmp_path, monkeypatch):
-    """On the sample in place of the collection. A run that was killed between two files is completed."""
-    collection = tmp_path / "SMSSpamCollection"
-    collection.write_bytes(ae.gpt_download.SAMPLE.read_bytes())
-    monkeypatch.setattr(ae.gpt_download, "COLLECTION_SHA256", ae.gpt_download.SAMPLE_SHA256)
-    experiment = parse("--data_dir", tmp_path)
-    with pytest.raises(ae.FileError, match="splits the collection differently"):
-        ae.load_splits(experiment)
-    assert list(tmp_path.iterdir()) == [collection]
+# --- several seeds ---
 
-    contents = {s: frame.to_csv(index=None).encode() for s, frame in ae.balanced_splits(collection).items()}
-    sums = {split: hashlib.sha256(content).hexdigest() for split, content in contents.items()}
-    monkeypatch.setattr(ae, "UCI_SPLITS_SHA256", sums)
-    splits, name = ae.load_splits(experiment)
-    assert {split: len(frame) for split, frame in splits.items()} == dict(train=840, validation=120, test=240)
-    assert name == "uci"
-    (tmp_path / "test.csv").unlink()
-    assert ae.load_splits(experiment)[1] == "uci"
-    assert ae.gpt_download.sha256_of(tmp_path / "test.csv") == sums["test"]
-    collection.unlink()  # not looked at any more
-    assert len(ae.load_splits(experiment)[0]["train"]) == 840
+
+def test_repeats_share_what_does_not_depend_on_the_seed(options, tmp_path, monkeypatch, capfd):
+    options[options.index("random")] = save_random_weights(tmp_path / "weights", emb_dim=16)
+    blocks = []
+    forward = ae.GPTModel.blocks
+    monkeypatch.setattr(ae.GPTModel, "blocks", lambda self, x, *rest: blocks.append(len(x)) or forward(self, x, *rest))
+
+    alone = []
+    for seed in range(123, 128):
+        blocks.clear()
+        assert ae.main([*options, "--seed", str(seed)]) == 0
+        alone.append(records_in()[-1])
+    of_one_run = list(blocks)
+    assert sum(of_one_run) == 69  # messages, each once
+    Path("results.csv").unlink()
+    capfd.readouterr()
+
+    blocks.clear()
+    assert ae.main([*options, "--repeats", "5", "--quiet"]) == 0
+    assert blocks == of_one_run
+    assert records_in() == alone
+    *rows, mean = capfd.readouterr().out.splitlines()
+    assert len(rows) == 5 and "mean ± standard deviation of 5 seeds" in mean
+    tests = [100 * float(record["test_fraction"]) for record in alone]
+    average, deviation = mean_and_deviation(tests)
+    assert f"| {average:.2f}% ± {deviation:.2f} |" in mean
+
+
+def test_random_weights_change_with_the_seed(options):
+    assert ae.main([*options, "--repeats", "2"]) == 0
+    assert ae.main([*options, "--seed", "124"]) == 0
+    first, second, alone = records_in()
+    assert second == alone and first != second
 
 
 # --- interruption ---
@@ -440,14 +258,14 @@ def test_ctrl_c(tmp_path, moment):
     assert process.returncode == 130 and "Traceback" not in err
 
 
-def test_out_of_memory_is_told_with_the_ways_on(nano, monkeypatch, capsys):
+def test_out_of_memory_is_told_with_what_to_try(nano, monkeypatch, capsys):
     def allocate(*arguments):
         torch.empty(2**60)
 
     monkeypatch.setattr(ae, "fine_tune", allocate)
     assert main(nano) == 1
     err = capsys.readouterr().err
-    assert err.startswith("error: out of memory\nWays on: a smaller --batch_size with more --accumulation_steps")
+    assert err.startswith("error: out of memory\nTry: a smaller --batch_size with more --accumulation_steps")
 
 
 # --- weights from a file ---
@@ -469,23 +287,23 @@ def test_weights_file_that_transformers_wrote(nano, tmp_path, layers, capsys):
     theirs.save_pretrained(tmp_path / "theirs")
 
     options = [*nano, "--trainable_layers", layers]
-    [(expected, expected_history)] = ae.run(parse(*options))
+    [expected] = ae.run(parse(*options))
     options[options.index("random")] = str(tmp_path / "theirs" / "model.safetensors")
-    [(result, history)] = ae.run(parse(*options))
-    assert history.train_losses == pytest.approx(expected_history.train_losses, abs=1e-5)
-    assert (result.train, result.test) == (expected.train, expected.test)
+    [record] = ae.run(parse(*options))
+    assert record.history.train_losses == pytest.approx(expected.history.train_losses, abs=1e-5)
+    assert (record.train, record.test) == (expected.train, expected.test)
     assert "weights: " + options[options.index("--weights") + 1] in capsys.readouterr().out
 
 
-def test_help_names_every_option_and_its_default(capsys):
-    with pytest.raises(SystemExit) as exit:
-        main(["--help"])
-    assert exit.value.code == 0
-    text = " ".join(capsys.readouterr().out.split())
-    for field in fields(Experiment):
-        assert f"--{field.name}" in text
-        if field.type is not bool:
-            assert f"(default: {field.default})" in text
+def test_published_weights_under_another_name_are_the_row_too(nano, nano_weights, monkeypatch, capfd):
+    pinned = gpt_download.HubFile("nobody/nano", "0", sha256_of(nano_weights))
+    monkeypatch.setitem(gpt_download.PRETRAINED, ae.NANO, pinned)
+    monkeypatch.setitem(ROWS, 20, replace(ROWS[1], options=dict(model_size=ae.NANO, num_epochs=1)))
+    load_splits = dataset.load_splits
+    monkeypatch.setattr(dataset, "load_splits", lambda *arguments: (load_splits(*arguments)[0], "uci"))
+    nano[nano.index("random")] = nano_weights
+    assert ae.main([*nano, "--quiet"]) == 0
+    assert capfd.readouterr().out.startswith("| 20 |") and records_in()[0]["row"] == "20"
 
 
 def test_importing_does_nothing():
@@ -493,8 +311,3 @@ def test_importing_does_nothing():
     program += "print(before == signal.getsignal(2))"
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=SCRIPT.parent)
     assert (run.stdout, run.stderr) == ("True\n", "")
-
-
-def test_settings_are_checked_without_a_command_line_too():
-    with pytest.raises(UsageError, match="no pretrained weights"):
-        Experiment(model_size="gpt2-nano (7M)")

@@ -7,15 +7,16 @@ import plain
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import CPU, encoded, train_quietly
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import additional_experiments as ae
 from additional_experiments import Experiment, build_classifier
 from previous_chapters import TransformerBlock
+from runner import features
 
 TINY = {"tiny-1": (12, 3, 2), "tiny-2": (8, 2, 1), "tiny-3": (16, 5, 8)}  # width, layers, heads
-CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -89,29 +90,24 @@ def test_logits_loss_and_gradients_equal_the_plain_path(experiment, tokens, orde
     expected = plain.logits(classifier, experiment, [tokens[i] for i in indices], width)
     expected_gradients = gradients(classifier, F.cross_entropy(expected, labels).backward)
 
-    ae.prepare_frozen(classifier)
-    if kept and classifier.n_frozen:
-        messages = ae.compute_features(classifier, messages, CPU, CPU, NoBar())
+    ae.optimize_frozen_blocks(classifier)
+    if kept and classifier.n_frozen_blocks:
+        messages = features.compute_features(classifier, messages, CPU)
     logits = classifier(messages.batch(indices, CPU))
     torch.testing.assert_close(logits, expected, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(ae.predict(classifier, messages, indices, CPU), expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(ae.predict(classifier, messages, indices), expected, rtol=1e-9, atol=1e-9)
 
     loss = ae.mean_loss(ae.Predictions(logits.detach(), labels, [len(indices)]), experiment.ignore_index)
     assert loss == pytest.approx(F.cross_entropy(expected, labels).item(), abs=1e-9)
-    found = gradients(classifier, lambda: ae.accumulate(classifier, messages, [indices], experiment, CPU))
+    found = gradients(classifier, lambda: ae.accumulate_gradients(classifier, messages, [indices], experiment))
     for name, gradient in expected_gradients.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-8, atol=1e-9, msg=lambda text: f"{name}: {text}")
 
 
-class NoBar:
-    def update(self, n):
-        pass
-
-
 def run_nano(options, **changes):
     experiment, *_ = ae.parse_args(options)
-    [(result, history)] = ae.run(replace(experiment, **changes), ae.Call(quiet=True))
-    return history, (result.train, result.validation, result.test)
+    [record] = ae.run(replace(experiment, **changes), ae.RunOptions(quiet=True))
+    return record.history, (record.train, record.validation, record.test)
 
 
 @pytest.mark.parametrize("layers, n_frozen", [("last_layer", 4), ("last_block", 3), ("last_two_blocks", 2)])
@@ -168,31 +164,29 @@ def test_features_give_the_same_run_wherever_they_are_kept(nano, changes, device
 def test_features_go_where_there_is_room(monkeypatch):
     gpu, cpu = torch.device("cuda"), torch.device("cpu")
     free = {gpu: 1000, cpu: 3000}
-    monkeypatch.setattr(ae, "free_memory", lambda device: free[device])
-    auto = Experiment(model_size="gpt2-nano (7M)", weights="random")
-    places = [ae.place_features(auto, size, gpu) for size in (500, 501, 1500, 1501)]
-    assert places == [gpu, cpu, cpu, None]
-    for name, place in (("device", gpu), ("host", cpu), ("off", None)):
-        assert ae.place_features(replace(auto, features=name), 10**12, gpu) == place
+    monkeypatch.setattr(features, "free_memory", lambda device: free[device])
+    placements = [features.choose_placement("auto", size, gpu) for size in (500, 501, 1500, 1501)]
+    assert placements == [gpu, cpu, cpu, None]
+    for name, placement in (("device", gpu), ("host", cpu), ("off", None)):
+        assert features.choose_placement(name, 10**12, gpu) == placement
 
 
 @pytest.mark.parametrize("layers", ["last_layer", "last_block", "last_two_blocks"])
 def test_size_of_features_is_foreseen(nano, layers):
     experiment, *_ = ae.parse_args([*nano, "--trainable_layers", layers])
-    splits, _ = ae.load_splits(experiment)
-    messages, _ = ae.encode(ae.gpt_download.load_vocabulary(), splits, experiment)
+    messages = encoded(experiment)
     for bf16 in (False, True):
         classifier = build_classifier(replace(experiment, precision="bf16" if bf16 else "fp32"), 2)
-        ae.prepare_frozen(classifier)
-        features = ae.compute_features(classifier, messages["train"], CPU, CPU, NoBar())
-        parts = [part for part in (features.x, features.shortcut) if part is not None]
-        assert ae.features_size(classifier, messages["train"]) == sum(part.nbytes for part in parts)
+        ae.optimize_frozen_blocks(classifier)
+        computed = features.compute_features(classifier, messages["train"], CPU)
+        parts = [part for part in (computed.x, computed.residual) if part is not None]
+        assert features.feature_bytes(classifier, {"train": messages["train"]}) == sum(part.nbytes for part in parts)
 
 
 def test_windows_run_as_one_batch_with_the_same_losses(nano, monkeypatch):
     changes = dict(batch_size=1, accumulation_steps=8, no_padding=True, num_epochs=3)  # 43: the last window holds 3
     joined, joined_accuracies = run_nano(nano, **changes)
-    monkeypatch.setattr(ae, "MESSAGES_AT_ONCE", 1)
+    monkeypatch.setattr(ae, "MESSAGES_PER_PASS", 1)
     single, single_accuracies = run_nano(nano, **changes)
     assert joined.steps == single.steps == [0, 50, 100]
     assert joined.train_losses == pytest.approx(single.train_losses, abs=1e-5)
@@ -207,11 +201,10 @@ def test_accumulated_batches_train_like_one_large_batch(nano, data_dir, layers):
     for batch_size, accumulation_steps in ((8, 1), (4, 2), (2, 4)):
         sizes = ["--batch_size", str(batch_size), "--accumulation_steps", str(accumulation_steps)]
         experiment, *_ = ae.parse_args([*nano, *sizes, "--trainable_layers", layers])
-        splits, _ = ae.load_splits(experiment)
-        messages, _ = ae.encode(ae.gpt_download.load_vocabulary(), splits, experiment)
+        messages = encoded(experiment)
         classifier = build_classifier(experiment, 2).double()
         torch.manual_seed(1)
-        ae.train(classifier, messages, experiment, CPU, say=lambda line: None, progress=False)
+        train_quietly(classifier, messages, experiment)
         trained.append(torch.cat([p.detach().flatten() for p in classifier.parameters() if p.requires_grad]))
     torch.testing.assert_close(trained[1], trained[0], rtol=0, atol=1e-7)
     torch.testing.assert_close(trained[2], trained[0], rtol=0, atol=1e-7)
@@ -232,7 +225,7 @@ def test_last_partial_window_is_averaged_over_what_it_holds(nano, monkeypatch):
                 updates.append(self.param_groups[0]["params"][0].grad.clone())
 
         monkeypatch.setattr(torch.optim, "AdamW", Recording)
-        ae.run(replace(experiment, accumulation_steps=steps), ae.Call(quiet=True))
+        ae.run(replace(experiment, accumulation_steps=steps), ae.RunOptions(quiet=True))
     single, double = gradients_seen[1], gradients_seen[2]
     assert (len(single), len(double)) == (3, 2)
     torch.testing.assert_close(double[0], (single[0] + single[1]) / 2)
@@ -242,14 +235,13 @@ def test_last_partial_window_is_averaged_over_what_it_holds(nano, monkeypatch):
 @pytest.mark.parametrize("layers", ["last_layer", "last_block", "last_two_blocks", "all", "lora", "lora_alternative"])
 def test_bf16_is_close_and_its_trained_weights_and_head_are_float32(nano, layers):
     experiment, *_ = ae.parse_args([*nano, "--trainable_layers", layers])
-    splits, _ = ae.load_splits(experiment)
-    messages, _ = ae.encode(ae.gpt_download.load_vocabulary(), splits, experiment)
+    messages = encoded(experiment)
     logits = {}
     for precision in ("fp32", "bf16"):
         classifier = build_classifier(replace(experiment, precision=precision), 2)
-        ae.prepare_frozen(classifier)
+        ae.optimize_frozen_blocks(classifier)
         assert {p.dtype for p in classifier.parameters() if p.requires_grad} == {torch.float32}
-        logits[precision] = ae.predict(classifier, messages["test"], torch.arange(17), CPU)
+        logits[precision] = ae.predict(classifier, messages["test"], torch.arange(17))
         assert logits[precision].dtype == torch.float32
     difference = (logits["bf16"] - logits["fp32"]).abs().max()
     assert 0 < difference < 0.1 * logits["fp32"].abs().max()
@@ -272,51 +264,30 @@ def test_ignored_labels_add_nothing():
 @pytest.mark.parametrize("layers", ["last_layer", "last_block", "all"])
 def test_batch_of_ignored_labels_leaves_no_gradient(nano, layers):
     experiment, *_ = ae.parse_args([*nano, "--trainable_layers", layers, "--ignore_index", "1"])
-    splits, _ = ae.load_splits(experiment)
-    messages, _ = ae.encode(ae.gpt_download.load_vocabulary(), splits, experiment)
+    messages = encoded(experiment)
     classifier = build_classifier(experiment, 2)
     ignored = messages["train"].labels.nonzero().flatten()[:8]
-    found = gradients(classifier, lambda: ae.accumulate(classifier, messages["train"], [ignored], experiment, CPU))
+    found = gradients(classifier, lambda: ae.accumulate_gradients(classifier, messages["train"], [ignored], experiment))
     assert all((gradient == 0).all() for gradient in found.values())
-
-
-def test_free_memory_in_a_container_and_without_linux(monkeypatch):
-    files = {"/proc/meminfo": "MemTotal: 9 kB\nMemAvailable:    4000000 kB\n"}
-    files |= {"/sys/fs/cgroup/memory.max": "3000000000\n", "/sys/fs/cgroup/memory.current": "1000000000\n"}
-
-    def read_text(path):
-        if str(path) not in files:
-            raise FileNotFoundError(path)
-        return files[str(path)]
-
-    monkeypatch.setattr(ae.Path, "read_text", read_text)
-    assert ae.free_memory(CPU) == 2_000_000_000
-    files["/sys/fs/cgroup/memory.max"] = "max\n"
-    assert ae.free_memory(CPU) == 4_096_000_000
-    del files["/proc/meminfo"]
-    monkeypatch.setattr(ae.os, "sysconf", {"SC_PAGE_SIZE": 16384, "SC_PHYS_PAGES": 10**6}.get)
-    assert ae.free_memory(CPU) == 16384 * 10**6 // 2
 
 
 def test_weights_stay_views_after_they_are_fused_and_loaded_anew(nano):
     """A frozen block computes with what load_state_dict gave it, biases too."""
     experiment, *_ = ae.parse_args(nano)
     classifier, other = build_classifier(experiment, 2), build_classifier(replace(experiment, seed=1), 2)
-    ae.prepare_frozen(classifier)
-    ae.prepare_frozen(other)
+    ae.optimize_frozen_blocks(classifier)
+    ae.optimize_frozen_blocks(other)
     classifier.load_state_dict(other.state_dict())
-    splits, _ = ae.load_splits(experiment)
-    messages, _ = ae.encode(ae.gpt_download.load_vocabulary(), splits, experiment)
-    some = torch.arange(5)
-    expected = ae.predict(other, messages["test"], some, CPU)
-    assert ae.predict(classifier, messages["test"], some, CPU).equal(expected)
+    messages = encoded(experiment)
+    first = torch.arange(5)
+    expected = ae.predict(other, messages["test"], first)
+    assert ae.predict(classifier, messages["test"], first).equal(expected)
 
 
 def test_large_batch_runs_in_small_passes(nano, monkeypatch):
     """Over frozen features, a batch of 40 costs the memory of a few messages, and gives the same gradient."""
     experiment, *_ = ae.parse_args([*nano, "--batch_size", "40"])
-    splits, _ = ae.load_splits(experiment)
-    messages, _ = ae.encode(ae.gpt_download.load_vocabulary(), splits, experiment)
+    messages = encoded(experiment)
     classifier = build_classifier(experiment, 2)
     sizes, trained_part = [], classifier.trained_part
 
@@ -327,10 +298,10 @@ def test_large_batch_runs_in_small_passes(nano, monkeypatch):
     classifier.trained_part = recording
     found = []
     for at_once in (64, 16):
-        monkeypatch.setattr(ae, "MESSAGES_AT_ONCE", at_once)
+        monkeypatch.setattr(ae, "MESSAGES_PER_PASS", at_once)
         window = [torch.arange(40)]
         found.append(
-            gradients(classifier, lambda: ae.accumulate(classifier, messages["train"], window, experiment, CPU))
+            gradients(classifier, lambda: ae.accumulate_gradients(classifier, messages["train"], window, experiment))
         )
     assert sizes == [40, 16, 16, 8]
     for name in found[0]:

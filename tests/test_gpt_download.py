@@ -29,7 +29,9 @@ from transformers import GPT2Config, GPT2Model
 
 import additional_experiments
 import gpt_download
-from gpt_download import FetchError, FileError, HubFile, fetch_collection, fetch_weights, load_vocabulary, open_weights
+from gpt_download import HubFile, fetch_collection, fetch_weights, load_vocabulary, open_weights
+from runner import dataset, files
+from runner.files import FetchError, FileError
 
 # --- a server that does as it is told ---
 
@@ -255,12 +257,13 @@ def test_collection_that_cannot_be_had(collection, server, tmp_path, monkeypatch
 
     archive = server.files["/first.zip"]
     why = why.format(found=sha256(archive[:-1] + bytes([archive[-1] ^ 1])), expected=sha256(archive))
-    title, first, backup, *ways_on = str(error.value).splitlines()
+    title, first, backup, *advice = str(error.value).splitlines()
     assert title == "the SMS Spam Collection could not be downloaded:"
     assert first.startswith(f"  {server.url}/first.zip: ") and why in first
     assert backup.startswith(f"  {server.url}/backup.zip: ") and why in backup
-    for way in ("try again later", "--dataset sample", "--demo", f"SMSSpamCollection at {tmp_path}/SMSSpamCollection"):
-        assert way in " ".join(ways_on)
+    member = f"SMSSpamCollection at {tmp_path}/SMSSpamCollection"
+    for way in ("Try: the same command later", "--dataset sample", "--demo", member):
+        assert way in " ".join(advice)
     assert server.requests == ["GET first.zip"] * attempts + ["GET backup.zip"] * attempts
     assert waits == [1.0, 2.0][: attempts - 1] * 2
 
@@ -342,7 +345,7 @@ def test_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
     path.write_bytes(b"before")
     monkeypatch.setattr(os, "fsync", lambda _: fail(OSError(errno.ENOSPC, "No space left on device")))
     with pytest.raises(OSError, match="No space left"):
-        gpt_download.write_whole(path, b"after")
+        files.write_bytes(path, b"after")
     assert files_below(tmp_path) == ["file"]
     assert path.read_bytes() == b"before"
 
@@ -399,11 +402,11 @@ def test_weights_that_cannot_be_had(hub, server, tmp_path, monkeypatch, plan, n_
     server.plan = list(plan)
     with pytest.raises(FetchError) as error:
         fetch_weights("tiny")
-    asked_for, reason, *ways_on = str(error.value).splitlines()
+    asked_for, reason, *advice = str(error.value).splitlines()
     assert asked_for == f"model.safetensors of nobody/tiny at revision {REVISION} could not be downloaded"
     assert reason.startswith(f"  from {server.url}: ") and why in reason
-    for way in ("try again later", "HF_ENDPOINT", "--weights FILE", "--weights random", "--demo"):
-        assert way in " ".join(ways_on)
+    for way in ("Try: the same command later", "HF_ENDPOINT", "--weights FILE", "--weights random", "--demo"):
+        assert way in " ".join(advice)
     assert len(server.requests) == n_requests
 
     # Not the whole cache: beside the snapshots the client notes what a server said that it lacks.
@@ -468,14 +471,14 @@ def test_weights_without_a_network(hub, data_dir, closed_port):
     )
     assert run.returncode == 1 and "Model:" not in run.stdout
     _, _, message = run.stderr.partition("error: ")  # before it are the warnings of the hub's client
-    asked_for, reason, *ways_on = message.splitlines()
+    asked_for, reason, *advice = message.splitlines()
     assert asked_for == (
         "model.safetensors of openai-community/gpt2 at revision 607a30d783dfa663caf39e06633721c8d4cfcd7e "
         "could not be downloaded"
     )
     assert reason.startswith(f"  from {closed_port}: ConnectionRefusedError: ")
     for way in ("HF_ENDPOINT", "--weights FILE", "--demo"):
-        assert way in " ".join(ways_on)
+        assert way in " ".join(advice)
     assert "Traceback" not in run.stderr
 
 
@@ -507,9 +510,9 @@ def test_first_run_downloads_everything_and_the_second_nothing(collection, hub, 
     server.files[f"/nobody/nano/resolve/{REVISION}/model.safetensors"] = weights
     monkeypatch.setitem(gpt_download.PRETRAINED, nano, HubFile("nobody/nano", REVISION, sha256(weights)))
     (tmp_path / "collection.tsv").write_bytes(MESSAGES)
-    splits = additional_experiments.balanced_splits(tmp_path / "collection.tsv")
+    splits = dataset.balanced_splits(tmp_path / "collection.tsv")
     sums = {split: sha256(frame.to_csv(index=None).encode()) for split, frame in splits.items()}
-    monkeypatch.setattr(additional_experiments, "UCI_SPLITS_SHA256", sums)
+    monkeypatch.setattr(dataset, "UCI_SPLITS_SHA256", sums)
 
     command = ["--model_size", nano, "--num_epochs", "1", "--device", "cpu", "--data_dir", str(tmp_path / "data")]
     rows = []

@@ -9,23 +9,21 @@ import math
 
 import pytest
 import torch
+from helpers import train_quietly
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.testing import assert_close
 from transformers import GPT2Config, GPT2Model
 
 from additional_experiments import (
-    SPLITS,
-    Batch,
     Experiment,
     LinearWithLoRA,
     LinearWithMergedLoRA,
-    Messages,
     add_lora,
     build_classifier,
-    prepare_frozen,
-    train,
+    optimize_frozen_blocks,
 )
+from runner.dataset import SPLITS, Batch, Messages, Stage
 
 RANK, ALPHA, CLASSES = 3, 2.5, 4
 NANO = dict(model_size="gpt2-nano (7M)", weights="random", lora_rank=RANK, lora_alpha=ALPHA)
@@ -165,7 +163,7 @@ def batch(n_tokens=6):
     torch.manual_seed(2)
     lengths = torch.tensor([n_tokens, 2, 4])
     key_mask = (torch.arange(n_tokens) < lengths[:, None])[:, None, None]
-    return Batch(torch.randint(50257, (3, n_tokens)), lengths - 1, key_mask)
+    return Batch(Stage.TOKEN_IDS, torch.randint(50257, (3, n_tokens)), lengths - 1, key_mask)
 
 
 def logits_and_gradients(classifier):
@@ -214,11 +212,8 @@ def test_names_of_the_trained_parameters(trainable_layers):
 
 def random_messages(n):
     lengths = torch.arange(n) % 5 + 2
-    return Messages(torch.randint(50257, (int(lengths.sum()),)), lengths, lengths - 1, torch.arange(n) % CLASSES)
-
-
-def quietly(line):
-    pass
+    token_ids = torch.randint(50257, (int(lengths.sum()),))
+    return Messages(Stage.TOKEN_IDS, token_ids, lengths, lengths - 1, torch.arange(n) % CLASSES)
 
 
 def changed(classifier, before):
@@ -236,15 +231,15 @@ def test_one_step_changes_what_is_trained_and_nothing_else(trainable_layers, fro
     # Weight decay would also change what gets no gradient.
     experiment = Experiment(trainable_layers=trainable_layers, **NANO, num_epochs=1, weight_decay=0.0)
     classifier = build_classifier(experiment, CLASSES, tensors or None)
-    prepare_frozen(classifier)
+    optimize_frozen_blocks(classifier)
     before = {name: parameter.detach().clone() for name, parameter in classifier.named_parameters()}
     messages = {split: random_messages(experiment.batch_size) for split in SPLITS}  # one batch, so one step
     trained = set(TRAINED[trainable_layers])
     maybe = {name for name in trained if name.endswith("W_key.bias")}  # its gradient is zero but for rounding
 
-    train(classifier, messages, experiment, torch.device("cpu"), quietly, progress=False)
+    train_quietly(classifier, messages, experiment)
     # The gradient of A has B as a factor, which is zero until the first step is done.
     assert changed(classifier, before) - maybe == {name for name in trained - maybe if not name.endswith(".A")}
-    train(classifier, messages, experiment, torch.device("cpu"), quietly, progress=False)
+    train_quietly(classifier, messages, experiment)
     assert changed(classifier, before) - maybe == trained - maybe
     assert [name for name in tensors if not tensors[name].equal(tensors_before[name])] == []

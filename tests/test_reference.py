@@ -22,7 +22,8 @@ REFERENCE["18"] = REFERENCE["1"]  # no label is 50256, so nothing may change
 def test_row(number, capsys):
     expected = REFERENCE[number]
     experiment, *_ = parse_args(["--row", number, *NANO])
-    [(result, history)] = run(experiment)
+    [record] = run(experiment)
+    history = record.history
 
     assert history.steps == expected["evaluated_at_steps"]
     assert history.train_losses == pytest.approx(expected["train_losses"], abs=1e-3)
@@ -30,7 +31,7 @@ def test_row(number, capsys):
     for measured, fractions in (
         (history.train_accuracies, expected["epoch_train_accuracy"]),
         (history.val_accuracies, expected["epoch_val_accuracy"]),
-        ([result.train, result.validation, result.test], [expected[f"{s}_accuracy"] for s in ("train", "val", "test")]),
+        ([record.train, record.validation, record.test], [expected[f"{s}_accuracy"] for s in ("train", "val", "test")]),
     ):
         for accuracy, fraction in zip(measured, fractions, strict=True):
             assert abs(accuracy.correct - fraction * accuracy.total) < 1.001  # one message, for other processors

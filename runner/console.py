@@ -1,0 +1,115 @@
+"""What a run prints, and what becomes of its errors: lines, warnings, progress bars, exit status."""
+
+import os
+import platform
+import signal
+import sys
+
+import tiktoken
+import torch
+from tqdm import tqdm
+
+from .dataset import DATASET_NAMES
+from .devices import describe_device
+from .files import FetchError, FileError, OutputError, UsageError
+from .signals import Terminated
+
+
+class Console:
+    """Prints results and warnings always, everything else unless `quiet`. Progress bars need a terminal."""
+
+    def __init__(self, quiet=False):
+        self.quiet = quiet
+        self.not_written = []  # a message for each output of the run that could not be written
+
+    def result(self, line):
+        tqdm.write(line, file=sys.stdout)
+        sys.stdout.flush()  # a run that is killed has printed all its lines, also into a pipe or a log file
+
+    def info(self, line):
+        if not self.quiet:
+            self.result(line)
+
+    def warning(self, line):
+        tqdm.write(f"warning: {line}", file=sys.stderr)
+
+    def progress(self, description, total, unit, initial=0):
+        """A tqdm progress bar."""
+        disable = True if self.quiet else None  # None: where standard error is no terminal
+        return tqdm(desc=description, total=total, unit=unit, initial=initial, disable=disable)
+
+    def write_output(self, what, path, write, *arguments):
+        """`write(path, *arguments)`. An OSError costs a warning now and, at the end, the exit status: see `close`."""
+        try:
+            return write(path, *arguments)
+        except OSError as error:
+            self.not_written.append(f"{what} could not be written to {path}: {error.strerror or error}")
+            self.warning(self.not_written[-1])
+
+    def close(self):
+        """Call at the end of a run. Raises OutputError where an output could not be written."""
+        if self.not_written:
+            raise OutputError("; ".join(self.not_written))
+
+
+def describe_setup(experiment, data, device):
+    """Device, data and tokens of a run: three lines, known before its weights are there."""
+    counts = ", ".join(f"{len(messages):,} {split}" for split, messages in data.messages.items())
+    return "\n".join(
+        [
+            f"Device: {describe_device(device)}; Python {platform.python_version()}, PyTorch {torch.__version__}, "
+            f"tiktoken {tiktoken.__version__}",
+            f"Data: {DATASET_NAMES[data.name]}; messages: {counts}",
+            f"Tokens per message: {data.max_tokens} at most, {'not padded' if experiment.no_padding else 'padded'}",
+        ]
+    )
+
+
+def describe_model(experiment, classifier):
+    """Model, weights and numbers of parameters: one line."""
+    n_trained, n_frozen = (
+        sum(p.numel() for p in classifier.parameters() if p.requires_grad == trained) for trained in (True, False)
+    )
+    return (
+        f"Model: {experiment.model_size}, weights: {experiment.weights}, trained: {experiment.trainable_layers}; "
+        f"{n_trained:,} trainable and {n_frozen:,} frozen parameters"
+    )
+
+
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "DefaultCPUAllocator", "ALLOC_FAILED")
+OUT_OF_MEMORY_ADVICE = (
+    "Try: a smaller --batch_size with more --accumulation_steps (their product is what counts); to train less,\n"
+    "--trainable_layers lora or last_block; --trainable_token_pos flexible or a smaller --context_length;\n"
+    "--features host or off; --precision bf16; a smaller --model_size"
+)
+
+
+def exit_status(command):
+    """Call `command()` and return the exit status; an error that a user can cause or mend becomes one line.
+
+    0; 1: something could not be downloaded or written, or memory is out; 2: an option or a file cannot be used;
+    130: Ctrl-C; 143: SIGTERM; 129: SIGHUP. Errors of the program itself are raised.
+    """
+    try:
+        command()
+        return 0
+    except (UsageError, FileError) as error:
+        status, message = 2, f"error: {error}"
+    except FetchError as error:
+        status, message = 1, f"error: {error}"
+    except OutputError as error:
+        status, message = 1, f"error: training finished, but {error}"
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not any(words in str(error) for words in OUT_OF_MEMORY):
+            raise
+        status, message = 1, f"error: out of memory\n{OUT_OF_MEMORY_ADVICE}"
+    except KeyboardInterrupt as error:
+        status = 128 + (error.number if isinstance(error, Terminated) else signal.SIGINT)
+        message = error.args[0] if error.args else "interrupted"
+    except BrokenPipeError:  # the reader of the output has gone; Python's own last flush must not complain either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:  # a full disk, a folder that is gone: no fault of the program
+        status, message = 1, f"error: {error}"
+    print(message, file=sys.stderr)
+    return status

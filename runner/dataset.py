@@ -1,0 +1,259 @@
+"""The messages: splits, the user's own CSV files, and tokens end to end, from which batches are made.
+
+In the shapes B is messages in a batch, T tokens in a message, D the embedding width.
+"""
+
+import csv
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+import gpt_download
+
+from .files import FileError, UsageError, sha256_of, write_bytes
+
+SPLITS = {"train": "Training", "validation": "Validation", "test": "Test"}
+
+DATASET_NAMES = {
+    "uci": "SMS Spam Collection",
+    "sample": "sample of the SMS Spam Collection (numbers do not compare with the table)",
+    "own": "your own data (numbers do not compare with the table)",
+}
+
+# Of the splits of the collection as they are written to --data_dir; other files are the user's own data.
+UCI_SPLITS_SHA256 = {
+    "train": "ec2895b026553ce06475815818c52cf44828af0605b07b257935a194e611195a",
+    "validation": "f92996ef2ae2ed6d6937e96bc7a3f739f2bae59b07d1babd7f3725e473f2d2bd",
+    "test": "f82216f37a6d785b52f99a84a3552dcc9835316018758c2117b2ca133e6c1409",
+}
+
+
+@dataclass
+class Dataset:
+    """The three splits as tokens, and what identifies them."""
+
+    messages: dict  # of each split, Messages
+    max_tokens: int  # tokens of a padded message
+    name: str  # "uci", "sample" or "own"
+    labels: list  # names of the K classes
+    sha256: str  # of all labels and texts
+
+
+# --- splits ---
+
+
+def load_splits(data_dir, dataset, quiet=False):
+    """The labelled messages of each split, and what they are: "uci", "sample" or "own".
+
+    Returns ({split: DataFrame with columns Label (int) and Text (str)}, name). Downloads the collection if need
+    be. Raises UsageError or FileError for files that cannot be used, FetchError for a download that failed.
+    """
+    if dataset == "sample":
+        return balanced_splits(gpt_download.sample_path()), "sample"
+
+    data_dir = Path(data_dir)
+    if data_dir.exists() and not data_dir.is_dir():
+        raise UsageError(f"--data_dir {data_dir} is not a folder")
+    paths = {split: data_dir / f"{split}.csv" for split in SPLITS}
+    if not all(path.exists() for path in paths.values()):
+        write_uci_splits(data_dir, paths, quiet)
+    splits = {split: read_labelled_csv(path) for split, path in paths.items()}
+    is_uci = all(sha256_of(paths[split]) == UCI_SPLITS_SHA256[split] for split in SPLITS)
+    return splits, "uci" if is_uci else "own"
+
+
+def write_uci_splits(data_dir, paths, quiet):
+    """Write the splits of the collection to `paths`, fetching it if need be. Errors: those of `load_splits`."""
+    for split, path in paths.items():  # an interrupted run may have left some of them; all others are the user's
+        if path.exists() and sha256_of(path) != UCI_SPLITS_SHA256[split]:
+            missing = " and ".join(other.name for other in paths.values() if not other.exists())
+            raise UsageError(f"{data_dir} holds {path.name} but not {missing}; your own data needs all three")
+    gpt_download.check_writable(data_dir)
+    splits = balanced_splits(gpt_download.fetch_collection(data_dir, quiet))
+    contents = {split: frame.to_csv(index=None, lineterminator="\n").encode() for split, frame in splits.items()}
+    for split, content in contents.items():
+        if hashlib.sha256(content).hexdigest() != UCI_SPLITS_SHA256[split]:
+            raise FileError(f"pandas {pd.__version__} splits the collection differently; see requirements.txt")
+    for split, content in contents.items():
+        write_bytes(paths[split], content)
+
+
+def balanced_splits(path):
+    """70% / 10% / 20% of the spam and as much ham from the collection at `path` (lines of label, tab, text).
+
+    Seed and order of the shuffles are those of the public original. So is the reading: quotes are taken as CSV
+    takes them, and a few messages that begin with one run together with their neighbours.
+    """
+    messages = pd.read_csv(path, sep="\t", header=None, names=["Label", "Text"])
+    spam, ham = (messages[messages["Label"] == label] for label in ("spam", "ham"))
+    balanced = pd.concat([ham.sample(len(spam), random_state=123), spam])
+    for _ in range(2):
+        balanced = balanced.sample(frac=1, random_state=123).reset_index(drop=True)
+    balanced["Label"] = balanced["Label"].map({"ham": 0, "spam": 1})
+    train_end = int(0.7 * len(balanced))
+    validation_end = train_end + int(0.1 * len(balanced))
+    return {
+        "train": balanced[:train_end],
+        "validation": balanced[train_end:validation_end],
+        "test": balanced[validation_end:],
+    }
+
+
+def read_labelled_csv(path):
+    """The columns Label and Text of a CSV file, and for each row the line on which it ends, as a DataFrame.
+
+    Raises UsageError that names file and line. (Not pandas: it takes a message "NA" for a missing one, and knows
+    no line numbers.)
+    """
+    records = []
+    csv.field_size_limit(2**31 - 1)
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, strict=True)
+            if reader.fieldnames is None:
+                raise UsageError(f"{path}: the file is empty")
+            for column in ("Label", "Text"):
+                if column not in reader.fieldnames:
+                    columns = ", ".join(reader.fieldnames)
+                    raise UsageError(f"{path}: column {column} is missing; the columns are {columns}")
+            for record in reader:
+                if problem := problem_of(record):
+                    raise UsageError(f"{path}, line {reader.line_num}: {problem}")
+                records.append((int(record["Label"]), record["Text"], reader.line_num))
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+    except csv.Error as error:
+        raise UsageError(f"{path}, line {reader.line_num}: {error}") from None
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}") from None
+    if not records:
+        raise UsageError(f"{path}: no messages below the header")
+    return pd.DataFrame(records, columns=["Label", "Text", "line"])
+
+
+def problem_of(record):
+    """Why a row of a CSV file, as csv.DictReader gives it, is no labelled message; None if it is one."""
+    if not re.fullmatch(r"\s*-?\d+\s*", record["Label"] or ""):
+        return f'label "{record["Label"] or ""}" is not a whole number'
+    if not (record["Text"] or "").strip():
+        return "the text is empty"
+    if None in record:
+        return "more fields than columns; a text with a comma needs quotes"
+
+
+def count_classes(splits, ignore_index, data_dir):
+    """K, from the labels 0..K-1 of the training messages. Raises UsageError for labels that are not these.
+
+    A negative label equal to `ignore_index` marks a message without a label: it adds nothing to the loss and is
+    not counted in an accuracy.
+    """
+
+    def refuse(split, wrong, problem):
+        first = splits[split][wrong].iloc[0]
+        raise UsageError(f"{data_dir}/{split}.csv, line {first['line']}: label {first['Label']}, {problem}")
+
+    labels = {split: frame["Label"] for split, frame in splits.items()}
+    unlabelled = {split: (column < 0) & (column == ignore_index) for split, column in labels.items()}
+    train = labels["train"]
+    if (train == ignore_index).all():
+        raise UsageError(f"every training label is the ignored one, {ignore_index}: nothing to learn from")
+    classes = sorted(set(train[~unlabelled["train"]]))
+    if classes[0] != 0:
+        refuse("train", train == classes[0], f"but labels start at 0; the training file's start at {classes[0]}")
+    for label, expected in zip(classes, range(len(classes))):
+        if label != expected:
+            refuse("train", train == label, f"but no training message has label {expected}")
+    if len(classes) == 1:
+        raise UsageError(f"{data_dir}/train.csv: every label is 0; a classifier needs two classes or more")
+    for split in SPLITS:
+        unknown = ~labels[split].isin(classes) & ~unlabelled[split]
+        if unknown.any():
+            refuse(split, unknown, f"which no training message has; their labels are 0 to {classes[-1]}")
+    return len(classes)
+
+
+def sha256_of_splits(splits):
+    """SHA-256 of the labels and texts of all splits."""
+    content = json.dumps([[splits[split][column].tolist() for column in ("Label", "Text")] for split in SPLITS])
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+# --- tokens and batches ---
+
+
+class Stage(Enum):
+    """How far messages have come on their way through the classifier: what `x` of Batch and Messages holds."""
+
+    TOKEN_IDS = "token ids"  # (B, T)
+    HIDDEN_STATES = "hidden states"  # (B, T, D) after some of the blocks
+    STANDARDIZED = "standardized hidden states"  # (B, T, D) the last block's input, with mean 0 and variance 1
+    HEAD_INPUT = "head input"  # (B, 1, D) after the final norm and the pooling
+
+
+@dataclass
+class Batch:
+    """B messages next to each other, padded on the right to the longest of them."""
+
+    stage: Stage
+    x: torch.Tensor  # (B, T) or (B, T, D), see Stage
+    positions: torch.Tensor  # (B,) the position that is classified, or the last one that is averaged over
+    key_mask: torch.Tensor | None  # (B, 1, 1, T) True where there is something to attend to; None: everywhere
+    residual: torch.Tensor | None = None  # (B, 1, D) with standardized x: the hidden states at `positions`
+
+
+@dataclass
+class Messages:
+    """The n messages of a split, of unequal lengths, end to end."""
+
+    stage: Stage
+    x: torch.Tensor  # (N,) token ids, or (N, D) what the frozen blocks made of them
+    lengths: torch.Tensor  # (n,) tokens of each message in x
+    positions: torch.Tensor  # (n,) as in Batch
+    labels: torch.Tensor  # (n,)
+    residual: torch.Tensor | None = None  # (n, D) as in Batch
+
+    def __post_init__(self):
+        self.starts = self.lengths.cumsum(0) - self.lengths
+
+    def __len__(self):
+        return len(self.lengths)
+
+    def token_indices(self, indices):
+        """Where in x the tokens of the messages `indices` (B,) are: (B, T), and (B, T) False where there is a pad.
+
+        Pads point at the message's last token.
+        """
+        lengths = self.lengths[indices, None]
+        offsets = torch.arange(int(lengths.max()))
+        return self.starts[indices, None] + offsets.minimum(lengths - 1), offsets < lengths
+
+    def batch(self, indices, device):
+        """The messages `indices` (B,) as a Batch on `device`."""
+        tokens, is_real = self.token_indices(indices)
+        return Batch(
+            self.stage,
+            self.x[tokens.to(self.x.device)].to(device),
+            self.positions[indices].to(device),
+            None if is_real.all() else is_real[:, None, None].to(device),
+            None if self.residual is None else self.residual[indices.to(self.x.device), None].to(device),
+        )
+
+
+# Tokens in a forward pass without gradients: enough to keep the device busy; more cost memory and gain nothing.
+TOKENS_PER_PASS = {"cpu": 1024, "mps": 4096, "cuda": 16384}
+
+
+def split_into_passes(lengths, device):
+    """Indices of messages of these lengths (n,), from short to long, cut into tensors for one pass each."""
+    lengths, order = lengths.sort(stable=True)
+    start, longest = 0, lengths.tolist()
+    for end in range(1, len(order) + 1):
+        if end == len(order) or (end + 1 - start) * longest[end] > TOKENS_PER_PASS[device.type]:
+            yield order[start:end]
+            start = end

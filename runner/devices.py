@@ -1,0 +1,93 @@
+"""Where a run computes: the device, its precision, its memory and its random state."""
+
+import importlib.util
+import os
+import platform
+import re
+import sys
+from pathlib import Path
+
+import torch
+
+from .files import UsageError
+
+
+def resolve_device(name):
+    """The torch.device that `--device` names. Raises UsageError where there is none of that kind."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind, is_available in available.items() if is_available)
+    if not available[name]:
+        raise UsageError(f"--device {name}: PyTorch finds none here; use --device auto")
+    return torch.device(name)
+
+
+def describe_device(device):
+    """The device by name: `NVIDIA A100-SXM4-40GB`, `MPS, arm64`, `CPU, 8 threads`."""
+    match device.type:
+        case "cuda":
+            return torch.cuda.get_device_name(device)
+        case "mps":
+            return f"MPS, {platform.machine()}"
+        case _:
+            return f"CPU, {torch.get_num_threads()} threads"
+
+
+def set_precision(precision, device):
+    """Allow or forbid TF32 in float32 products. Raises UsageError for `tf32` on a device without it."""
+    if precision == "tf32" and device.type != "cuda":
+        raise UsageError(f"--precision tf32 is for CUDA; the device is {device}")
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+
+
+def free_memory(device):
+    """Bytes that can still be allocated on `device`."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    try:
+        free = int(re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())[1]) * 1024
+    except (OSError, TypeError):  # only Linux says what is available: elsewhere half of all memory
+        has_sysconf = hasattr(os, "sysconf")  # not on Windows, which is taken to have 8 GB
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2 if has_sysconf else 4 * 10**9
+    try:  # a container's limit
+        limit, used = (Path("/sys/fs/cgroup", f"memory.{name}").read_text() for name in ("max", "current"))
+        return min(free, int(limit) - int(used))
+    except (OSError, ValueError):  # no such file, or "max"
+        return free
+
+
+def reset_peak_memory(device):
+    """Start the count of `peak_memory` anew, where the device allows it."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_memory(device):
+    """The most memory that this process has held, in bytes: of the device, or main memory; None where unknown."""
+    match device.type:
+        case "cuda":
+            return torch.cuda.max_memory_allocated(device)
+        case "mps":
+            return torch.mps.driver_allocated_memory()
+    if not importlib.util.find_spec("resource"):  # Windows
+        return None
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def random_states(device):
+    """The states of PyTorch's random generators, of the CPU and of `device`, by device type."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type != "cpu":
+        states[device.type] = getattr(torch, device.type).get_rng_state()
+    return states
+
+
+def set_random_states(states):
+    """Restore what `random_states` gave."""
+    for kind, state in states.items():
+        generator = torch if kind == "cpu" else getattr(torch, kind)
+        generator.set_rng_state(state.clone())

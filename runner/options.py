@@ -1,0 +1,253 @@
+"""From dataclass fields to the command line: parsers of single values, what a call does, which options go together."""
+
+import argparse
+import importlib.util
+import math
+import re
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+from previous_chapters import GPT_SIZES, GPTConfig
+
+from .files import UsageError
+
+# --- parsers of single values ---
+
+
+def number(kind, minimum=-math.inf, maximum=math.inf, above=-math.inf):
+    """A parser of finite numbers of `kind` (int or float) from `minimum` to `maximum` and greater than `above`."""
+
+    def parse(text):
+        try:
+            value = kind(text) if kind is float or re.fullmatch(r"[+-]?\d+", text) else math.nan
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value):
+            name = "a whole number" if kind is int else "a finite number"
+            raise argparse.ArgumentTypeError(f'"{text}" is not {name}')
+        if value <= above:
+            raise argparse.ArgumentTypeError(f"{text} is not greater than {above}")
+        if value < minimum:
+            raise argparse.ArgumentTypeError(f"{value} is less than {minimum}")
+        if value > maximum:
+            raise argparse.ArgumentTypeError(f"{value} is more than {maximum}")
+        return value
+
+    return parse
+
+
+INT64 = dict(minimum=-(2**63), maximum=2**63 - 1)  # PyTorch's integers
+
+
+def count(minimum=1, maximum=2**63 - 1):
+    """A parser of whole numbers."""
+    return number(int, minimum, maximum)
+
+
+def model_size(text):
+    """The name of a model size, from itself or its part before the bracket."""
+    for name in GPT_SIZES:
+        if text in (name, name.split(" ")[0]):
+            return name
+    hint = ""
+    if (start := text.find("--")) > 0:
+        hint = f'; is a space missing before "{text[start:]}"?'
+    raise argparse.ArgumentTypeError(f'"{text}" is none of {", ".join(GPT_SIZES)}{hint}')
+
+
+MAX_CONTEXT = GPTConfig.context_length
+
+
+def context_length(text):
+    """A number of tokens, or the name of one."""
+    names = ("longest_training_example", "model_context_length")
+    if text in names:
+        return text
+    try:
+        return count(1, MAX_CONTEXT)(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{error}; use {', '.join(names)} or 1 to {MAX_CONTEXT}") from None
+
+
+IMAGE_FORMATS = (".png", ".pdf", ".svg")
+
+
+def image(text):
+    """The path of a picture that matplotlib can draw."""
+    if Path(text).suffix not in IMAGE_FORMATS:
+        raise argparse.ArgumentTypeError(f'"{text}" does not end in {", ".join(IMAGE_FORMATS)}')
+    if not importlib.util.find_spec("matplotlib"):
+        raise argparse.ArgumentTypeError("pictures need matplotlib, which is not installed: pip install matplotlib")
+    return text
+
+
+# --- options as fields ---
+
+# The headings of --help.
+MODEL, INPUT, TRAINING, DATA = "what is fine-tuned", "what it looks at", "training", "data"
+MACHINE, RESULTS, INTERRUPTION, USE = "machine", "results", "interrupted runs", "using what was trained"
+
+
+def option(default, group, help, **arguments):
+    """A dataclass field that is an option of the command line; `arguments` are those of argparse."""
+    return field(default=default, metadata=dict(group=group, help=help, **arguments))
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What one call does besides its experiment, or instead of it. No number of a seed depends on it.
+
+    Raises UsageError for options that cannot be combined, and for files in folders that do not exist.
+    """
+
+    quiet: bool = option(False, RESULTS, "print finished rows only", action="store_true")
+    results_file: str = option(
+        "results.csv", RESULTS, 'file to which each finished run appends its record; "" for none', metavar="FILE"
+    )
+    repeats: int = option(
+        1,
+        RESULTS,
+        "number of runs, each with its own seed (--seed, --seed + 1, ...), then mean and standard deviation",
+        type=count(),
+    )
+    plot: str | None = option(
+        None, RESULTS, "draw losses and accuracies over the epochs (.png, .pdf or .svg)", type=image, metavar="FILE"
+    )
+    report: str | None = option(
+        None,
+        RESULTS,
+        "train nothing; print the table of all runs in FILE (default: results.csv) with the published figures",
+        nargs="?",
+        const="results.csv",
+        metavar="FILE",
+    )
+    report_plot: str | None = option(None, RESULTS, "with --report: draw it too", type=image, metavar="FILE")
+    checkpoint: str | None = option(
+        None,
+        INTERRUPTION,
+        "save the state of training to FILE after each epoch, at intervals, on Ctrl-C and on SIGTERM; the same command "
+        "resumes from it",
+        metavar="FILE",
+    )
+    checkpoint_minutes: float = option(
+        10.0, INTERRUPTION, "minutes between two checkpoints", type=number(float, minimum=0)
+    )
+    restart: bool = option(False, INTERRUPTION, "start over and overwrite the checkpoint", action="store_true")
+    save_model: str | None = option(
+        None,
+        USE,
+        "write the trained classifier to FILE (.safetensors), with all that is needed to use it",
+        metavar="FILE",
+    )
+    load_model: str | None = option(
+        None,
+        USE,
+        "train nothing; use a classifier that --save_model wrote (with --weights FILE if that file has moved)",
+        metavar="FILE",
+    )
+    classify: tuple = option(
+        (),
+        USE,
+        "with --load_model: messages to classify; - for one per line of standard input",
+        nargs="+",
+        metavar="TEXT",
+    )
+
+    def __post_init__(self):
+        for name, needed in (("report_plot", "report"), ("classify", "load_model"), ("restart", "checkpoint")):
+            if getattr(self, name) and getattr(self, needed) is None:
+                raise UsageError(f"--{name} needs --{needed}")
+        if self.load_model is not None and not self.classify:
+            raise UsageError("--load_model needs --classify")
+        if self.save_model is not None and self.repeats > 1:
+            raise UsageError("--save_model saves one classifier, --repeats trains several")
+        self.check_paths()
+
+    def check_paths(self):
+        """Each file that is to be written or read has a name of its own, in a folder that exists."""
+        names = {}
+        for name in ("plot", "report_plot", "checkpoint", "save_model", "load_model", "results_file"):
+            if (path := getattr(self, name)) is None or (path == "" and name == "results_file"):
+                continue
+            if path == "":
+                raise UsageError(f"--{name} is given without the name of a file")
+            if not Path(path).parent.is_dir():
+                raise UsageError(f"--{name} {path}: there is no folder {Path(path).parent}")
+            if Path(path).is_dir():
+                raise UsageError(f"--{name} {path} is a folder")
+            if (other := names.setdefault(Path(path).resolve(), name)) != name:
+                raise UsageError(f"--{other} and --{name} name the same file, {path}")
+
+
+# --- the command line ---
+
+# The options that can be combined with one that trains nothing.
+COMPANIONS = {"report": ("report_plot",), "load_model": ("classify", "model_size", "weights", "device")}
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):  # argparse's own prints the whole usage before the one line that matters
+        raise UsageError(f"{message} (--help lists the options)")
+
+
+def make_parser(description, experiment_type, rows, demo):
+    """The parser of all options: presets, and the fields of `experiment_type` and of RunOptions by their headings."""
+    parser = Parser(
+        description=description,
+        argument_default=argparse.SUPPRESS,  # so that options given can be told from defaults and presets
+        allow_abbrev=False,
+    )
+    presets = parser.add_argument_group("presets").add_mutually_exclusive_group()
+    presets.add_argument(
+        "--row",
+        type=count(1, len(rows)),
+        metavar="N",
+        help=f"preset the options of row N of the table, 1 to {len(rows)}; further options override them",
+    )
+    presets.add_argument(
+        "--demo",
+        action="store_true",
+        help="preset a run that needs no network and about a minute: "
+        + ", ".join(f"{name} {value}" for name, value in demo.items()),
+    )
+    groups = {}
+    for setting in (*fields(experiment_type), *fields(RunOptions)):
+        arguments = dict(setting.metadata)
+        heading = arguments.pop("group")
+        if setting.default not in (False, None, ()):
+            arguments["help"] += f" (default: {setting.default})"
+        if "choices" not in arguments and "action" not in arguments:
+            arguments.setdefault("metavar", "N" if setting.type in (int, float) else setting.name.upper())
+        if heading not in groups:
+            groups[heading] = parser.add_argument_group(heading)
+        groups[heading].add_argument(f"--{setting.name}", **arguments)
+    return parser
+
+
+def parse(argv, description, experiment_type, rows, demo):
+    """A command line as (Experiment, RunOptions, the options of the experiment that were given).
+
+    `rows` maps numbers to Rows and `demo` options to values: the presets. The Experiment is None where nothing is to
+    be trained. Raises UsageError.
+    """
+    given = vars(make_parser(description, experiment_type, rows, demo).parse_args(argv))
+    run_options = {setting.name: given.pop(setting.name) for setting in fields(RunOptions) if setting.name in given}
+    for mode, companions in COMPANIONS.items():
+        refused = sorted((given.keys() | run_options.keys()) - {mode, *companions})
+        if mode in run_options and refused:
+            raise UsageError(f"--{refused[0]} cannot be combined with --{mode}, which trains nothing")
+    run_options = RunOptions(**run_options)
+    if run_options.report is not None or run_options.load_model is not None:
+        return None, run_options, given
+    presets = demo if given.pop("demo", False) else {}
+    if (row := given.pop("row", None)) is not None:
+        presets = rows[row].options
+    settings = presets | given
+    if settings.get("dataset") == "sample" and "data_dir" in given:
+        raise UsageError("--data_dir is not read with the sample; add --dataset uci, or leave --data_dir out")
+    experiment = experiment_type(**settings)
+    for name in ("checkpoint", "save_model", "plot", "results_file"):
+        path = getattr(run_options, name)
+        if path and Path(path).resolve() == Path(experiment.weights).resolve():
+            raise UsageError(f"--{name} {experiment.weights} would overwrite the weights")
+    return experiment, run_options, given

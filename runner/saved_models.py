@@ -1,0 +1,98 @@
+"""Trained classifiers on disk: what training changed, and all that is needed to use it again."""
+
+import io
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from .files import FileError, UsageError, read_tensors, sha256_of_tensors, write_tensors
+
+KIND, VERSION = "saved classifier", 1
+
+
+def frozen_sha256(classifier):
+    """SHA-256 of the parameters that are not trained, as they were drawn or read."""
+    return sha256_of_tensors({name: p for name, p in classifier.named_parameters() if not p.requires_grad})
+
+
+def save_classifier(path, experiment, data, base_sha256, parameters):
+    """Write the trained parameters, {name: tensor}, and what is needed to use them. Raises OSError.
+
+    `base_sha256` is that of the weights file under them, or for random weights what `frozen_sha256` gives.
+    """
+    description = dict(
+        settings=asdict(experiment),
+        width=data.max_tokens,
+        labels=data.labels,
+        base_sha256=base_sha256,
+        torch=torch.__version__,
+    )
+    write_tensors(path, KIND, VERSION, description, parameters)
+
+
+@dataclass
+class SavedClassifier:
+    """What `save_classifier` wrote."""
+
+    path: str
+    settings: dict  # of the Experiment, by name; the context length is the number of tokens it came to
+    labels: list  # names of the K classes
+    base_sha256: str
+    parameters: dict  # {name: tensor}
+
+    @property
+    def needs_base(self):
+        """Whether there are weights under the trained ones, or all were trained."""
+        return self.settings["trainable_layers"] != "all"
+
+    def settings_with(self, given):
+        """The settings, with the model size, weights and device that `given`, {name: value}, has in place of theirs.
+
+        Raises UsageError for another model size, and for a weights file that is not there.
+        """
+        if (size := given.get("model_size", self.settings["model_size"])) != self.settings["model_size"]:
+            raise UsageError(f"--model_size {size}: {self.path} was trained on {self.settings['model_size']}")
+        base = given.get("weights", self.settings["weights"]) if self.needs_base else "random"
+        if base not in ("pretrained", "random") and not Path(base).is_file():
+            raise UsageError(f"{self.path} was trained on {base}, which does not exist; use --weights FILE")
+        device = given.get("device", "cpu" if self.settings["device"] == "cpu" else "auto")
+        return self.settings | dict(weights=base, device=device)
+
+    def check_base(self, weights, sha256):
+        """Raises UsageError if the `weights` given, with this SHA-256, are not those that it was trained on."""
+        if self.needs_base and sha256 != self.base_sha256:
+            raise UsageError(f"--weights {weights}: {self.path} was trained on other weights (by their SHA-256)")
+
+    @torch.no_grad()
+    def restore(self, classifier):
+        """Copy the trained parameters into a Classifier of the same settings. Raises FileError for other ones."""
+        trained = {name: p for name, p in classifier.named_parameters() if p.requires_grad}
+        if {name: p.shape for name, p in trained.items()} != {name: p.shape for name, p in self.parameters.items()}:
+            raise FileError(f"{self.path} does not hold the trained parameters that its settings name")
+        for name, parameter in trained.items():
+            parameter.copy_(self.parameters[name])
+
+
+def read_classifier(path):
+    """The SavedClassifier at `path`. Raises FileError for a file that cannot be used."""
+    description, parameters = read_tensors(path, KIND, VERSION)
+    settings = description["settings"] | dict(context_length=description["width"])
+    return SavedClassifier(path, settings, description["labels"], description["base_sha256"], parameters)
+
+
+def read_texts(arguments):
+    """The messages of `--classify`: its arguments, or the lines of standard input. Raises UsageError."""
+    texts = list(arguments)
+    if texts == ["-"]:
+        try:
+            texts = [line.rstrip("\r\n") for line in io.TextIOWrapper(sys.stdin.buffer, "utf-8", newline="\n")]
+        except UnicodeDecodeError as error:
+            raise UsageError(f"standard input is not UTF-8 text ({error.reason})") from None
+    if not texts:
+        raise UsageError("there is no message on standard input")
+    for number, text in enumerate(texts, 1):
+        if not text.strip():
+            raise UsageError(f"message {number} is empty")
+    return texts

@@ -1,0 +1,50 @@
+"""The signals that end a run: turned into exceptions, but never while something must not be interrupted."""
+
+import signal
+from contextlib import contextmanager
+
+
+class Terminated(KeyboardInterrupt):
+    """A signal other than Ctrl-C that ends the run."""
+
+    def __init__(self, number):
+        super().__init__()
+        self.number = number
+
+
+class DeferredSignals:
+    """Turns the signals that end a run into KeyboardInterrupt or Terminated, but never within `deferred`."""
+
+    NUMBERS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+    def __init__(self):
+        self.handlers, self.is_deferring, self.pending = {}, False, None
+
+    def install(self):
+        for number in self.NUMBERS:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                self.handlers[number] = signal.signal(number, self.receive)
+
+    def uninstall(self):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+    def receive(self, number, frame):
+        self.pending = self.pending or number
+        if not self.is_deferring:
+            self.end_run()
+
+    def end_run(self):
+        self.is_deferring = True  # a second signal must not disturb what the first one has started
+        raise KeyboardInterrupt if self.pending == signal.SIGINT else Terminated(self.pending)
+
+    @contextmanager
+    def deferred(self):
+        """Signals wait until this is over."""
+        self.is_deferring = True
+        try:
+            yield
+        finally:
+            self.is_deferring = False
+        if self.pending is not None:
+            self.end_run()

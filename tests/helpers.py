@@ -1,0 +1,116 @@
+"""What several test files need."""
+
+import csv
+import multiprocessing
+import os
+from contextlib import contextmanager
+from dataclasses import asdict
+
+import pytest
+import torch
+
+import additional_experiments as ae
+from runner import dataset
+from runner.checkpoints import Checkpointer
+from runner.console import Console
+from runner.records import Accuracy, Record
+
+CPU = torch.device("cpu")
+QUIET = Console(quiet=True)
+
+
+def encoded(experiment):
+    """{split: Messages} of an experiment."""
+    splits, _ = dataset.load_splits(experiment.data_dir, experiment.dataset)
+    return ae.encode(ae.load_vocabulary(), splits, experiment)[0]
+
+
+def train_quietly(classifier, messages, experiment):
+    ae.train(classifier, messages, experiment, ae.make_training_state(classifier, experiment), Checkpointer(), QUIET)
+
+
+def records_in(path="results.csv"):
+    """The lines of a results file as dicts, without the columns that differ each time."""
+    differ = ("run", "date", "minutes", "seconds", "peak_memory_gb", "data_dir")
+    with open(path, newline="") as file:
+        return [{name: cell for name, cell in line.items() if name not in differ} for line in csv.DictReader(file)]
+
+
+def save_random_weights(folder, emb_dim=128):
+    """The path of a weights file of the nano size, or as wide as asked for, as transformers writes it."""
+    from transformers import GPT2Config, GPT2LMHeadModel  # slow to import, for processes that do not need it
+
+    torch.manual_seed(1)
+    GPT2LMHeadModel(GPT2Config(n_embd=emb_dim, n_layer=4, n_head=4)).save_pretrained(folder)
+    return str(folder / "model.safetensors")
+
+
+def made_up_record(run, **changes):
+    """A Record of row 1; `changes` are fields or settings."""
+    settings = asdict(ae.Experiment())
+    fields = dict(
+        run=run,
+        date="2026-11-24T12:00:00+00:00",
+        row=1,
+        configuration="last block, last token",
+        settings=settings | {name: changes.pop(name) for name in list(changes) if name in settings},
+        weights_sha256="",
+        data="uci",
+        data_sha256="",
+        tokens_per_message=120,
+        train=Accuracy(285, 300),
+        validation=Accuracy(285, 300),
+        test=Accuracy(285, 300),
+        minutes=3.5,
+        seconds=220.0,
+        peak_memory_gb=1.5,
+        device_name='an "odd", name',
+        python="3.11.7",
+        torch="2.13.0",
+        tiktoken="0.14.0",
+        pandas="3.1.1",
+    )
+    return Record(**fields | changes)
+
+
+def processes():
+    """Python with all that takes long to import, from which a process starts at once."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch._dynamo", "test_results_file", "test_checkpoints"])
+    return context
+
+
+def interrupt_at(monkeypatch, owner, name, call, number):
+    """Have this process send itself a signal at the beginning of the `call`-th call of a function."""
+    calls, function = [], getattr(owner, name)
+
+    def interrupting(*arguments, **keywords):
+        calls.append(name)
+        if len(calls) == call:
+            os.kill(os.getpid(), number)
+        return function(*arguments, **keywords)
+
+    monkeypatch.setattr(owner, name, interrupting)
+
+
+@contextmanager
+def no_file_above(size):
+    """The system refuses to let any file of this process grow beyond `size` bytes: what a full disk does."""
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def damaged_at(position):
+    """A function that flips one bit of a file."""
+
+    def damage(path):
+        content = bytearray(path.read_bytes())
+        content[position] ^= 1
+        path.write_bytes(content)
+
+    return damage

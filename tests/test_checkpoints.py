@@ -1,0 +1,345 @@
+"""Interrupted runs that are resumed, at chosen and at random moments, and what can go wrong with their checkpoints."""
+
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY, TINY_SIZE
+from helpers import damaged_at, interrupt_at, no_file_above, processes, records_in, save_random_weights
+from safetensors.torch import save_file
+
+import additional_experiments as ae
+from previous_chapters import GPT_SIZES
+from runner import checkpoints, results_file
+from runner.files import FileError
+from runner.signals import DeferredSignals
+
+CONFIGURATIONS = {
+    "last_block": "",
+    "last_layer": "--trainable_layers last_layer --average_embeddings",
+    "all": "--trainable_layers all --trainable_token_pos flexible",
+    "lora": "--trainable_layers lora --precision bf16",
+    "accumulation": "--accumulation_steps 8",
+    "accumulation, all": "--accumulation_steps 3 --trainable_layers all",
+    "no padding": "--no_padding --trainable_layers last_two_blocks",
+    "repeats": "--repeats 2",
+}
+
+
+@pytest.fixture(scope="session")
+def whole_runs():
+    """What `whole_run` has computed: {configuration: (lines and rows, records)}."""
+    return {}
+
+
+def whole_run(name, options, whole_runs, capfd):
+    """What a run of this configuration that is never interrupted prints and records."""
+    if name not in whole_runs:
+        assert ae.main([*options, *CONFIGURATIONS[name].split()]) == 0
+        whole_runs[name] = numbers(capfd.readouterr().out), records_in()
+        Path("results.csv").unlink()
+    return whole_runs[name]
+
+
+def numbers(text):
+    """What a run printed, without times and where it resumed."""
+    begins = ("Ep ", "Training accuracy", "Validation accuracy", "Test accuracy")
+    lines = [line for line in text.splitlines() if line.startswith(begins)]
+    rows = [line.split("|") for line in text.splitlines() if line.startswith("| - |")]
+    return lines, [row[:10] + row[11:] for row in rows]  # the eleventh cell is the time
+
+
+def run_in_folder(folder, options):
+    """A run in a process of its own, which prints into out.txt and err.txt of its folder; at its end its seconds."""
+    os.chdir(folder)
+    GPT_SIZES[TINY] = TINY_SIZE
+    begin = time.perf_counter()
+    with open("out.txt", "a") as out, open("err.txt", "a") as err, redirect_stdout(out), redirect_stderr(err):
+        status = ae.main(options)
+    Path("seconds").write_text(f"{time.perf_counter() - begin}")
+    sys.exit(status)
+
+
+# --- SIGKILL ---
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="there is no SIGKILL on Windows")
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_killed_at_random_moments(options, tmp_path, name):
+    """Three moments for each of eight configurations, some of them before there is a checkpoint."""
+    options = [*options, *CONFIGURATIONS[name].split(), "--checkpoint", "run.ckpt", "--checkpoint_minutes", "0.002"]
+
+    def start(folder):
+        folder.mkdir(exist_ok=True)
+        process = processes().Process(target=run_in_folder, args=(folder, options))
+        process.start()
+        return process
+
+    def finish(folder):
+        process = start(folder)
+        process.join()
+        assert process.exitcode == 0, (folder / "err.txt").read_text()
+
+    finish(tmp_path / "whole")
+    duration = float((tmp_path / "whole" / "seconds").read_text())
+    whole = (tmp_path / "whole" / "out.txt").read_text()
+
+    for number in range(3):
+        folder, moment = tmp_path / f"cut {number}", random.uniform(0.2, 1) * duration
+        process = start(folder)
+        process.join(moment)
+        process.kill()
+        process.join()
+        # Wherever it was: at most one file was being written, and the next run removes it.
+        assert len(list(folder.glob("*.part"))) <= 1
+        (folder / "out.txt").unlink(missing_ok=True)
+        finish(folder)
+        assert numbers((folder / "out.txt").read_text()) == numbers(whole), f"killed after {moment} s"
+        assert records_in(folder / "results.csv") == records_in(tmp_path / "whole" / "results.csv")
+        assert not list(folder.glob("*.part"))
+
+
+# --- SIGTERM and Ctrl-C at chosen moments ---
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a process cannot send itself these signals on Windows")
+@pytest.mark.parametrize("name", ["last_block", "accumulation", "accumulation, all", "repeats"])
+@pytest.mark.parametrize(
+    "owner, function, call",
+    [
+        (ae, "mean_loss", 1),  # in an evaluation, the first, second and third
+        (ae, "mean_loss", 2),
+        (ae, "mean_loss", 3),
+        (ae, "accumulate_gradients", 3),
+        (torch.optim.AdamW, "step", 1),  # in an update
+        (torch.optim.AdamW, "step", 4),
+        (ae, "accuracy", 1),  # at the end of an epoch
+        (ae, "accuracy", 6),  # at the end of the run
+        (results_file, "append_record", 1),
+        (checkpoints, "write_checkpoint", 2),
+    ],
+)
+def test_interrupted(options, whole_runs, monkeypatch, capfd, name, owner, function, call):
+    expected, expected_records = whole_run(name, options, whole_runs, capfd)
+    signal_number, status = random.choice([(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+    options = [*options, *CONFIGURATIONS[name].split(), "--checkpoint", "run.ckpt"]
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, owner, function, call, signal_number)
+        before = [signal.getsignal(number) for number in DeferredSignals.NUMBERS]
+        assert ae.main(options) == status
+        assert [signal.getsignal(number) for number in DeferredSignals.NUMBERS] == before
+    # The first evaluation falls into the first accumulation window, before there is anything to save.
+    is_saved = not (name.startswith("accumulation") and function == "mean_loss" and call < 3)
+    assert Path("run.ckpt").exists() == is_saved
+    resumes = "; the same command resumes from run.ckpt" if is_saved else ""
+    assert capfd.readouterr().err == f"interrupted{resumes}\n"
+
+    assert ae.main(options) == 0
+    assert numbers(capfd.readouterr().out) == expected
+    assert records_in() == expected_records
+
+
+def test_interrupted_before_there_is_anything_to_save(options, monkeypatch, capfd):
+    interrupt_at(monkeypatch, ae.features, "compute_features", 1, signal.SIGTERM)
+    assert ae.main([*options, "--checkpoint", "run.ckpt"]) == 143
+    assert capfd.readouterr().err == "interrupted\n" and list(Path().iterdir()) == []
+
+
+def test_resuming_is_announced_and_earlier_lines_are_printed_again(options, monkeypatch, capfd):
+    options += ["--checkpoint", "run.ckpt"]
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, ae, "accumulate_gradients", 60, signal.SIGINT)
+        assert ae.main(options) == 130
+    before = numbers(capfd.readouterr().out)[0]
+    assert ae.main(options) == 0
+    out = capfd.readouterr().out
+    assert "Resuming from run.ckpt after 59 batches; printed before:\n" + before[0] in out
+
+
+def test_a_finished_run_is_not_run_again(options, monkeypatch, capfd):
+    options += ["--checkpoint", "run.ckpt"]
+    assert ae.main(options) == 0
+    expected = numbers(capfd.readouterr().out)
+    monkeypatch.setattr(ae, "train", None)
+    assert ae.main([*options, "--save_model", "trained.safetensors"]) == 0
+    out = capfd.readouterr().out
+    assert numbers(out) == expected and "Finished before, according to run.ckpt" in out
+    assert len(records_in()) == 1 and ae.load_classifier("trained.safetensors", {})
+
+
+def test_another_environment_is_told(interrupted, capfd):
+    """Sums in another order, as with another number of threads, may differ in the last digits."""
+    assert ae.main([*interrupted, "--features", "off"]) == 0
+    told = "warning: run.ckpt was started with features kept and is resumed with recomputed: last digits may differ\n"
+    assert capfd.readouterr().err == told
+
+
+def test_an_error_in_training_loses_no_more_than_an_interruption(options, monkeypatch, capfd):
+    options += ["--checkpoint", "run.ckpt"]
+    accumulate_gradients, calls = ae.accumulate_gradients, []
+
+    def fail_once(*arguments):
+        calls.append(1)
+        if len(calls) == 20:
+            raise RuntimeError("MPS backend out of memory")
+        accumulate_gradients(*arguments)
+
+    monkeypatch.setattr(ae, "accumulate_gradients", fail_once)
+    assert ae.main(options) == 1
+    assert "error: out of memory\nTry: " in capfd.readouterr().err
+    assert ae.main(options) == 0
+    assert "Resuming from run.ckpt after 19 batches" in capfd.readouterr().out
+
+
+def test_more_repeats_of_a_finished_run(options, capfd):
+    options += ["--checkpoint", "run.ckpt", "--repeats"]
+    assert ae.main([*options, "1"]) == 0
+    assert ae.main([*options, "3"]) == 0
+    assert [record["seed"] for record in records_in()] == ["123", "124", "125"]
+    assert "mean ± standard deviation of 3 seeds" in capfd.readouterr().out
+
+
+# --- faults ---
+
+
+@pytest.fixture
+def interrupted(options, monkeypatch, capfd):
+    """The options of a run whose checkpoint run.ckpt holds its first epoch."""
+    options += ["--checkpoint", "run.ckpt"]
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, ae, "accumulate_gradients", 50, signal.SIGINT)
+        assert ae.main(options) == 130
+    capfd.readouterr()
+    return options
+
+
+@pytest.mark.parametrize(
+    "further, message",
+    [
+        (["--learning_rate", "0.1"], "with learning_rate 5e-05, not 0.1"),
+        (["--trainable_layers", "all"], "with trainable_layers last_block, not all"),
+        (["--seed", "7"], "with seed 123, not 7"),
+        (["--precision", "bf16"], "with precision fp32, not bf16"),
+    ],
+)
+def test_checkpoint_of_other_settings(interrupted, capfd, further, message):
+    before = Path("run.ckpt").read_bytes()
+    assert ae.main([*interrupted, *further]) == 2
+    out, err = capfd.readouterr()
+    assert err == f"error: run.ckpt is of a run {message}; --restart overwrites it\n" and "Ep 1" not in out
+    assert Path("run.ckpt").read_bytes() == before
+    assert ae.main([*interrupted, *further, "--restart"]) == 0
+    assert Path("run.ckpt").read_bytes() != before and len(records_in()) == 1
+
+
+def test_checkpoint_of_other_data(interrupted, data_dir, capfd):
+    with open(data_dir / "test.csv", "a") as file:
+        file.write("0,one more\n")
+    assert ae.main(interrupted) == 2
+    assert "run.ckpt is of a run with data " in capfd.readouterr().err
+
+
+def test_checkpoint_of_other_weights(interrupted, tmp_path, capfd):
+    options = [
+        save_random_weights(tmp_path / "w", emb_dim=16) if option == "random" else option for option in interrupted
+    ]
+    assert ae.main(options) == 2
+    assert "run.ckpt is of a run with weights random, not " in capfd.readouterr().err
+
+
+def test_what_changes_no_number_may_change(interrupted, data_dir, tmp_path):
+    """The folder of the data, where features are kept, and what else the call is to do."""
+    moved = shutil.copytree(data_dir, tmp_path / "moved")
+    further = ["--data_dir", str(moved), "--features", "host", "--quiet", "--plot", "run.svg"]
+    assert ae.main([*interrupted, *further]) == 0
+
+
+def in_another_format(version):
+    """A function that writes a checkpoint as a program with another version of the format does."""
+
+    def write(path):
+        metadata = dict(kind=checkpoints.KIND, format=str(version), description="{}", sha256="")
+        save_file({"a": torch.ones(1)}, path, metadata)
+
+    return write
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (damaged_at(-1000), "is damaged"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-10]), "cannot be read as a checkpoint"),
+        (lambda path: path.write_text("my diary\n" * 100), "cannot be read as a checkpoint"),
+        (in_another_format(3), "is a checkpoint in format 3; this program reads format 2"),
+        (in_another_format(1), "is a checkpoint in format 1; this program reads format 2"),
+    ],
+)
+def test_checkpoint_that_cannot_be_used(interrupted, capfd, damage, message):
+    damage(Path("run.ckpt"))
+    before = Path("run.ckpt").read_bytes()
+    assert ae.main(interrupted) == 2
+    err = capfd.readouterr().err
+    assert message in err and err.endswith("; --restart overwrites it\n") and err.count("\n") == 1
+    assert Path("run.ckpt").read_bytes() == before
+
+
+def test_full_disk(interrupted, capfd):
+    """No file may grow beyond 10,000 bytes: the record fits, the checkpoint does not, and the last good one stays."""
+    before = Path("run.ckpt").read_bytes()
+    with no_file_above(10_000):
+        assert ae.main([*interrupted, "--checkpoint_minutes", "0"]) == 0
+    out, err = capfd.readouterr()
+    assert err.count("\n") == 1 and "warning: the checkpoint run.ckpt could not be written: " in err
+    assert "File too large" in err and "Test accuracy: " in out and len(records_in()) == 1
+    assert Path("run.ckpt").read_bytes() == before and not list(Path().glob("*.part"))
+
+
+@pytest.mark.skipif(not Path("/sys/kernel").is_dir(), reason="a folder that even root cannot write into")
+def test_read_only_folder(options, capfd):
+    further = ["--checkpoint", "/sys/run.ckpt", "--results_file", "/sys/results.csv"]
+    assert ae.main([*options, *further]) == 1
+    out, err = capfd.readouterr()
+    assert "Test accuracy: " in out
+    assert "warning: the checkpoint /sys/run.ckpt could not be written" in err
+    assert "warning: the record could not be written to /sys/results.csv" in err and "Traceback" not in err
+
+
+def test_folder_that_vanishes(options, monkeypatch, capfd):
+    Path("folder").mkdir()
+    accumulate_gradients = ae.accumulate_gradients
+
+    def remove_then_accumulate(*arguments):
+        shutil.rmtree("folder", ignore_errors=True)
+        accumulate_gradients(*arguments)
+
+    monkeypatch.setattr(ae, "accumulate_gradients", remove_then_accumulate)
+    assert ae.main([*options, "--checkpoint", "folder/run.ckpt", "--results_file", "folder/results.csv"]) == 1
+    out, err = capfd.readouterr()
+    assert "Test accuracy: " in out and "No such file or directory" in err and err.count("the checkpoint") == 1
+
+
+def test_a_classifier_that_is_no_longer_in_the_checkpoint(options, capfd):
+    options += ["--checkpoint", "run.ckpt"]
+    assert ae.main([*options, "--repeats", "2"]) == 0
+    assert ae.main([*options, "--save_model", "trained.safetensors"]) == 2
+    told = "error: --save_model: run.ckpt holds the classifier of seed 124, not of seed 123\n"
+    assert capfd.readouterr().err == told and not Path("trained.safetensors").exists()
+
+
+def test_another_run_is_refused_by_the_setting_that_differs(tmp_path):
+    path = tmp_path / "file"
+    content = dict(n=[1.5, None], tensors=dict(a=torch.ones(2)))
+    checkpoints.write_checkpoint(path, dict(seed=1, device="cpu"), content)
+    found = checkpoints.read_checkpoint(path, dict(seed=1, device="cpu"))
+    assert found["n"] == [1.5, None] and found["tensors"]["a"].equal(torch.ones(2))
+    with pytest.raises(FileError, match="is of a run with device cpu, not cuda"):
+        checkpoints.read_checkpoint(path, dict(seed=1, device="cuda"))
+    with pytest.raises(FileError, match="is of a run with momentum None, not 1"):
+        checkpoints.read_checkpoint(path, dict(seed=1, device="cpu", momentum=1))

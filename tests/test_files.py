@@ -1,0 +1,76 @@
+"""Files that are whole or absent, checksums, files of tensors, and what else is made of such files."""
+
+import pytest
+import torch
+from helpers import damaged_at, no_file_above
+from safetensors.torch import save_file
+
+from runner.files import FileError, read_tensors, write_tensors
+
+TENSORS = {"a": torch.arange(6.0).reshape(2, 3).T, "step": torch.tensor(3.0), "rng": torch.get_rng_state()}
+TENSORS |= {"half": torch.ones(3, dtype=torch.bfloat16), "none": torch.empty(0, dtype=torch.long)}
+
+
+def test_tensors_come_back_as_they_were(tmp_path):
+    path = tmp_path / "file"
+    write_tensors(path, "checkpoint", 1, dict(loss=0.1, text="ä"), TENSORS)
+    description, tensors = read_tensors(path, "checkpoint", 1)
+    assert description == dict(loss=0.1, text="ä") and tensors.keys() == TENSORS.keys()
+    assert all(tensors[name].equal(tensor) and tensors[name].dtype == tensor.dtype for name, tensor in TENSORS.items())
+    assert [path] == list(tmp_path.iterdir())
+
+
+def in_the_next_format(path):
+    metadata = dict(kind="checkpoint", format="2", description="{}", sha256="")
+    save_file({"a": torch.ones(1)}, path, metadata)
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (damaged_at(-1), "is damaged"),
+        (damaged_at(-1000), "is damaged"),
+        (damaged_at(3), "cannot be read as a checkpoint"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-10]), "cannot be read as a checkpoint"),
+        (lambda path: path.write_bytes(path.read_bytes()[:4]), "cannot be read as a checkpoint"),
+        (lambda path: path.write_bytes(b""), "cannot be read as a checkpoint"),
+        (lambda path: path.write_text("my diary\n" * 100), "cannot be read as a checkpoint"),
+        (lambda path: save_file({"a": torch.ones(1)}, path), "is not a checkpoint of this program"),
+        (lambda path: write_tensors(path, "other", 1, {}, TENSORS), "is not a checkpoint of this program"),
+        (in_the_next_format, "in format 2; this program reads format 1"),
+    ],
+)
+def test_files_that_are_not_what_was_written(tmp_path, damage, message):
+    path = tmp_path / "file"
+    write_tensors(path, "checkpoint", 1, dict(loss=0.1), TENSORS)
+    damage(path)
+    with pytest.raises(FileError, match=message):
+        read_tensors(path, "checkpoint", 1)
+
+
+def test_any_flipped_byte_is_found(tmp_path):
+    path = tmp_path / "file"
+    write_tensors(path, "checkpoint", 1, dict(loss=0.1), {"a": torch.arange(4.0)})
+    whole = path.read_bytes()
+    padding = set(range(len(whole) - 16 - 8, len(whole) - 16))  # spaces behind the header, which say nothing
+    for position in set(range(len(whole))) - padding:
+        damaged_at(position)(path)
+        with pytest.raises(FileError):
+            read_tensors(path, "checkpoint", 1)
+        path.write_bytes(whole)
+
+
+def test_what_was_there_stays_if_the_disk_is_full(tmp_path):
+    path = tmp_path / "file"
+    write_tensors(path, "checkpoint", 1, {}, TENSORS)
+    before = path.read_bytes()
+    with no_file_above(10_000), pytest.raises(OSError, match="File too large"):
+        write_tensors(path, "checkpoint", 1, {}, {"a": torch.zeros(10_000)})
+    assert path.read_bytes() == before and [path] == list(tmp_path.iterdir())
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path):
+    (tmp_path / "file.999999999.part").mkdir()  # no system has as many processes
+    (tmp_path / "file.999999999.part" / ".tmp123").write_bytes(bytes(100))
+    write_tensors(tmp_path / "file", "checkpoint", 1, {}, TENSORS)
+    assert [tmp_path / "file"] == list(tmp_path.iterdir())

@@ -1,0 +1,86 @@
+"""Lines of results.csv: appended by many processes at once, whole or not at all, and read back."""
+
+import csv
+
+import pytest
+from helpers import made_up_record, no_file_above, processes
+
+from runner.files import FileError
+from runner.results_file import append_record, read_records
+
+
+def lines_of(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def append_five(path, number, barrier):
+    barrier.wait()
+    for run in range(5):
+        append_record(path, made_up_record(f"{number}-{run}"))
+
+
+def test_twenty_processes_append_at_once(tmp_path):
+    path, barrier = tmp_path / "results.csv", processes().Barrier(20)
+    writers = [processes().Process(target=append_five, args=(path, number, barrier)) for number in range(20)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+        assert writer.exitcode == 0
+    lines = lines_of(path)
+    assert sorted(line["run"] for line in lines) == sorted(f"{n}-{run}" for n in range(20) for run in range(5))
+    assert all(line["device_name"] == 'an "odd", name' and line["minutes"] == "3.5" for line in lines)
+    assert path.read_text().count("run,date,row,") == 1
+
+
+def test_a_file_with_other_columns_stays_as_it_is(tmp_path):
+    path = tmp_path / "results.csv"
+    path.write_text("a,b\n1,2\n")
+    (tmp_path / "results-2.csv").write_text("something else\n")
+    assert append_record(path, made_up_record("x")) == tmp_path / "results-3.csv"
+    assert append_record(path, made_up_record("y")) == tmp_path / "results-3.csv"
+    assert path.read_text() == "a,b\n1,2\n" and len(lines_of(tmp_path / "results-3.csv")) == 2
+
+
+def test_a_record_is_written_once(tmp_path):
+    path = tmp_path / "results.csv"
+    for run in ("x", "y", "x"):
+        append_record(path, made_up_record(run))
+    assert [line["run"] for line in lines_of(path)] == ["x", "y"]
+
+
+def test_an_incomplete_line_spoils_no_other(tmp_path):
+    path = tmp_path / "results.csv"
+    append_record(path, made_up_record("x"))
+    with open(path, "a") as file:
+        file.write("y,1,285")
+    append_record(path, made_up_record("z", seed=124))
+    records, damaged = read_records(path)
+    assert len(records) == 2 and damaged == [3]
+
+
+def test_a_full_disk_leaves_no_part_of_a_made_up_record(tmp_path):
+    path = tmp_path / "results.csv"
+    append_record(path, made_up_record("x"))
+    before = path.read_bytes()
+    with no_file_above(len(before) + 10), pytest.raises(OSError):
+        append_record(path, made_up_record("y"))
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (None, "No such file"),
+        ("a,b\n1,2\n", "column row is missing"),
+        ("", "column row"),
+        (b"\xff\xfe", "cannot be read"),
+    ],
+)
+def test_a_file_that_is_no_results_file(tmp_path, content, message):
+    path = tmp_path / "results.csv"
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(FileError, match=message):
+        read_records(path)

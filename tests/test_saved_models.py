@@ -1,0 +1,132 @@
+"""Classifiers that are saved, loaded and used."""
+
+import shutil
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from helpers import damaged_at, save_random_weights
+
+import additional_experiments as ae
+from runner import saved_models
+from runner.files import read_tensors, write_tensors
+
+
+@pytest.mark.parametrize(
+    "layers", ["last_layer", "last_block", "last_two_blocks", "all", "lora", "lora_alternative", "last_block bf16"]
+)
+@pytest.mark.parametrize("position", ["last", "first", "flexible", "average", "no padding", "no mask"])
+@pytest.mark.parametrize("weights", ["random", "file"])
+def test_a_loaded_classifier_gives_the_very_logits(
+    nano, nano_weights, data_dir, monkeypatch, layers, position, weights
+):
+    if weights == "file":
+        nano[nano.index("random")] = nano_weights
+    further = {
+        "average": ["--average_embeddings"],
+        "no padding": ["--no_padding"],
+        "no mask": ["--disable_causal_mask", "--context_length", "9"],
+    }.get(position, ["--trainable_token_pos", position])
+    layers, *bf16 = layers.split()
+    further += ["--trainable_layers", layers, *(["--precision", "bf16"] if bf16 else [])]
+    given = []  # what the run's own predictions are; the last are those of the test messages
+
+    def noting(*arguments):
+        given.append(PREDICT_BATCHES(*arguments))
+        return given[-1]
+
+    monkeypatch.setattr(ae, "predict_batches", noting)
+    # Not saved by a classifier that is as it was drawn: a learning rate at which all of it changes.
+    nano += [*further, "--learning_rate", "1e-3"]
+    assert ae.main([*nano, "--save_model", "trained.safetensors"]) == 0
+
+    classifier, experiment, labels = ae.load_classifier("trained.safetensors", {})
+    texts = list(pd.read_csv(data_dir / "test.csv", keep_default_na=False)["Text"])
+    assert ae.predict_texts(classifier, experiment, texts).equal(given[-1].logits)
+    assert labels == ["0", "1"]
+
+
+PREDICT_BATCHES = ae.predict_batches
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, nano_weights):
+    """A classifier of the sample's messages: (its path, the path of the weights under it)."""
+    path = tmp_path_factory.mktemp("trained") / "spam.safetensors"
+    options = [
+        "--demo",
+        "--weights",
+        nano_weights,
+        "--trainable_layers",
+        "last_two_blocks",
+        "--num_epochs",
+        "3",
+        "--quiet",
+    ]
+    options += ["--average_embeddings", "--no_padding", "--learning_rate", "1e-3"]
+    assert ae.main([*options, "--device", "cpu", "--save_model", str(path), "--results_file", ""]) == 0
+    return str(path), nano_weights
+
+
+def test_classify(trained, capsys, monkeypatch, tmp_path):
+    path, _ = trained
+    spam, ham = "URGENT! You have won a 1000 prize. Call 09061701461 now to claim", "ok, see you at home later"
+    assert ae.main(["--load_model", path, "--classify", spam, ham]) == 0
+    first, second = (line.split("\t") for line in capsys.readouterr().out.splitlines())
+    assert first[0] == "spam" and second[0] == "ham" and first[2] == spam and second[2] == ham
+    assert 0.5 < float(first[1]) <= 1 and 0.5 < float(second[1]) <= 1
+
+    (tmp_path / "lines").write_text(f"{spam}\n{ham}\n")
+    with open(tmp_path / "lines") as file:
+        monkeypatch.setattr("sys.stdin", file)
+        assert ae.main(["--load_model", path, "--classify", "-"]) == 0
+    assert capsys.readouterr().out == "\t".join(first) + "\n" + "\t".join(second) + "\n"
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["a", "--model_size", "gpt2-small"], "--model_size gpt2-small (124M): {path} was trained on gpt2-nano (7M)"),
+        (["a", "--weights", "random"], "--weights random: {path} was trained on other weights (by their SHA-256)"),
+        (["a", "--seed", "3"], "--seed cannot be combined with --load_model, which trains nothing"),
+        (["a", "--precision", "bf16"], "--precision cannot be combined with --load_model, which trains nothing"),
+        ([" "], "message 1 is empty"),
+        (["a", ""], "message 2 is empty"),
+    ],
+)
+def test_classify_refuses(trained, capsys, options, message):
+    path, _ = trained
+    assert ae.main(["--load_model", path, "--classify", *options]) == 2
+    assert capsys.readouterr().err == f"error: {message.format(path=path)}\n"
+
+
+def test_weights_that_have_moved_or_changed(trained, tmp_path, capsys):
+    path, weights = trained
+    moved = shutil.copy(weights, tmp_path / "moved.safetensors")
+    other = save_random_weights(tmp_path / "other")
+    damaged_at(-1)(Path(other))
+    assert ae.main(["--load_model", path, "--classify", "a", "--weights", str(moved)]) == 0
+    assert ae.main(["--load_model", path, "--classify", "a", "--weights", other]) == 2
+    assert f"--weights {other}: {path} was trained on other weights" in capsys.readouterr().err
+
+
+def test_weights_are_not_overwritten(nano, nano_weights, capsys):
+    nano[nano.index("random")] = nano_weights
+    before = Path(nano_weights).read_bytes()
+    assert ae.main([*nano, "--save_model", nano_weights]) == 2
+    assert f"--save_model {nano_weights} would overwrite the weights" in capsys.readouterr().err
+    assert Path(nano_weights).read_bytes() == before
+
+
+def test_a_classifier_trained_on_a_device_that_is_not_here(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    description, tensors = read_tensors(trained[0], saved_models.KIND, saved_models.VERSION)
+    description["settings"] |= dict(device="cuda", precision="tf32")
+    write_tensors(tmp_path / "elsewhere", saved_models.KIND, saved_models.VERSION, description, tensors)
+    assert ae.main(["--load_model", str(tmp_path / "elsewhere"), "--classify", "a"]) == 0
+
+    del tensors["out_head.weight"]
+    write_tensors(tmp_path / "part", saved_models.KIND, saved_models.VERSION, description, tensors)
+    assert ae.main(["--load_model", str(tmp_path / "part"), "--classify", "a"]) == 2
+    assert "does not hold the trained parameters that its settings name" in capsys.readouterr().err
