@@ -5,8 +5,8 @@
     python additional_experiments.py --row 16          # any other row of the table below
 
 With `--weights random --device cpu` and its other defaults a run gives the numbers of the public original of
-this experiment: every printed loss to three decimals, every accuracy to the example. It does so because it
-draws its random numbers in the same order; where that order matters, a comment says so.
+this experiment: every printed loss to three decimals, every accuracy to the example (for other options: README, "What
+is equal to the original"). It draws its random numbers in the same order; where that matters, a comment says so.
 
 The file reads in the order of a run: the rows, the settings, tokens, classifier, training, evaluation, one run, main.
 `previous_chapters.py` holds GPT-2 itself; `runner/` holds what is not the experiment: files, checkpoints, reports.
@@ -42,7 +42,7 @@ from runner.console import Console, describe_model, describe_setup, exit_status
 from runner.dataset import SPLITS, Batch, Messages, Stage, split_into_passes
 from runner.devices import describe_device, reset_peak_memory, resolve_device, set_precision
 from runner.files import UsageError
-from runner.options import DATA, INPUT, MACHINE, MAX_CONTEXT, MODEL, TRAINING, RunOptions, count, number, option
+from runner.options import DATA, INPUT, MACHINE, MAX_CONTEXT, MODEL, TRAINING, RunOptions, count, option, positive
 from runner.records import Accuracy
 from runner.table import Row
 
@@ -87,14 +87,9 @@ class Experiment:
     """
 
     model_size: str = option(
-        "gpt2-small (124M)",
-        MODEL,
-        f"{', '.join(GPT_SIZES)}; the name without the bracket is enough",
-        type=options.model_size,
+        "gpt2-small (124M)", MODEL, f"{', '.join(GPT_SIZES)}; the first word is enough", type=options.model_size
     )
-    weights: str = option(
-        "pretrained", MODEL, "pretrained, random, or the path of a GPT-2 .safetensors file", metavar="W"
-    )
+    weights: str = option("pretrained", MODEL, "pretrained, random, or a GPT-2 .safetensors file", metavar="W")
     trainable_layers: str = option(
         "last_block",
         MODEL,
@@ -103,9 +98,7 @@ class Experiment:
         choices=("last_block", "last_layer", "last_two_blocks", "all", "lora", "lora_alternative"),
     )
     lora_rank: int = option(8, MODEL, "inner dimension of the LoRA matrices", type=count())
-    lora_alpha: float = option(
-        8.0, MODEL, "factor of the LoRA product (not divided by the rank)", type=number(float, above=0)
-    )
+    lora_alpha: float = option(8.0, MODEL, "factor of the LoRA product, not divided by the rank", type=positive())
     trainable_token_pos: str = option(
         "last",
         INPUT,
@@ -116,7 +109,6 @@ class Experiment:
         False,
         INPUT,
         "classify the mean of the outputs at all positions instead; with flexible or --no_padding of real tokens only",
-        action="store_true",
     )
     context_length: str | int = option(
         "longest_training_example",
@@ -125,21 +117,15 @@ class Experiment:
         f"to {MAX_CONTEXT}",
         type=options.context_length,
     )
-    no_padding: bool = option(
-        False, INPUT, "pad no message: in a batch each gives what it gives alone", action="store_true"
-    )
-    disable_causal_mask: bool = option(
-        False, MODEL, "let every token attend to every other, also to later ones", action="store_true"
-    )
-    ignore_index: int = option(-100, TRAINING, "label that adds nothing to the loss", type=number(int, **options.INT64))
+    no_padding: bool = option(False, INPUT, "pad no message: in a batch each gives what it gives alone")
+    disable_causal_mask: bool = option(False, MODEL, "let every token attend to every other, also to later ones")
+    ignore_index: int = option(-100, TRAINING, "label that adds nothing to the loss", type=options.integer())
     batch_size: int = option(8, TRAINING, "messages in a batch", type=count())
     accumulation_steps: int = option(1, TRAINING, "batches whose gradients are averaged into one update", type=count())
     num_epochs: int = option(5, TRAINING, "passes over the training messages", type=count())
-    learning_rate: float = option(5e-5, TRAINING, "step size of AdamW", type=number(float, above=0))
-    weight_decay: float = option(0.1, TRAINING, "decoupled weight decay of AdamW", type=number(float, minimum=0))
-    seed: int = option(
-        123, TRAINING, "seed of the random weights, the head and the order of training", type=count(minimum=0)
-    )
+    learning_rate: float = option(5e-5, TRAINING, "step size of AdamW", type=positive())
+    weight_decay: float = option(0.1, TRAINING, "decoupled weight decay of AdamW", type=options.non_negative())
+    seed: int = option(123, TRAINING, "of random weights, head and order of training", type=count(minimum=0))
     device: str = option(
         "auto", MACHINE, "where to run; auto: cuda, else mps, else cpu", choices=("auto", "cpu", "mps", "cuda")
     )
@@ -167,8 +153,7 @@ class Experiment:
     dataset: str = option(
         "uci",
         DATA,
-        "uci: the SMS Spam Collection, or your own files in --data_dir; sample: the 1,500 messages in data/, for "
-        "trying things out",
+        "uci: the SMS Spam Collection, or your own files in --data_dir; sample: 1,500 of its messages, in data/",
         choices=("uci", "sample"),
     )
 
@@ -465,18 +450,16 @@ EVALUATE_BATCHES = 5
 MESSAGES_PER_PASS = 64  # of the trained part over frozen features
 
 
-def make_loader(messages, batch_size, shuffle):
-    """The one place that makes batches: an iterable of message indices (B,).
-
-    Each iter() over it draws from PyTorch's global random state, also without shuffling; the sequence of these
-    draws is part of a run's numbers.
-    """
-    return DataLoader(range(len(messages)), batch_size, shuffle=shuffle, drop_last=shuffle)
-
-
 def make_loaders(messages, batch_size):
-    """The loader of each split; only that of the training messages shuffles, and drops the last partial batch."""
-    return {split: make_loader(messages[split], batch_size, shuffle=split == "train") for split in SPLITS}
+    """The one place that makes batches: for each split an iterable of message indices (B,).
+
+    Only that of the training messages shuffles, and drops the last partial batch. Each iter() over one of them draws
+    from PyTorch's global random state, also without shuffling; the sequence of these draws is part of a run's numbers.
+    """
+    return {
+        split: DataLoader(range(len(messages[split])), batch_size, shuffle=split == "train", drop_last=split == "train")
+        for split in SPLITS
+    }
 
 
 def windows(batches, size):
@@ -632,17 +615,14 @@ def fine_tune(classifier, messages, experiment, state, checkpointer, console):
     torch.manual_seed(experiment.seed)
     if checkpointer.resume(state):
         console.info(f"Resuming from {checkpointer.path} after {state.steps_done:,} batches; printed before:")
-        for line in state.history.lines:
-            console.info(line)
+        console.info("\n".join(state.history.lines))
     train(classifier, messages, experiment, state, checkpointer, console)
     minutes = state.usage()["training"] / 60
-    state.history.lines.append(f"Training completed in {minutes:.2f} minutes.")
-    console.info(state.history.lines[-1])
+    console.info(state.history.add_line(f"Training completed in {minutes:.2f} minutes."))
     accuracies = {}
     for split, loader in make_loaders(messages, experiment.batch_size).items():
         accuracies[split] = accuracy(predict_batches(classifier, messages[split], loader))
-        state.history.lines.append(f"{SPLITS[split]} accuracy: {accuracies[split].in_full}")
-        console.info(state.history.lines[-1])
+        console.info(state.history.add_line(f"{SPLITS[split]} accuracy: {accuracies[split].in_full}"))
     return accuracies, minutes
 
 
@@ -700,7 +680,7 @@ def run(experiment, run_options=RunOptions()):
     with checkpointer:
         finished = run_seeds(experiment, run_options, data, weights, device, checkpointer, console)
     if run_options.repeats > 1:
-        print_row(table.mean_row_cells(finished, ROWS, Experiment), console)
+        console.table_row(table.mean_row_cells(finished, ROWS, Experiment))
     if run_options.plot is not None:
         steps_per_epoch = len(make_loaders(data.messages, experiment.batch_size)["train"])
         histories = [record.history for record in finished]
@@ -716,16 +696,15 @@ def run_seeds(experiment, run_options, data, weights, device, checkpointer, cons
     finished = checkpointer.checkpoint.finished[: run_options.repeats]
     for record in finished:
         console.info(f"Finished before, according to {run_options.checkpoint}; it printed:")
-        for line in record.history.lines:
-            console.info(line)
+        console.info("\n".join(record.history.lines))
         publish(record, experiment, run_options, data, weights, checkpointer.checkpoint.trained, console)
     inputs = None
     for seed in range(experiment.seed + len(finished), experiment.seed + run_options.repeats):
         if weights.is_random:  # they change with the seed, and the features with them
             inputs = None
-        experiment = replace(experiment, seed=seed)
-        record, parameters, inputs = run_seed(experiment, data, weights, inputs, device, checkpointer, console)
-        publish(record, experiment, run_options, data, weights, parameters, console)
+        with_seed = replace(experiment, seed=seed)
+        record, parameters, inputs = run_seed(with_seed, data, weights, inputs, device, checkpointer, console)
+        publish(record, with_seed, run_options, data, weights, parameters, console)
         checkpointer.finish(record, parameters)
         finished.append(record)
         del parameters  # and with them the classifier, before there is another
@@ -734,7 +713,7 @@ def run_seeds(experiment, run_options, data, weights, device, checkpointer, cons
 
 def publish(record, experiment, run_options, data, weights, parameters, console):
     """Print the row of a finished seed, append its record, and save its classifier, if that is asked for."""
-    print_row(table.row_cells(record, ROWS, Experiment), console)
+    console.table_row(table.row_cells(record, ROWS, Experiment))
     if path := run_options.results_file:
         written = console.write_output("the record", path, results_file.append_record, record)
         if written not in (None, Path(path)):
@@ -744,11 +723,6 @@ def publish(record, experiment, run_options, data, weights, parameters, console)
         base_sha256 = weights.sha256 or saved_models.frozen_sha256(build_classifier(experiment, len(data.labels)))
         save = saved_models.save_classifier
         console.write_output("the classifier", path, save, experiment, data, base_sha256, parameters)
-
-
-def print_row(cells, console):
-    console.info("\n" + table.markdown_header(cells))
-    console.result(table.markdown_line(cells.values()))
 
 
 # --- using a trained classifier ---
@@ -804,20 +778,19 @@ def classify(run_options, given):
 # --- main ---
 
 
-def execute(argv=None):
-    """What the command line asks for. Raises the errors that `exit_status` knows."""
-    experiment, run_options, given = parse_args(argv)
+def main(argv=None):
+    """Run the command line and return the exit status, see `exit_status`."""
+    return exit_status(lambda: execute(*parse_args(argv)))
+
+
+def execute(experiment, run_options, given):
+    """What the command line asks for; the arguments are what `parse_args` returns."""
     if run_options.report is not None:
         report.print_report(run_options.report, run_options.report_plot, ROWS)
     elif run_options.load_model is not None:
         classify(run_options, given)
     else:
         run(experiment, run_options)
-
-
-def main(argv=None):
-    """Run the command line and return the exit status, see `exit_status`."""
-    return exit_status(lambda: execute(argv))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from .dataset import DATASET_NAMES
 from .devices import describe_device
 from .files import FetchError, FileError, OutputError, UsageError
 from .signals import Terminated
+from .table import markdown_header, markdown_line
 
 
 class Console:
@@ -32,6 +33,11 @@ class Console:
 
     def warning(self, line):
         tqdm.write(f"warning: {line}", file=sys.stderr)
+
+    def table_row(self, cells):
+        """Print a row of the table, {title: cell}, its header before it unless quiet."""
+        self.info("\n" + markdown_header(cells))
+        self.result(markdown_line(cells.values()))
 
     def progress(self, description, total, unit, initial=0):
         """A tqdm progress bar."""

@@ -36,12 +36,20 @@ def number(kind, minimum=-math.inf, maximum=math.inf, above=-math.inf):
     return parse
 
 
-INT64 = dict(minimum=-(2**63), maximum=2**63 - 1)  # PyTorch's integers
+def integer(minimum=-(2**63), maximum=2**63 - 1):  # PyTorch's integers
+    return number(int, minimum, maximum)
 
 
 def count(minimum=1, maximum=2**63 - 1):
-    """A parser of whole numbers."""
     return number(int, minimum, maximum)
+
+
+def positive():
+    return number(float, above=0)
+
+
+def non_negative():
+    return number(float, minimum=0)
 
 
 def model_size(text):
@@ -89,7 +97,7 @@ MACHINE, RESULTS, INTERRUPTION, USE = "machine", "results", "interrupted runs", 
 
 
 def option(default, group, help, **arguments):
-    """A dataclass field that is an option of the command line; `arguments` are those of argparse."""
+    """A dataclass field that is an option of the command line, a bool a switch; `arguments` are those of argparse."""
     return field(default=default, metadata=dict(group=group, help=help, **arguments))
 
 
@@ -100,7 +108,7 @@ class RunOptions:
     Raises UsageError for options that cannot be combined, and for files in folders that do not exist.
     """
 
-    quiet: bool = option(False, RESULTS, "print finished rows only", action="store_true")
+    quiet: bool = option(False, RESULTS, "print finished rows only")
     results_file: str = option(
         "results.csv", RESULTS, 'file to which each finished run appends its record; "" for none', metavar="FILE"
     )
@@ -129,10 +137,8 @@ class RunOptions:
         "resumes from it",
         metavar="FILE",
     )
-    checkpoint_minutes: float = option(
-        10.0, INTERRUPTION, "minutes between two checkpoints", type=number(float, minimum=0)
-    )
-    restart: bool = option(False, INTERRUPTION, "start over and overwrite the checkpoint", action="store_true")
+    checkpoint_minutes: float = option(10.0, INTERRUPTION, "minutes between two checkpoints", type=non_negative())
+    restart: bool = option(False, INTERRUPTION, "start over and overwrite the checkpoint")
     save_model: str | None = option(
         None,
         USE,
@@ -214,6 +220,8 @@ def make_parser(description, experiment_type, rows, demo):
     for setting in (*fields(experiment_type), *fields(RunOptions)):
         arguments = dict(setting.metadata)
         heading = arguments.pop("group")
+        if setting.type is bool:
+            arguments["action"] = "store_true"
         if setting.default not in (False, None, ()):
             arguments["help"] += f" (default: {setting.default})"
         if "choices" not in arguments and "action" not in arguments:

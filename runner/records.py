@@ -77,23 +77,26 @@ class History:
     val_accuracies: list = field(default_factory=list)
     lines: list = field(default_factory=list)
 
+    def add_line(self, line):
+        """Add a line and return it."""
+        self.lines.append(line)
+        return line
+
     def add_losses(self, epoch, step, train_loss, val_loss):
         """Add an evaluation and return its line."""
         self.steps.append(step)
         self.train_losses.append(train_loss)
         self.val_losses.append(val_loss)
-        self.lines.append(f"Ep {epoch} (Step {step:06d}): Train loss {train_loss:.3f}, Val loss {val_loss:.3f}")
-        return self.lines[-1]
+        return self.add_line(f"Ep {epoch} (Step {step:06d}): Train loss {train_loss:.3f}, Val loss {val_loss:.3f}")
 
     def add_accuracies(self, train, val):
         """Add the accuracies after an epoch and return their line."""
         self.train_accuracies.append(train)
         self.val_accuracies.append(val)
-        self.lines.append(
+        return self.add_line(
             f"Training accuracy: {train} | Validation accuracy: {val} ({train.correct}/{train.total}, "
             f"{val.correct}/{val.total}; 95% intervals {train.bounds}, {val.bounds})"
         )
-        return self.lines[-1]
 
     @property
     def lengths(self):

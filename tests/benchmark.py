@@ -25,6 +25,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import plain
 
 import additional_experiments as ae
+from runner import dataset, features
+from runner.checkpoints import Checkpointer
+from runner.console import Console
+from runner.devices import describe_device, resolve_device, set_precision
 
 PLAIN_STEPS, PLAIN_EVALUATIONS = 3, 4
 
@@ -127,7 +131,7 @@ def message_operations(experiment, T, fast, n_frozen):
     return frozen, predicted, trained
 
 
-def operations(experiment, messages, token_lists, width, n_frozen):
+def operations(experiment, messages, token_lists, max_tokens, n_frozen):
     """Of a whole run: (what the fast path needs, what the plain path does)."""
     predicted, trained, _ = counts(experiment, messages)
     lengths = [length for part in messages.values() for length in part.lengths.tolist()]
@@ -137,7 +141,7 @@ def operations(experiment, messages, token_lists, width, n_frozen):
     for length, tokens in zip(messages["train"].lengths.tolist(), token_lists, strict=True):
         _, predict, train = message_operations(experiment, length, True, n_frozen)
         needed += (predicted * predict + trained * train) / n
-        T = min(len(tokens), width) if experiment.no_padding else width
+        T = min(len(tokens), max_tokens) if experiment.no_padding else max_tokens
         _, predict, train = message_operations(experiment, T, False, 0)
         plainly += (predicted * predict + trained * train) / n
     return needed, plainly
@@ -155,7 +159,7 @@ def counts(experiment, messages):
     return predicted, steps * experiment.batch_size, steps
 
 
-def time_plain(classifier, experiment, token_lists, width, messages, device):
+def time_plain(classifier, experiment, token_lists, max_tokens, messages, device):
     """Seconds of a whole plain run, extrapolated from some of its steps and evaluations."""
     optimizer = torch.optim.AdamW([p for p in classifier.parameters() if p.requires_grad], lr=5e-5, weight_decay=0.1)
     predicted, _, steps = counts(experiment, messages)
@@ -165,8 +169,8 @@ def time_plain(classifier, experiment, token_lists, width, messages, device):
     order = torch.randperm(len(token_lists), generator=torch.Generator().manual_seed(1)).tolist()
 
     def logits(step):
-        some = [order[i % len(order)] for i in range(step * B, (step + 1) * B)]
-        return plain.logits(classifier, experiment, [token_lists[i] for i in some], width), labels[some]
+        chosen = [order[i % len(order)] for i in range(step * B, (step + 1) * B)]
+        return plain.logits(classifier, experiment, [token_lists[i] for i in chosen], max_tokens), labels[chosen]
 
     def train_step(step):
         F.cross_entropy(*logits(step)).backward()
@@ -185,43 +189,56 @@ def time_plain(classifier, experiment, token_lists, width, messages, device):
     return per_step * steps + per_batch * predicted / B
 
 
-def time_fast(classifier, experiment, messages, device, fast_steps):
-    """Seconds of a whole fast run: all of it, or extrapolated from `fast_steps` training steps and their messages."""
+class StandardError(Console):
+    """Shows how the fast path goes on, but leaves standard output to the table."""
 
-    def say(line):
+    def result(self, line):
         print(f"    {line}", file=sys.stderr, flush=True)
 
+
+def time_fast(classifier, experiment, messages, fast_steps):
+    """Seconds of a whole fast run: all of it, or extrapolated from `fast_steps` training steps and their messages."""
+    device, console = classifier.device, StandardError()
+
     def whole_run():
-        features = ae.keep_features(classifier, messages, experiment, device, say, False)
-        ae.fine_tune(classifier, features, experiment, device, say, False)
+        inputs = features.precompute(classifier, messages, experiment.features, console)
+        state = ae.make_training_state(classifier, experiment)
+        ae.fine_tune(classifier, inputs, experiment, state, Checkpointer(), console)
 
     if fast_steps is None:
         return seconds(device, whole_run)
 
     predicted, _, steps = counts(experiment, messages)
     n = fast_steps * experiment.batch_size
-    some = {split: take(part, n if split == "train" else 1) for split, part in messages.items()}
-    tokens = [sum(int(part.lengths.sum()) for part in parts.values()) for parts in (messages, some)]
+    part = {split: take(whole, n if split == "train" else 1) for split, whole in messages.items()}
+    tokens = [sum(int(split.lengths.sum()) for split in splits.values()) for splits in (messages, part)]
     synchronize(device)
     start = time.perf_counter()
-    some = ae.keep_features(classifier, some, experiment, device, say, False)
+    part = features.precompute(classifier, part, experiment.features, console)
     synchronize(device)
-    features = (time.perf_counter() - start) * tokens[0] / tokens[1] if classifier.n_frozen else 0.0
+    feature_seconds = (time.perf_counter() - start) * tokens[0] / tokens[1] if classifier.n_frozen_blocks else 0.0
 
-    everything = torch.arange(len(some["train"]))
-    ae.predict(classifier, some["train"], everything, device)
-    per_message = seconds(device, ae.predict, classifier, some["train"], everything, device) / n
+    everything = torch.arange(len(part["train"]))
+    ae.predict(classifier, part["train"], everything)
+    per_message = seconds(device, ae.predict, classifier, part["train"], everything) / n
     one_epoch = replace(experiment, num_epochs=1)
-    training = seconds(device, ae.train, classifier, some, one_epoch, device, say, False)
+    state = ae.make_training_state(classifier, one_epoch)
+    training = seconds(device, ae.train, classifier, part, one_epoch, state, Checkpointer(), console)
     evaluated = 2 * (min(n, ae.EVALUATE_BATCHES * experiment.batch_size) + 1)  # at step 0 and after the epoch
     evaluated += fast_steps // ae.EVALUATE_EVERY * evaluated // 2
-    return features + (training - evaluated * per_message) / fast_steps * steps + per_message * predicted
+    return feature_seconds + (training - evaluated * per_message) / fast_steps * steps + per_message * predicted
 
 
 def take(messages, n):
     """The first n of the Messages, as Messages of their own."""
     lengths = messages.lengths[:n]
-    return ae.Messages(messages.x[: lengths.sum()], lengths, messages.positions[:n], messages.labels[:n])
+    return replace(
+        messages,
+        x=messages.x[: lengths.sum()],
+        lengths=lengths,
+        positions=messages.positions[:n],
+        labels=messages.labels[:n],
+    )
 
 
 def measure(number, arguments):
@@ -233,27 +250,27 @@ def measure(number, arguments):
     experiment, *_ = ae.parse_args(options)
     if arguments.dataset == "sample":
         experiment = replace(experiment, dataset="sample")
-    device = ae.resolve_device(experiment.device)
-    ae.set_precision(experiment.precision, device)
-    splits, _ = ae.load_splits(experiment)
-    tokenizer = ae.gpt_download.load_vocabulary()
-    messages, width = ae.encode(tokenizer, splits, experiment)
+    device = resolve_device(experiment.device)
+    set_precision(experiment.precision, device)
+    splits, _ = dataset.load_splits(experiment.data_dir, experiment.dataset)
+    tokenizer = ae.load_vocabulary()
+    messages, max_tokens = ae.encode(tokenizer, splits, experiment)
     token_lists = tokenizer.encode_ordinary_batch(list(splits["train"]["Text"]))
 
     peak = product_peak(device, experiment.precision)
     classifier = ae.build_classifier(experiment, n_classes=2).to(device)
-    slow = time_plain(classifier, replace(experiment, precision="fp32"), token_lists, width, messages, device)
+    slow = time_plain(classifier, replace(experiment, precision="fp32"), token_lists, max_tokens, messages, device)
     classifier = ae.build_classifier(experiment, n_classes=2).to(device)
-    ae.prepare_frozen(classifier)
+    ae.optimize_frozen_blocks(classifier)
     memory = PeakMemory(device)
-    fast = time_fast(classifier, experiment, messages, device, arguments.fast_steps)
+    fast = time_fast(classifier, experiment, messages, arguments.fast_steps)
 
-    needed, plainly = operations(experiment, messages, token_lists, width, classifier.n_frozen)
+    needed, plainly = operations(experiment, messages, token_lists, max_tokens, classifier.n_frozen_blocks)
     return {
         "row": number,
         "options": arguments.options,
         "model": experiment.model_size,
-        "device": ae.describe_device(device),
+        "device": describe_device(device),
         "precision": experiment.precision,
         "plain_seconds": slow,
         "fast_seconds": fast,

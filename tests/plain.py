@@ -50,16 +50,16 @@ def all_logits(classifier, token_ids, causal):
     return linear(classifier.out_head, norm(gpt.final_norm, x))
 
 
-def pad(token_lists, width, no_padding):
-    """The messages cut to `width` and padded to it, and how many tokens of each are real."""
-    cut = [tokens[:width] for tokens in token_lists]
-    padded = [tokens if no_padding else tokens + [PAD_TOKEN] * (width - len(tokens)) for tokens in cut]
+def pad(token_lists, max_tokens, no_padding):
+    """The messages cut to `max_tokens` and padded to it, and how many tokens of each are real."""
+    cut = [tokens[:max_tokens] for tokens in token_lists]
+    padded = [tokens if no_padding else tokens + [PAD_TOKEN] * (max_tokens - len(tokens)) for tokens in cut]
     return padded, [len(tokens) for tokens in cut]
 
 
-def logits(classifier, experiment, token_lists, width):
+def logits(classifier, experiment, token_lists, max_tokens):
     """Lists of token ids to logits (B, K); messages that are not padded go one by one."""
-    padded, real = pad(token_lists, width, experiment.no_padding)
+    padded, real = pad(token_lists, max_tokens, experiment.no_padding)
     batches = [[message] for message in padded] if experiment.no_padding else [padded]
     outputs = [
         message

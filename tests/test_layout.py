@@ -1,0 +1,70 @@
+"""The layout: which module may import which, and where the README says that each switch acts."""
+
+import ast
+import graphlib
+import re
+from pathlib import Path
+
+import pytest
+
+import additional_experiments
+import previous_chapters
+
+ROOT = Path(additional_experiments.__file__).parent
+MODULES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts): path
+    for path in [*ROOT.glob("*.py"), *(ROOT / "runner").glob("*.py")]
+}
+
+
+def imports(name):
+    """The project's modules that a module imports, wherever in its code."""
+    found = set()
+    for node in ast.walk(ast.parse(MODULES[name].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            package = [name.rpartition(".")[0]] if node.level else []
+            source = ".".join([*package, *([node.module] if node.module else [])])
+            found |= {source} | {f"{source}.{alias.name}" for alias in node.names}
+    return found & MODULES.keys()
+
+
+def test_directions_of_imports():
+    graph = {name: imports(name) for name in MODULES}
+    assert graph["runner.console"] >= {"runner.files", "runner.table"}  # imports are seen
+    assert "runner.dataset" in graph["additional_experiments"] and "gpt_download" in graph["runner.dataset"]
+    assert [name for name in graph if "additional_experiments" in graph[name]] == []
+    assert graph["runner.files"] == set() and graph["runner.signals"] == set()
+    assert graph["previous_chapters"] == set()
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError
+
+
+def test_nothing_else_stands_at_the_top():
+    names = {path.name for path in ROOT.iterdir() if not path.name.startswith((".", "__"))}
+    files = {"additional_experiments.py", "previous_chapters.py", "gpt_download.py", "README.md", "LICENSE"}
+    files |= {"requirements.txt", "pyproject.toml"}
+    assert {name for name in names if name.endswith((".py", ".toml", ".md", ".txt"))} | {"LICENSE"} == files
+
+
+SECTION = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Where each switch acts\n")[2]
+SWITCHES = dict(re.findall(r"^\| (.+?) \| (.+) \|$", SECTION, re.M)[1:])
+
+
+def test_every_kind_of_switch_is_in_the_walk():
+    options = re.findall(r"`--(\w+)`", " ".join(SWITCHES))
+    expected = "trainable_token_pos trainable_layers model_size weights lora_rank lora_alpha context_length no_padding"
+    assert set(options) == {*expected.split(), "disable_causal_mask", "average_embeddings"}
+
+
+@pytest.mark.parametrize("switch", SWITCHES)
+def test_the_walk_names_what_exists(switch):
+    names = re.findall(r"`([\w.]+)`", SWITCHES[switch])
+    assert names
+    for name in names:
+        owner, *attributes = name.split(".")
+        module = additional_experiments if hasattr(additional_experiments, owner) else previous_chapters
+        found = getattr(module, owner)
+        for attribute in attributes:
+            found = getattr(found, attribute)
+        assert callable(found) or isinstance(found, property), name
