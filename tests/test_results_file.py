@@ -6,6 +6,7 @@ import pytest
 from helpers import made_up_record, no_file_above, processes
 
 from runner.files import FileError
+from runner.records import Accuracy
 from runner.results_file import append_record, read_records
 
 
@@ -84,3 +85,28 @@ def test_a_file_that_is_no_results_file(tmp_path, content, message):
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(FileError, match=message):
         read_records(path)
+
+
+# The columns of the first version, 1,829 lines in one script: its files must stay readable, and get further lines.
+COLUMNS = (
+    "run,date,row,configuration,model_size,weights,trainable_layers,lora_rank,lora_alpha,trainable_token_pos,"
+    "average_embeddings,context_length,no_padding,disable_causal_mask,ignore_index,batch_size,accumulation_steps,"
+    "num_epochs,learning_rate,weight_decay,seed,device,precision,features,data_dir,dataset,weights_sha256,data,"
+    "data_sha256,tokens_per_message,train_correct,train_total,train_fraction,validation_correct,validation_total,"
+    "validation_fraction,test_correct,test_total,test_fraction,minutes,seconds,peak_memory_gb,device_name,python,torch,"
+    "tiktoken,pandas"
+)
+
+
+def test_a_file_of_the_first_version_is_read_and_appended_to(tmp_path):
+    path = tmp_path / "results.csv"
+    line = (
+        'an-old-run-124,2026-11-20T12:00:00+00:00,1,"last block, last token",gpt2-small (124M),pretrained,last_block,8,8.0,'
+        "last,False,longest_training_example,False,False,-100,8,1,5,5e-05,0.1,124,auto,fp32,auto,sms_spam_collection,uci,"
+        "248dfc39,uci,0123,120,1005,1040,0.966,148,149,0.993,285,300,0.95,0.28,30.1,1.5,A100,3.11.7,2.13.0,0.14.0,3.1.1"
+    )
+    path.write_text(f"{COLUMNS}\n{line}\n")
+    assert append_record(path, made_up_record("x")) == path
+    [old, new], damaged = read_records(path)
+    assert (old.row, old.seed, old.test, old.minutes, old.device_name) == (1, 124, Accuracy(285, 300), 0.28, "A100")
+    assert (new.row, new.seed) == (1, 123) and damaged == []
