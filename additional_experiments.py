@@ -22,7 +22,6 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import math
-import time
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice, takewhile
@@ -37,11 +36,11 @@ from torch.utils.data import DataLoader
 from gpt_download import PRETRAINED, find_weights, load_vocabulary
 from previous_chapters import GPT_SIZES, GPTConfig, GPTModel, load_gpt2_weights, select_positions
 from runner import dataset, features, options, records, report, results_file, saved_models, table
-from runner.checkpoints import Checkpointer, TrainingState, run_identity
-from runner.console import Console, describe_model, describe_setup, exit_status
-from runner.dataset import SPLITS, Batch, Messages, Stage, split_into_passes
-from runner.devices import describe_device, reset_peak_memory, resolve_device, set_precision
-from runner.files import UsageError
+from runner.checkpoints import Checkpointer, TrainingState, Usage, run_identity
+from runner.console import Console, describe_model, describe_setup, exit_status, prepare_streams
+from runner.dataset import DEFAULT_DATA_DIR, SPLITS, Batch, Messages, Stage, split_into_passes
+from runner.devices import describe_device, resolve_device, set_precision
+from runner.files import NonFiniteError, UsageError
 from runner.options import DATA, INPUT, MACHINE, MAX_CONTEXT, MODEL, TRAINING, RunOptions, count, option, positive
 from runner.records import Accuracy
 from runner.table import Row
@@ -144,7 +143,7 @@ class Experiment:
         choices=("auto", "device", "host", "off"),
     )
     data_dir: str = option(
-        "sms_spam_collection",
+        DEFAULT_DATA_DIR,
         DATA,
         "folder of the collection and of train.csv, validation.csv and test.csv (columns Label, Text); if the three "
         "exist they are used as they are, so they can be your own",
@@ -187,32 +186,31 @@ PAD_TOKEN = 50256
 
 
 def encode(tokenizer, splits, experiment):
-    """The splits as token ids: ({split: Messages}, tokens that a padded message has).
+    """The splits as token ids: ({split: Messages}, limit in tokens, tokens of the longest message, pads included).
 
     Only what the output asked for can see is kept. Under the causal mask these are the tokens up to it: `first`
     sees one token, `flexible` no pads.
     """
     # encode_ordinary: "<|endoftext|>" in a message is text like any other
     encoded = {split: tokenizer.encode_ordinary_batch(list(frame["Text"])) for split, frame in splits.items()}
-    match experiment.context_length:
-        case "longest_training_example":
-            max_tokens = min(max(len(tokens) for tokens in encoded["train"]), MAX_CONTEXT)
-        case "model_context_length":
-            max_tokens = MAX_CONTEXT
-        case max_tokens:
-            pass
-    messages = {split: encode_split(encoded[split], splits[split]["Label"], max_tokens, experiment) for split in splits}
-    return messages, max_tokens
+    limit = experiment.context_length
+    if limit == "model_context_length" or (limit == "longest_training_example" and experiment.no_padding):
+        limit = MAX_CONTEXT  # without padding nothing needs to be as long as the longest training message
+    elif limit == "longest_training_example":
+        limit = min(max(len(tokens) for tokens in encoded["train"]), MAX_CONTEXT)
+    messages = {split: encode_split(encoded[split], splits[split]["Label"], limit, experiment) for split in splits}
+    longest = max(len(tokens) for split in encoded.values() for tokens in split)
+    return messages, limit, min(longest, limit) if experiment.no_padding else limit
 
 
-def encode_split(token_lists, labels, max_tokens, experiment):
+def encode_split(token_lists, labels, limit, experiment):
     """Messages from their lists of token ids and their labels (n,), cut, padded and cut to what can be seen."""
     visible, positions = [], []
     for tokens in token_lists:
-        tokens = tokens[:max_tokens]
+        tokens = tokens[:limit]
         n_real = len(tokens)
         if not experiment.no_padding:
-            tokens = tokens + [PAD_TOKEN] * (max_tokens - n_real)
+            tokens = tokens + [PAD_TOKEN] * (limit - n_real)
         match experiment.trainable_token_pos:
             case "last":
                 position = len(tokens) - 1
@@ -233,9 +231,9 @@ def prepare_data(experiment, quiet=False):
     n_classes = dataset.count_classes(splits, experiment.ignore_index, experiment.data_dir)
     if experiment.batch_size > (n := len(splits["train"])):
         raise UsageError(f"--batch_size {experiment.batch_size}: there are only {n} training messages")
-    messages, max_tokens = encode(load_vocabulary(), splits, experiment)
+    messages, limit, longest = encode(load_vocabulary(), splits, experiment)
     labels = [str(label) for label in range(n_classes)] if name == "own" else ["ham", "spam"]
-    return dataset.Dataset(messages, max_tokens, name, labels, sha256=dataset.sha256_of_splits(splits))
+    return dataset.Dataset(messages, limit, longest, name, labels, sha256=dataset.sha256_of_splits(splits))
 
 
 # --- classifier ---
@@ -489,20 +487,24 @@ def accumulate_gradients(classifier, messages, window, experiment):
     indices = torch.cat(window)
     weights = loss_weights(messages.labels[indices], [len(batch) for batch in window], experiment.ignore_index)
     size = MESSAGES_PER_PASS if classifier.n_frozen_blocks else experiment.batch_size
+    is_finite = []
     for pass_indices, pass_weights in zip(indices.split(size), weights.split(size)):
         logits = classifier(messages.batch(pass_indices, classifier.device))
         labels = messages.labels[pass_indices].to(classifier.device)
         losses = F.cross_entropy(logits, labels, ignore_index=experiment.ignore_index, reduction="none")
         (losses @ pass_weights.to(losses)).backward()
+        is_finite.append(logits.isfinite().all() & losses.isfinite().all())
+    if not torch.stack(is_finite).all():  # once per update: on an accelerator each question waits for the answer
+        raise NonFiniteError("a training loss is not finite")
 
 
-def make_training_state(classifier, experiment, started=None):
-    """The TrainingState at the first step. `started`: time.perf_counter() at the start of the run, by default now."""
+def make_training_state(classifier, experiment, usage=None):
+    """The TrainingState at the first step. `usage` counts from the start of the run, by default from now."""
     trained = [parameter for parameter in classifier.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(
         trained, lr=experiment.learning_rate, weight_decay=experiment.weight_decay, fused=True
     )
-    return TrainingState(classifier, optimizer, started)
+    return TrainingState(classifier, optimizer, usage)
 
 
 def train(classifier, messages, experiment, state, checkpointer, console):
@@ -566,7 +568,7 @@ class Evaluator:
 
 
 def predict(classifier, messages, indices):
-    """Logits (n, K) of the messages `indices` (n,). Messages of like length run together."""
+    """Logits (n, K) of the messages `indices` (n,). Messages of like length run together. Raises NonFiniteError."""
     was_training = classifier.training
     classifier.eval()
     logits, order = [], []
@@ -575,7 +577,10 @@ def predict(classifier, messages, indices):
             logits.append(classifier(messages.batch(indices[chosen], classifier.device)))
             order.append(chosen)
     classifier.train(was_training)
-    return torch.cat(logits)[torch.cat(order).argsort().to(classifier.device)]
+    logits = torch.cat(logits)
+    if not logits.isfinite().all():
+        raise NonFiniteError("an output of the classifier is not finite")
+    return logits[torch.cat(order).argsort().to(classifier.device)]
 
 
 @dataclass
@@ -616,8 +621,11 @@ def fine_tune(classifier, messages, experiment, state, checkpointer, console):
     if checkpointer.resume(state):
         console.info(f"Resuming from {checkpointer.path} after {state.steps_done:,} batches; printed before:")
         console.info("\n".join(state.history.lines))
-    train(classifier, messages, experiment, state, checkpointer, console)
-    minutes = state.usage()["training"] / 60
+    try:
+        train(classifier, messages, experiment, state, checkpointer, console)
+    except NonFiniteError as error:
+        raise NonFiniteError(f"training stopped at step {state.steps_done:06d}: {error}") from None
+    minutes = state.usage.so_far()["training"] / 60
     console.info(state.history.add_line(f"Training completed in {minutes:.2f} minutes."))
     accuracies = {}
     for split, loader in make_loaders(messages, experiment.batch_size).items():
@@ -632,11 +640,10 @@ def run_seed(experiment, data, weights, inputs, device, checkpointer, console):
     `inputs` are the Messages of each split with their frozen features, as an earlier seed with the same weights
     returned them; None: still to be computed.
     """
-    started = time.perf_counter()
-    reset_peak_memory(device)
+    usage = Usage(device)
     classifier = optimize_frozen_blocks(build_classifier(experiment, len(data.labels), weights.tensors).to(device))
     console.info(describe_model(experiment, classifier))
-    state = make_training_state(classifier, experiment, started)
+    state = make_training_state(classifier, experiment, usage)
     if inputs is None:
         inputs = features.precompute(classifier, data.messages, experiment.features, console)
     is_kept = inputs["train"].stage is classifier.feature_stage
@@ -670,14 +677,11 @@ def run(experiment, run_options=RunOptions()):
     weights = find_weights(experiment.weights, experiment.model_size)
     data = prepare_data(experiment, console.quiet)
     console.info(describe_setup(experiment, data, device))
-    checkpointer = Checkpointer(run_options, run_identity(experiment, data, weights, device), console)
-    checkpointer.load()
-    with torch.device("meta"):
-        sizes = optimize_frozen_blocks(build_classifier(experiment, len(data.labels)))
-    features.warn_if_memory_is_short(sizes, data.messages, experiment.features, device, console)
-    weights.open(console.quiet)
-
-    with checkpointer:
+    with Checkpointer(run_options, run_identity(experiment, data, weights, device), console) as checkpointer:
+        with torch.device("meta"):
+            sizes = optimize_frozen_blocks(build_classifier(experiment, len(data.labels)))
+        features.warn_if_memory_is_short(sizes, data.messages, experiment.features, device, console)
+        weights.open(console.quiet)
         finished = run_seeds(experiment, run_options, data, weights, device, checkpointer, console)
     if run_options.repeats > 1:
         console.table_row(table.mean_row_cells(finished, ROWS, Experiment))
@@ -715,9 +719,14 @@ def publish(record, experiment, run_options, data, weights, parameters, console)
     """Print the row of a finished seed, append its record, and save its classifier, if that is asked for."""
     console.table_row(table.row_cells(record, ROWS, Experiment))
     if path := run_options.results_file:
-        written = console.write_output("the record", path, results_file.append_record, record)
-        if written not in (None, Path(path)):
-            console.warning(f"{path} has other columns and was left as it is; the record is in {written}")
+        if written := console.write_output("the record", path, results_file.append_record, record):
+            destination, is_locked = written
+            if destination != Path(path):
+                console.warning(f"{path} has other columns and was left as it is; the record is in {destination}")
+            if not is_locked:
+                console.warning(
+                    f"{destination} could not be locked: runs that end at the same time may mix their lines"
+                )
     if path := run_options.save_model:
         # Weights that were drawn are identified by drawing them again.
         base_sha256 = weights.sha256 or saved_models.frozen_sha256(build_classifier(experiment, len(data.labels)))
@@ -770,9 +779,13 @@ def classify(run_options, given):
     classifier, experiment, labels = load_classifier(run_options.load_model, given)
     for start in range(0, len(texts), TEXTS_PER_PASS):
         chunk = texts[start : start + TEXTS_PER_PASS]
-        probabilities = predict_texts(classifier, experiment, chunk).softmax(-1)
-        for text, probability, best in zip(chunk, *(part.tolist() for part in probabilities.max(-1))):
-            print(f"{labels[best]}\t{probability:.4f}\t{text}")
+        answers = dict.fromkeys(chunk, ("", ""))  # of an empty line
+        if full := [text for text in chunk if text.strip()]:
+            probabilities = predict_texts(classifier, experiment, full).softmax(-1)
+            for text, probability, best in zip(full, *(part.tolist() for part in probabilities.max(-1))):
+                answers[text] = labels[best], f"{probability:.4f}"
+        for text in chunk:
+            print(*answers[text], saved_models.escape(text), sep="\t")
 
 
 # --- main ---
@@ -796,6 +809,5 @@ def execute(experiment, run_options, given):
 if __name__ == "__main__":
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    for stream in (sys.stdout, sys.stderr):  # a terminal without an en dash shows a question mark for it
-        stream.reconfigure(errors="replace")
+    prepare_streams()
     sys.exit(main())

@@ -7,27 +7,33 @@ should be raises `FileError`. Nothing half-written stays behind.
 
 import hashlib
 import io
-import os
+import socket
 import sys
 import tempfile
+import threading
 import time
 import zipfile
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import huggingface_hub
 import requests
 import tiktoken
 import torch
+from huggingface_hub import constants
 from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import disable_progress_bars
+from huggingface_hub.utils import logging as hub_logging
+from requests.utils import get_environ_proxies, select_proxy
 from safetensors import SafetensorError, safe_open
 from tiktoken.load import load_tiktoken_bpe
 from tqdm import tqdm
+from urllib3.exceptions import HTTPError
 
-from previous_chapters import GPT_SIZES, GPTConfig, GPTModel, WeightsError, load_gpt2_weights
-from runner.files import FetchError, FileError, UsageError, sha256_of, write_bytes
+from previous_chapters import GPT_SIZES, GPTConfig, GPTModel, WeightsError, is_mask, load_gpt2_weights
+from runner.files import FetchError, FileError, NonFiniteError, UsageError, require_finite, sha256_of, write_bytes
 
 # --- what is fetched, and from where ---
 
@@ -104,8 +110,50 @@ class FinalAnswer(requests.RequestException):
     """An answer that a further attempt would not change."""
 
 
+class Unreachable(ConnectionError):
+    """There is no way to a host; the message says to which."""
+
+
+REACHABLE_WITHIN = 4.0  # seconds to look up a host and to connect to it
+
+
+def check_reachable(url):
+    """Raises Unreachable, within seconds, where neither the host of `url` nor its proxy can be reached at all.
+
+    It spares a machine without a network the attempts of the clients, which take up to half a minute.
+    """
+    proxy = select_proxy(url, get_environ_proxies(url))
+    parts = urlsplit(proxy if proxy and "://" in proxy else f"http://{proxy}" if proxy else url)
+    name = f"the proxy {parts.hostname}:{parts.port or 80}" if proxy else parts.hostname
+    failure = [TimeoutError(f"no answer within {2 * REACHABLE_WITHIN:.0f} seconds")]
+
+    def connect():
+        try:
+            port = parts.port or (443 if parts.scheme == "https" else 80)
+            socket.create_connection((parts.hostname, port), timeout=REACHABLE_WITHIN).close()
+            failure.clear()
+        except OSError as error:
+            failure[:] = [error]
+
+    thread = threading.Thread(target=connect, daemon=True)  # looking up a name knows no time-out
+    thread.start()
+    thread.join(2 * REACHABLE_WITHIN)
+    if failure:
+        raise Unreachable(f"{name} cannot be reached: {describe_error(failure[0])}")
+
+
+def content_length(answer):
+    """The size that an answer announces, in bytes, or None."""
+    sizes = {size.strip() for size in answer.headers.get("Content-Length", "").split(",")}  # a proxy may repeat it
+    return int(size) if len(sizes) == 1 and (size := sizes.pop()).isdigit() else None
+
+
 def download(url, sha256, quiet=False):
-    """The bytes behind `url`, whose SHA-256 must be `sha256`. Raises requests.RequestException."""
+    """The bytes behind `url`, whose SHA-256 must be `sha256`.
+
+    Raises Unreachable, requests.RequestException or urllib3's HTTPError.
+    """
+    check_reachable(url)
 
     def attempt():
         content = io.BytesIO()
@@ -113,8 +161,8 @@ def download(url, sha256, quiet=False):
             if 400 <= answer.status_code < 500 and answer.status_code not in (408, 429):
                 raise FinalAnswer(f"{answer.status_code} {answer.reason}")
             answer.raise_for_status()
-            size = int(answer.headers.get("Content-Length", 0)) or None
-            with tqdm(desc=url.rsplit("/", 1)[-1], total=size, unit="B", unit_scale=True, disable=quiet or None) as bar:
+            name, size = url.rsplit("/", 1)[-1], content_length(answer)
+            with tqdm(desc=name, total=size, unit="B", unit_scale=True, disable=quiet or None) as bar:
                 for piece in answer.iter_content(1 << 16):
                     content.write(piece)
                     bar.update(len(piece))
@@ -148,8 +196,8 @@ def fetch_collection(data_dir, quiet=False):
     for url in COLLECTION_URLS:
         try:
             archive = download(url, COLLECTION_ZIP_SHA256, quiet)
-        except requests.RequestException as error:
-            reasons.append(f"  {url}: {reason(error)}")
+        except (requests.RequestException, HTTPError, Unreachable) as error:
+            reasons.append(f"  {url}: {describe_error(error)}")
             continue
         write_bytes(path, zipfile.ZipFile(io.BytesIO(archive)).read(COLLECTION_MEMBER))
         return path
@@ -173,12 +221,18 @@ def fetch_weights(model_size, quiet=False):
     """
     file = PRETRAINED[model_size]
     where = dict(repo_id=file.repo_id, filename=file.filename, revision=file.revision)
+    endpoint = constants.ENDPOINT
     if quiet or not sys.stderr.isatty():
         disable_progress_bars()
+    hub_logging.set_verbosity_error()  # what fails is told below, once
     try:
+        is_cached = isinstance(huggingface_hub.try_to_load_from_cache(**where), str)
+        if not is_cached and not constants.HF_HUB_OFFLINE:
+            check_reachable(endpoint)
         path = Path(
             retrying(
-                lambda: huggingface_hub.hf_hub_download(**where),
+                # The repositories are public: whatever HF_ENDPOINT names is not to get the user's token.
+                lambda: huggingface_hub.hf_hub_download(**where, token=False),
                 # Entries "not found" are also those that the client, offline or after seven attempts, did not reach.
                 give_up=(EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError),
             )
@@ -191,18 +245,19 @@ def fetch_weights(model_size, quiet=False):
     except Exception as error:  # the hub's client raises its own, its HTTP library's and the system's errors
         raise FetchError(
             f"{file.filename} of {file.repo_id} at revision {file.revision} could not be downloaded\n"
-            f"  from {os.environ.get('HF_ENDPOINT', 'https://huggingface.co')}: {reason(error)}\n"
+            f"  from {endpoint}: {describe_error(error)}\n"
             "Try: the same command later; HF_ENDPOINT=URL for a mirror of the hub; --weights FILE for a file that was\n"
             "downloaded by other means; --weights random, or --demo, which needs no network"
         ) from error
     return path
 
 
-def reason(error):
+def describe_error(error):
     """An error in one line: the innermost cause says why, what is wrapped around it says little."""
     while cause := error.__cause__ or error.__context__:
         error = cause
-    return " ".join(f"{type(error).__name__}: {error}".split())
+    name = "" if isinstance(error, Unreachable) else f"{type(error).__name__}: "
+    return " ".join(f"{name}{error}".split())
 
 
 def check_writable(folder):
@@ -230,7 +285,7 @@ def open_weights(path):
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, OSError) as error:
-        raise FileError(f"{path} cannot be read as a .safetensors file: {reason(error)}") from error
+        raise FileError(f"{path} cannot be read as a .safetensors file: {describe_error(error)}") from error
 
 
 @dataclass
@@ -267,12 +322,18 @@ def find_weights(source, model_size):
         return Weights(model_size)
     if source == "pretrained":
         return Weights(model_size, PRETRAINED[model_size].sha256)
+    tensors = open_weights(source)
     try:
         with torch.device("meta"):
-            load_gpt2_weights(GPTModel(GPTConfig(**GPT_SIZES[model_size])), open_weights(source))
+            load_gpt2_weights(GPTModel(GPTConfig(**GPT_SIZES[model_size])), tensors)
     except WeightsError as error:
         raise UsageError(f"--weights {source} does not fit {model_size}: {error}") from None
-    return Weights(model_size, sha256_of(source), source)
+    sha256 = sha256_of(source)  # which also brings the file into memory for the next line
+    try:
+        require_finite({name: tensor for name, tensor in tensors.items() if not is_mask(name)}, "tensor")
+    except NonFiniteError as error:
+        raise UsageError(f"--weights {source}: {error}") from None
+    return Weights(model_size, sha256, source)
 
 
 # --- the vocabulary and the sample ---

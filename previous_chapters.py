@@ -99,14 +99,17 @@ class MultiHeadAttention(nn.Module):
         W_key = self.W_key.weight.unflatten(0, (self.n_heads, head_dim))  # (H, D/H, D)
         W_value = self.W_value.weight.unflatten(0, (self.n_heads, head_dim))
 
-        folded = torch.einsum("bhd,hde->bhe", queries, W_key) * norm.weight  # (B, H, D)
-        scores = (folded / head_dim**0.5) @ x_hat.mT  # (B, H, T)
-        if key_mask is not None:
-            scores = scores.masked_fill(~key_mask.squeeze(1), float("-inf"))
-        mean = scores.softmax(dim=-1) @ x_hat  # (B, H, D)
-        context = torch.einsum("bhe,hde->bhd", mean * norm.weight + norm.bias, W_value).flatten(1)
-        if self.W_value.bias is not None:
-            context = context + self.W_value.bias
+        # In full precision also under autocast, as the attention in `forward` is: bfloat16 would round scores and means.
+        with torch.autocast(x_hat.device.type, enabled=False):
+            queries, x_hat = queries.to(W_key.dtype), x_hat.to(W_key.dtype)
+            folded = torch.einsum("bhd,hde->bhe", queries, W_key) * norm.weight  # (B, H, D)
+            scores = (folded / head_dim**0.5) @ x_hat.mT  # (B, H, T)
+            if key_mask is not None:
+                scores = scores.masked_fill(~key_mask.squeeze(1), float("-inf"))
+            mean = scores.softmax(dim=-1) @ x_hat  # (B, H, D)
+            context = torch.einsum("bhe,hde->bhd", mean * norm.weight + norm.bias, W_value).flatten(1)
+            if self.W_value.bias is not None:
+                context = context + self.W_value.bias
         return self.out_proj(context).unsqueeze(1)
 
     @torch.no_grad()
@@ -213,7 +216,7 @@ BLOCK_NAMES = {
     "norm2": "ln_2",
 }
 THIRD_OF_C_ATTN = {"W_query": 0, "W_key": 1, "W_value": 2}
-MASK_BUFFER = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")
+MASK_BUFFER = re.compile(r"(?:transformer\.)?h\.\d+\.attn\.(bias|masked_bias)")
 
 
 class WeightsError(ValueError):
@@ -233,8 +236,7 @@ def load_gpt2_weights(model, tensors):
     for name in tensors:
         if f"transformer.{name}" in tensors:
             raise WeightsError(f"tensor {name} is there twice, with and without the prefix transformer.")
-    tensors = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
-    tensors = {name: tensor for name, tensor in tensors.items() if not MASK_BUFFER.fullmatch(name)}
+    tensors = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items() if not is_mask(name)}
     wanted = {name: parameter.shape for name, parameter in model.named_parameters()}
     sources = {name: checkpoint_name(name) for name in wanted}
 
@@ -262,6 +264,11 @@ def load_gpt2_weights(model, tensors):
     if head is not None and not head.equal(tensors["wte.weight"]):
         raise WeightsError("tensor lm_head.weight differs from wte.weight, to which GPT-2 ties it")
     model.load_state_dict(state, strict=True, assign=True)
+
+
+def is_mask(name):
+    """Whether a checkpoint's tensor of this name is a mask buffer and no parameter."""
+    return MASK_BUFFER.fullmatch(name) is not None
 
 
 def is_linear(name):

@@ -2,14 +2,15 @@
 
 import time
 import uuid
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 
-from .devices import peak_memory, random_states, set_random_states
-from .files import FileError, UsageError, read_tensors, write_tensors
+from .devices import peak_memory, random_states, reset_peak_memory, set_random_states
+from .files import FileError, NonFiniteError, UsageError, read_tensors, require_finite, write_tensors
+from .locks import LockFile
 from .options import RunOptions
 from .records import History, Record
 from .signals import DeferredSignals
@@ -19,31 +20,43 @@ KIND, VERSION = "checkpoint", 2
 # --- the state of training ---
 
 
+class Usage:
+    """Seconds and memory of a run from the creation of this object on, interrupted parts of the run included."""
+
+    def __init__(self, device):
+        self.device, self.known_above = device, reset_peak_memory(device)
+        self.started = dict(total=time.perf_counter())
+        self.before = dict(training=0.0, total=0.0, peak_memory=0)  # before the interruption
+
+    def start_training(self):
+        self.started["training"] = time.perf_counter()
+
+    def so_far(self):
+        """Seconds of `training` and in `total`, and `peak_memory` in bytes, 0 where it is not known."""
+        now, before = time.perf_counter(), self.before
+        seconds = {kind: before[kind] + now - started for kind, started in self.started.items()}
+        peak = peak_memory(self.device, self.known_above) or 0
+        return seconds | dict(peak_memory=max(before["peak_memory"], peak))
+
+
 class TrainingState:
     """All that training changes, and how far it has come: what a run needs to continue as if it had never stopped."""
 
-    def __init__(self, classifier, optimizer, started=None):
-        """`started`: time.perf_counter() when the run of this seed started, by default now."""
+    def __init__(self, classifier, optimizer, usage=None):
+        """`usage` counts from the start of the run of this seed, by default from now."""
         self.parameters = {name: p for name, p in classifier.named_parameters() if p.requires_grad}
         self.optimizer, self.device = optimizer, classifier.device
         self.history = History()
         self.steps_done = 0  # batches whose updates are made
         self.order = torch.empty(0, dtype=torch.long)  # message indices of the current epoch, batch after batch
-        now = time.perf_counter()
-        self.started = dict(training=now, total=started or now)
-        self.used_before = dict(training=0.0, total=0.0, peak_memory=0)  # before the interruption
-
-    def usage(self):
-        """Seconds of `training` and in `total`, and `peak_memory` in bytes, interrupted parts of the run included."""
-        now, before = time.perf_counter(), self.used_before
-        seconds = {kind: before[kind] + now - started for kind, started in self.started.items()}
-        return seconds | dict(peak_memory=max(before["peak_memory"], peak_memory(self.device) or 0))
+        self.usage = usage or Usage(classifier.device)
+        self.usage.start_training()
 
     def snapshot(self):
         """What evaluations change too, as it is now. Constant work, however long the run is."""
         return dict(
             steps_done=self.steps_done,
-            usage=self.usage(),
+            usage=self.usage.so_far(),
             history=self.history.lengths,
             order=self.order,
             random_states=random_states(self.device),
@@ -63,7 +76,7 @@ class TrainingState:
 
     @torch.no_grad()
     def load_state_dict(self, state):
-        self.steps_done, self.used_before, self.order = state["steps_done"], state["usage"], state["order"].clone()
+        self.steps_done, self.usage.before, self.order = state["steps_done"], state["usage"], state["order"].clone()
         self.history = History.from_dict(state["history"])
         for name, parameter in self.parameters.items():
             parameter.copy_(state["parameters"][name])
@@ -146,8 +159,8 @@ class Checkpointer:
     """Writes the state of training so that an interrupted run can be resumed.
 
     Within `with checkpointer:` the signals that end a run raise KeyboardInterrupt or Terminated, never during an
-    update or the writing of the file, and whatever ends the run, the last state that can be resumed is written.
-    Without a path nothing is written or copied, and signals are left alone.
+    update or the writing of the file, and whatever ends the run, the last state that can be resumed is written. No
+    other run can use the file meanwhile. Without a path nothing is written or copied, and signals are left alone.
     """
 
     def __init__(self, run_options=RunOptions(), identity=None, console=None):
@@ -155,6 +168,7 @@ class Checkpointer:
         self.run_options, self.identity, self.console = run_options, identity, console
         self.checkpoint = Checkpoint()
         self.signals = DeferredSignals()
+        self.lock = LockFile(f"{self.path}.lock")
         self.latest = None  # (TrainingState, its snapshot): the last state that can be resumed
         self.written_at, self.is_written, self.last_warning = time.monotonic(), False, None
 
@@ -164,7 +178,7 @@ class Checkpointer:
         Raises FileError for one that is damaged or of another run, UsageError where --save_model asks for a
         classifier that is no longer in it.
         """
-        if self.path is None or self.run_options.restart or not Path(self.path).exists():
+        if self.run_options.restart or not Path(self.path).exists():
             return
         try:
             self.checkpoint = Checkpoint.from_dict(read_checkpoint(self.path, self.identity))
@@ -178,6 +192,19 @@ class Checkpointer:
         if self.run_options.save_model is not None and self.identity["seed"] in seeds and current != seeds[:1]:
             raise UsageError(
                 f"--save_model: {self.path} holds the classifier of seed {current[0]}, not of seed {seeds[0]}"
+            )
+
+    def take_lock(self):
+        """Raises UsageError if another run has the lock."""
+        try:
+            holder = self.lock.acquire()
+        except OSError:
+            return  # nothing can be written here: the run warns of that when it writes its first checkpoint
+        if holder is not None:
+            raise UsageError(f"--checkpoint {self.path} is used by {holder}; wait for it, or use another file")
+        if not self.lock.is_effective:
+            self.console.warning(
+                f"{self.path} is not locked: its file system has no locks; use it in one run at a time"
             )
 
     def resume(self, state):
@@ -233,7 +260,9 @@ class Checkpointer:
                 self.write(trained=parameters)
 
     def write_training(self):
+        """Write the last state that can be resumed. Raises NonFiniteError for one that has no future."""
         state, snapshot = self.latest
+        require_finite(state.parameters, "parameter")
         self.write(training=state.state_dict(snapshot))
 
     def write(self, **parameters):
@@ -251,14 +280,22 @@ class Checkpointer:
 
     def __enter__(self):
         if self.path is not None:
+            self.take_lock()
+            try:
+                self.load()
+            except Exception:
+                self.lock.release()
+                raise
             self.signals.install()
         return self
 
     def __exit__(self, kind, error, traceback):
         self.signals.is_deferring = True
         if error is not None and self.latest is not None:
-            self.write_training()
+            with suppress(NonFiniteError):
+                self.write_training()
         self.signals.uninstall()
+        self.lock.release()
         if isinstance(error, KeyboardInterrupt) and self.is_written:
             command = "the same command without --restart" if self.run_options.restart else "the same command"
             error.args = (f"interrupted; {command} resumes from {self.path}",)

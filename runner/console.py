@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from .dataset import DATASET_NAMES
 from .devices import describe_device
-from .files import FetchError, FileError, OutputError, UsageError
+from .files import FetchError, FileError, NonFiniteError, OutputError, UsageError
 from .signals import Terminated
 from .table import markdown_header, markdown_line
 
@@ -66,7 +66,7 @@ def describe_setup(experiment, data, device):
             f"Device: {describe_device(device)}; Python {platform.python_version()}, PyTorch {torch.__version__}, "
             f"tiktoken {tiktoken.__version__}",
             f"Data: {DATASET_NAMES[data.name]}; messages: {counts}",
-            f"Tokens per message: {data.max_tokens} at most, {'not padded' if experiment.no_padding else 'padded'}",
+            f"Tokens per message: {data.longest} at most, {'not padded' if experiment.no_padding else 'padded'}",
         ]
     )
 
@@ -90,11 +90,22 @@ OUT_OF_MEMORY_ADVICE = (
 )
 
 
+def prepare_streams():
+    """Make standard output and error take any text, and stand in for those that were closed.
+
+    A terminal without an en dash shows a question mark for it.
+    """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))
+        getattr(sys, name).reconfigure(errors="replace")
+
+
 def exit_status(command):
     """Call `command()` and return the exit status; an error that a user can cause or mend becomes one line.
 
-    0; 1: something could not be downloaded or written, or memory is out; 2: an option or a file cannot be used;
-    130: Ctrl-C; 143: SIGTERM; 129: SIGHUP. Errors of the program itself are raised.
+    0; 1: something could not be downloaded or written, memory is out, or a number is not finite; 2: an option or a
+    file cannot be used; 130: Ctrl-C; 143: SIGTERM; 129: SIGHUP. Errors of the program itself are raised.
     """
     try:
         command()
@@ -105,6 +116,8 @@ def exit_status(command):
         status, message = 1, f"error: {error}"
     except OutputError as error:
         status, message = 1, f"error: training finished, but {error}"
+    except NonFiniteError as error:
+        status, message = 1, f"error: {error}\nTry: a smaller --learning_rate; --precision fp32"
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not any(words in str(error) for words in OUT_OF_MEMORY):
             raise

@@ -7,6 +7,7 @@ import csv
 import hashlib
 import json
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -26,6 +27,8 @@ DATASET_NAMES = {
     "own": "your own data (numbers do not compare with the table)",
 }
 
+DEFAULT_DATA_DIR = "sms_spam_collection"
+
 # Of the splits of the collection as they are written to --data_dir; other files are the user's own data.
 UCI_SPLITS_SHA256 = {
     "train": "ec2895b026553ce06475815818c52cf44828af0605b07b257935a194e611195a",
@@ -39,7 +42,8 @@ class Dataset:
     """The three splits as tokens, and what identifies them."""
 
     messages: dict  # of each split, Messages
-    max_tokens: int  # tokens of a padded message
+    limit: int  # in tokens, to which messages are cut, and padded where they are
+    longest: int  # tokens of the longest message, pads included
     name: str  # "uci", "sample" or "own"
     labels: list  # names of the K classes
     sha256: str  # of all labels and texts
@@ -58,14 +62,35 @@ def load_splits(data_dir, dataset, quiet=False):
         return balanced_splits(gpt_download.sample_path()), "sample"
 
     data_dir = Path(data_dir)
-    if data_dir.exists() and not data_dir.is_dir():
-        raise UsageError(f"--data_dir {data_dir} is not a folder")
     paths = {split: data_dir / f"{split}.csv" for split in SPLITS}
+    check_data_dir(data_dir, paths)
     if not all(path.exists() for path in paths.values()):
         write_uci_splits(data_dir, paths, quiet)
     splits = {split: read_labelled_csv(path) for split, path in paths.items()}
     is_uci = all(sha256_of(paths[split]) == UCI_SPLITS_SHA256[split] for split in SPLITS)
     return splits, "uci" if is_uci else "own"
+
+
+def check_data_dir(data_dir, paths):
+    """Raises UsageError for a folder from which somebody may expect other data than the collection.
+
+    The collection is downloaded into the default folder, or into an empty one. `paths` are those of the splits.
+    """
+    advice = "make an empty folder to have the collection downloaded into it, or put train.csv, validation.csv and "
+    advice += "test.csv there"
+    if not data_dir.exists() and (data_dir.is_symlink() or str(data_dir) != DEFAULT_DATA_DIR):
+        raise UsageError(f"--data_dir {data_dir} does not exist; {advice}")
+    if data_dir.exists() and not data_dir.is_dir():
+        raise UsageError(f"--data_dir {data_dir} is not a folder")
+    for path in paths.values():
+        if path.is_symlink() and not path.exists():
+            raise UsageError(f"{path} is a link to {path.readlink()}, which does not exist")
+    if not data_dir.exists() or str(data_dir) == DEFAULT_DATA_DIR:
+        return
+    ours = {*(path.name for path in paths.values()), *gpt_download.COLLECTION_NAMES}
+    names = {path.name for path in data_dir.iterdir() if not path.name.startswith(".") and path.suffix != ".part"}
+    if names and not names & ours:
+        raise UsageError(f"--data_dir {data_dir} holds neither the three files nor the collection; {advice}")
 
 
 def write_uci_splits(data_dir, paths, quiet):
@@ -74,8 +99,15 @@ def write_uci_splits(data_dir, paths, quiet):
         if path.exists() and sha256_of(path) != UCI_SPLITS_SHA256[split]:
             missing = " and ".join(other.name for other in paths.values() if not other.exists())
             raise UsageError(f"{data_dir} holds {path.name} but not {missing}; your own data needs all three")
-    gpt_download.check_writable(data_dir)
-    splits = balanced_splits(gpt_download.fetch_collection(data_dir, quiet))
+    existed = data_dir.exists()
+    try:
+        gpt_download.check_writable(data_dir)
+        splits = balanced_splits(gpt_download.fetch_collection(data_dir, quiet))
+    except BaseException:
+        if not existed:
+            with suppress(OSError):  # not there, or not empty
+                data_dir.rmdir()
+        raise
     contents = {split: frame.to_csv(index=None, lineterminator="\n").encode() for split, frame in splits.items()}
     for split, content in contents.items():
         if hashlib.sha256(content).hexdigest() != UCI_SPLITS_SHA256[split]:
@@ -113,6 +145,8 @@ def read_labelled_csv(path):
     """
     records = []
     csv.field_size_limit(2**31 - 1)
+    if Path(path).exists() and not Path(path).is_file():  # a pipe would be waited for
+        raise UsageError(f"{path}: not a regular file")
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, strict=True)
@@ -122,6 +156,8 @@ def read_labelled_csv(path):
                 if column not in reader.fieldnames:
                     columns = ", ".join(reader.fieldnames)
                     raise UsageError(f"{path}: column {column} is missing; the columns are {columns}")
+                if reader.fieldnames.count(column) > 1:
+                    raise UsageError(f"{path}: there are {reader.fieldnames.count(column)} columns {column}")
             for record in reader:
                 if problem := problem_of(record):
                     raise UsageError(f"{path}, line {reader.line_num}: {problem}")
@@ -137,14 +173,29 @@ def read_labelled_csv(path):
     return pd.DataFrame(records, columns=["Label", "Text", "line"])
 
 
+MAX_DIGITS = 18  # of a label: what is longer does not fit PyTorch's integers
+MAX_BLANKS = 100_000  # in a row; the tokenizer fails somewhere above 300,000
+
+
 def problem_of(record):
     """Why a row of a CSV file, as csv.DictReader gives it, is no labelled message; None if it is one."""
-    if not re.fullmatch(r"\s*-?\d+\s*", record["Label"] or ""):
-        return f'label "{record["Label"] or ""}" is not a whole number'
-    if not (record["Text"] or "").strip():
+    label, text = record["Label"] or "", record["Text"] or ""
+    if not re.fullmatch(rf"\s*-?\d{{1,{MAX_DIGITS}}}\s*", label):
+        shown = label if len(label) <= 50 else f"{label[:50]}…"
+        return f'label "{shown}" is not a whole number' + (
+            " of at most 18 digits" if label.strip("- ").isdigit() else ""
+        )
+    if not text.strip():
         return "the text is empty"
     if None in record:
         return "more fields than columns; a text with a comma needs quotes"
+    return problem_of_text(text)
+
+
+def problem_of_text(text):
+    """Why the tokenizer cannot take a message; None if it can."""
+    if len(text) > MAX_BLANKS and re.search(rf"\s{{{MAX_BLANKS + 1}}}", text):
+        return f"the text has more than {MAX_BLANKS:,} blanks in a row"
 
 
 def count_classes(splits, ignore_index, data_dir):

@@ -5,6 +5,7 @@ import os
 import platform
 import re
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -51,26 +52,70 @@ def free_memory(device):
     except (OSError, TypeError):  # only Linux says what is available: elsewhere half of all memory
         has_sysconf = hasattr(os, "sysconf")  # not on Windows, which is taken to have 8 GB
         free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2 if has_sysconf else 4 * 10**9
-    try:  # a container's limit
-        limit, used = (Path("/sys/fs/cgroup", f"memory.{name}").read_text() for name in ("max", "current"))
-        return min(free, int(limit) - int(used))
-    except (OSError, ValueError):  # no such file, or "max"
-        return free
+    return min([free, *free_in_control_groups()])
+
+
+def free_in_control_groups(groups=Path("/proc/self/cgroup"), root=Path("/sys/fs/cgroup")):
+    """Bytes below each memory limit that holds for this process: its Linux control group's and those above it.
+
+    Page cache counts as free, since the kernel drops it before it refuses memory. `groups` lists the groups of this
+    process, in version 1 one for each resource; `root` is where they are mounted. In a container the path of a group
+    may be that on the host, while only the container's own part is mounted: what is not there is skipped.
+    (Linux documentation, admin-guide/cgroup-v2 and cgroup-v1/memory.)
+    """
+    try:
+        lines = [line.split(":", 2) for line in groups.read_text().splitlines()]
+    except OSError:
+        return []
+    free = []
+    for _, resources, group in lines:
+        if resources == "":  # version 2
+            mount, limit, used, cache = root, "memory.max", "memory.current", r"^(?:in)?active_file (\d+)"
+        elif "memory" in resources.split(","):
+            mount, limit, used = root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+            cache = r"^total_(?:in)?active_file (\d+)"
+        else:
+            continue
+        path = mount / group.lstrip("/")
+        for folder in (path, *path.parents):
+            if not folder.is_relative_to(mount):
+                break
+            with suppress(OSError, ValueError):  # no such file, or "max"
+                in_use = int((folder / used).read_text())
+                in_cache = sum(map(int, re.findall(cache, (folder / "memory.stat").read_text(), re.M)))
+                free.append(int((folder / limit).read_text()) - max(in_use - in_cache, 0))
+    return free
 
 
 def reset_peak_memory(device):
-    """Start the count of `peak_memory` anew, where the device allows it."""
+    """Start the count of `peak_memory` anew. Returns the bytes from which it cannot be told: 0 where it could."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
+        return 0
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # Linux
+        return 0
+    except OSError:
+        return 0 if device.type == "mps" else process_peak() or 0
 
 
-def peak_memory(device):
-    """The most memory that this process has held, in bytes: of the device, or main memory; None where unknown."""
-    match device.type:
-        case "cuda":
-            return torch.cuda.max_memory_allocated(device)
-        case "mps":
-            return torch.mps.driver_allocated_memory()
+def peak_memory(device, known_above=0):
+    """The most memory that this process has held, in bytes: of the device, or main memory; None where unknown.
+
+    `known_above` is what `reset_peak_memory` returned: an earlier part of the process has held as much.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory()
+    peak = process_peak()
+    return peak if peak is not None and peak > known_above else None
+
+
+def process_peak():
+    """The most main memory that this process has held, in bytes, since the last reset; None where unknown."""
+    with suppress(OSError, TypeError):  # Linux
+        return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
     if not importlib.util.find_spec("resource"):  # Windows
         return None
     import resource

@@ -1,4 +1,4 @@
-"""Errors that a user sees, checksums, locks, files that are written whole or not at all, files of tensors.
+"""Errors that a user sees, checksums, files that are written whole or not at all, files of tensors.
 
 The lowest module of the project: it imports no other.
 """
@@ -8,19 +8,16 @@ import glob
 import hashlib
 import json
 import os
+import platform
+import secrets
 import shutil
+import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-    import msvcrt
 
 # --- errors that a user sees, as one line and without a traceback ---
 
@@ -41,7 +38,11 @@ class OutputError(RuntimeError):
     """Training finished, but not everything that was asked for could be written."""
 
 
-# --- checksums ---
+class NonFiniteError(RuntimeError):
+    """A loss, a logit or a parameter is infinite or not a number: the run cannot be trusted."""
+
+
+# --- checksums and values ---
 
 
 def sha256_of(path):
@@ -59,6 +60,14 @@ def sha256_of_tensors(tensors, *texts):
     return sha256.hexdigest()
 
 
+def require_finite(tensors, what):
+    """Raises NonFiniteError that names the first of the tensors, {name: tensor}, that holds an infinity or a NaN."""
+    for name, tensor in tensors.items():
+        # One pass without a copy: a NaN is passed on, an infinity is at one of the ends.
+        if tensor.is_floating_point() and tensor.numel() and not all(end.isfinite() for end in tensor.aminmax()):
+            raise NonFiniteError(f"{what} {name} has values that are infinite or not a number")
+
+
 # --- whole or not at all ---
 
 
@@ -67,21 +76,20 @@ def atomic_write(path):
     """A temporary path to write to; at the end its file, flushed to disk, replaces `path`. After an error it does not.
 
     The temporary file lies in a folder next to `path`. A killed process leaves that folder behind; the next writer
-    of `path` removes it. Raises OSError.
+    of `path` removes it. The mode of a file that is replaced is kept. Raises OSError, also where `path` is no
+    regular file: a device or a pipe is never replaced by one.
     """
     path = Path(path).resolve()  # of a link the file that it points to is replaced
-    for left_over in path.parent.glob(f"{glob.escape(path.name)}.*.part"):
-        if not is_running(left_over.suffixes[-2][1:]):
-            shutil.rmtree(left_over, ignore_errors=True)
-    folder = path.with_name(f"{path.name}.{os.getpid()}.part")
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "not a regular file")
+    remove_left_overs(path)
+    folder = path.with_name(f"{path.name}.{host_name()}.{os.getpid()}.{secrets.token_hex(4)}.part")
     try:
         folder.mkdir()
         yield folder / path.name
         with open(folder / path.name, "rb+") as file:
             os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(folder / path.name, 0o666 & ~umask)  # some writers make files that nobody else may read
+        os.chmod(folder / path.name, path.stat().st_mode & 0o7777 if path.exists() else 0o666 & ~current_umask())
         os.replace(folder / path.name, path)
         if os.name == "posix":  # the new name is to outlast a power failure too
             descriptor = os.open(path.parent, os.O_RDONLY)
@@ -93,17 +101,47 @@ def atomic_write(path):
         shutil.rmtree(folder, ignore_errors=True)
 
 
+LEFT_OVER_AFTER = 24 * 3600  # seconds after which no writer can still be at work
+
+
+def remove_left_overs(path):
+    """Remove the folders that killed writers of `path` left: those of this host, and those that are a day old.
+
+    A process number means nothing on another host, nor in another container of this one.
+    """
+    for folder in path.parent.glob(f"{glob.escape(path.name)}.*.part"):
+        *_, host, process_number, _ = ["", "", *folder.name.removesuffix(".part").split(".")]
+        is_ours = host == host_name() and process_number.isdigit()
+        with suppress(OSError):  # another one may be removing it too
+            is_old = time.time() - folder.stat().st_mtime > LEFT_OVER_AFTER
+            if is_old or is_ours and not is_running(int(process_number)):
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def host_name():
+    """This host, and where there are containers this one, as one word without dots."""
+    with suppress(OSError):  # Linux: processes with another namespace have other numbers
+        return f"{platform.node()}-{os.stat('/proc/self/ns/pid').st_ino}".replace(".", "-")
+    return platform.node().replace(".", "-")
+
+
 def is_running(process_number):
-    """Whether another process of this number may be running; where that cannot be told, as on Windows, it may."""
-    if os.name != "posix" or not process_number.isdigit():
+    """Whether a process of this number may be running here; where that cannot be told, as on Windows, it may."""
+    if os.name != "posix":
         return True
     try:
-        os.kill(int(process_number), 0)
+        os.kill(process_number, 0)
     except ProcessLookupError:
         return False
     except (PermissionError, OverflowError):
-        return True
-    return int(process_number) != os.getpid()
+        pass
+    return True
+
+
+def current_umask():
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
 
 
 def write_bytes(path, content):
@@ -122,24 +160,6 @@ def append_bytes(descriptor, content, size):
         with suppress(OSError):
             os.ftruncate(descriptor, size)
         raise
-
-
-@contextmanager
-def locked(file):
-    """Hold an exclusive lock on an open file; it ends with the process, however that ends."""
-    if fcntl:
-        fcntl.flock(file, fcntl.LOCK_EX)
-    else:
-        file.seek(0)
-        msvcrt.locking(file.fileno(), msvcrt.LK_LOCK, 1)
-    try:
-        yield
-    finally:
-        if fcntl:
-            fcntl.flock(file, fcntl.LOCK_UN)
-        else:
-            file.seek(0)
-            msvcrt.locking(file.fileno(), msvcrt.LK_UNLCK, 1)
 
 
 # --- files of tensors: checkpoints and saved classifiers ---

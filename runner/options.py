@@ -4,6 +4,7 @@ import argparse
 import importlib.util
 import math
 import re
+import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -181,6 +182,9 @@ class RunOptions:
                 raise UsageError(f"--{name} {path}: there is no folder {Path(path).parent}")
             if Path(path).is_dir():
                 raise UsageError(f"--{name} {path} is a folder")
+            if Path(path).exists() and not Path(path).is_file():
+                hint = '; for none: --results_file ""' if name == "results_file" else ""
+                raise UsageError(f"--{name} {path} is not a regular file{hint}")
             if (other := names.setdefault(Path(path).resolve(), name)) != name:
                 raise UsageError(f"--{other} and --{name} name the same file, {path}")
 
@@ -232,13 +236,38 @@ def make_parser(description, experiment_type, rows, demo):
     return parser
 
 
+def split_texts(argv, experiment_type):
+    """A command line without the messages of --classify, and these as {"classify": (text, ...)}, if there are any.
+
+    A message may begin with a dash, which argparse takes for an option: the messages end where an option of this
+    program begins, and after `--` there is none.
+    """
+    argv = list(argv)
+    if "--classify" not in argv:
+        return argv, {}
+    start = argv.index("--classify") + 1
+    names = {f"--{setting.name}" for setting in (*fields(experiment_type), *fields(RunOptions))} | {
+        "--row",
+        "--demo",
+        "--help",
+    }
+    end = start
+    while end < len(argv) and argv[end].split("=")[0] not in names and argv[end] != "--":
+        end += 1
+    texts, rest = argv[start:end], argv[end:]
+    if rest[:1] == ["--"]:
+        texts, rest = texts + rest[1:], []
+    return argv[: start - 1] + rest, {"classify": tuple(texts)}
+
+
 def parse(argv, description, experiment_type, rows, demo):
     """A command line as (Experiment, RunOptions, the options of the experiment that were given).
 
     `rows` maps numbers to Rows and `demo` options to values: the presets. The Experiment is None where nothing is to
     be trained. Raises UsageError.
     """
-    given = vars(make_parser(description, experiment_type, rows, demo).parse_args(argv))
+    argv, texts = split_texts(sys.argv[1:] if argv is None else argv, experiment_type)
+    given = vars(make_parser(description, experiment_type, rows, demo).parse_args(argv)) | texts
     run_options = {setting.name: given.pop(setting.name) for setting in fields(RunOptions) if setting.name in given}
     for mode, companions in COMPANIONS.items():
         refused = sorted((given.keys() | run_options.keys()) - {mode, *companions})

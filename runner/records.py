@@ -156,7 +156,7 @@ class Record:
 
 def make_record(run, row, configuration, experiment, data, weights, device, accuracies, minutes, state):
     """The Record of a run that finishes now, `state` being its TrainingState."""
-    usage = state.usage()
+    usage = state.usage.so_far()
     return Record(
         run=run,
         date=datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -166,7 +166,7 @@ def make_record(run, row, configuration, experiment, data, weights, device, accu
         weights_sha256=weights.sha256 or "",
         data=data.name,
         data_sha256=data.sha256,
-        tokens_per_message=data.max_tokens,
+        tokens_per_message=data.longest,
         **accuracies,
         minutes=round(minutes, 4),
         seconds=round(usage["total"], 2),

@@ -19,11 +19,41 @@ def print_report(path, plot_path, rows):
     `rows` maps the number of each row to its Row. Raises FileError or OSError.
     """
     records, damaged = read_records(path)
+    records, disagreements = one_per_seed(records)
     print(report(records, rows))
+    if disagreements:
+        print("\n" + "\n".join(disagreements))
     if damaged:
         print(f"{path}: no complete record on line {', '.join(map(str, damaged))}; skipped", file=sys.stderr)
     if plot_path:
         plot_report(plot_path, records, rows)
+
+
+def configuration_of(record):
+    """What records must share to be runs of the same configuration: the row, or the options, and the precision."""
+    return record.row, None if record.row else record.configuration, record.settings["precision"]
+
+
+def one_per_seed(records):
+    """([the first Record of each seed of each configuration], [a line for each seed with different results]).
+
+    A seed that was run again is no further sample of what training varies, on whatever device.
+    """
+    by_seed = {}
+    for record in records:
+        by_seed.setdefault((*configuration_of(record), record.seed), []).append(record)
+    disagreements = []
+    for same in by_seed.values():
+        results = {}
+        for record in same:
+            results.setdefault((record.train, record.validation, record.test), record)
+        if len(results) > 1:
+            name = f"Row {same[0].row}" if same[0].row else same[0].configuration
+            found = "; ".join(f"{record.test} on {record.device_name}" for record in results.values())
+            disagreements.append(
+                f"{name}, seed {same[0].seed}: results differ by device or version, the first counts: {found}"
+            )
+    return [same[0] for same in by_seed.values()], disagreements
 
 
 # --- the table ---
@@ -61,27 +91,38 @@ def minutes_and_devices(records):
     return f"{minutes:.2f}{f' ± {deviation:.2f}' if len(records) > 1 else ''} min", devices
 
 
-def group_others(records, rows):
-    """The records that are no row of the table: {configuration: [Record, ...]}."""
-    others = {}
+def group_by_configuration(records, rows):
+    """({number of the row: {precision: [Record, ...]}}, {description of other configurations: [Record, ...]})."""
+    of_rows, others = {number: {} for number in rows}, {}
     for record in records:
-        if record.row not in rows:
-            others.setdefault(record.configuration, []).append(record)
-    return others
+        precision = record.settings["precision"]
+        if record.row in rows:
+            of_rows[record.row].setdefault(precision, []).append(record)
+        else:
+            others.setdefault(record.configuration + in_precision(precision), []).append(record)
+    return of_rows, others
+
+
+def in_precision(precision):
+    """What is added to the name of a configuration: nothing for fp32, from which the others are told apart."""
+    return "" if precision == "fp32" else f", {precision}"
 
 
 def report(records, rows):
     """The table in Markdown, and one of the other runs; `rows` maps the number of each row to its Row."""
     titles = ["Row", "Options", "Runs", *(f"{title} acc" for title in SPLITS.values()), "Training time", "CPU/GPU"]
+    of_rows, others = group_by_configuration(records, rows)
     lines = [markdown_header(titles)]
-    lines += [report_line(n, row, [record for record in records if record.row == n]) for n, row in rows.items()]
+    for number, row in rows.items():
+        for precision, same in (of_rows[number] or {"fp32": []}).items():
+            lines.append(report_line(f"{number}{in_precision(precision)}", row, same))
     lines += [
         "",
         "Measured accuracy (of several runs mean ± standard deviation) with its 95% interval; then the published",
         "figure, the difference in points, and whether the published figure lies inside the interval. Times: minutes",
-        "measured; published, on an A100.",
+        "measured; published, on an A100. A seed counts once, however often and on whatever devices it was run.",
     ]
-    if others := group_others(records, rows):
+    if others:
         lines += ["", markdown_header(["Other runs", *titles[2:]])]
         for configuration, same in others.items():
             cells = [describe_measured([getattr(record, split) for record in same]) for split in SPLITS]
@@ -89,7 +130,7 @@ def report(records, rows):
     return "\n".join(lines)
 
 
-def report_line(number, row, records):
+def report_line(name, row, records):
     """The line of one row of the table, from the records of its runs."""
     cells = []
     for split in SPLITS:
@@ -98,7 +139,7 @@ def report_line(number, row, records):
         cells.append(measured or f"missing; {published:.2f}")
     minutes, devices = minutes_and_devices(records) if records else ("missing", "-")
     options = f"`{command_line(row.options)}`" if row.options else "-"
-    return markdown_line([number, options, len(records), *cells, f"{minutes}; {row.minutes:.2f}", devices])
+    return markdown_line([name, options, len(records), *cells, f"{minutes}; {row.minutes:.2f}", devices])
 
 
 # --- pictures ---
@@ -154,15 +195,16 @@ def plot_report(path, records, rows):
 
     Raises OSError.
     """
-    lines = [
-        (f"{describe_settings(row.options)}{{}}  {n:2}", [r.test for r in records if r.row == n], row.test)
-        for n, row in rows.items()
-    ]
-    for configuration, same in group_others(records, rows).items():
-        lines.append((f"{configuration}{{}}", [record.test for record in same], None))
+    of_rows, others = group_by_configuration(records, rows)
+    lines = []  # (name, number, accuracies, published)
+    for number, row in rows.items():
+        for precision, same in (of_rows[number] or {"fp32": []}).items():
+            name = describe_settings(row.options) + in_precision(precision)
+            lines.append((name, f"  {number:2}", [record.test for record in same], row.test))
+    lines += [(name, "", [record.test for record in same], None) for name, same in others.items()]
     picture = figure(8, 0.7 + 0.36 * len(lines))
     axes = picture.subplots()
-    for height, (_, tests, published) in enumerate(lines):
+    for height, (_, _, tests, published) in enumerate(lines):
         if published is not None:
             axes.plot(published, height, "D", color=ORANGE, fillstyle="none", zorder=3)
         if tests:
@@ -173,7 +215,9 @@ def plot_report(path, records, rows):
             side, offset = ("right", -8) if published > 85 else ("left", 8)
             style = dict(textcoords="offset points", color=GREY, fontsize=8, va="center", ha=side)
             axes.annotate("missing", (published, height), (offset, 0), **style)
-    labels = [label.format(f" (n\u00a0=\u00a0{len(tests)})" if len(tests) > 1 else "") for label, tests, _ in lines]
+    counts = [f" (n\u00a0=\u00a0{len(tests)})" if len(tests) > 1 else "" for _, _, tests, _ in lines]
+    labels = [f"{name}{count}{number}" for (name, number, _, _), count in zip(lines, counts)]
+    labels = [label.replace("$", r"\$") for label in labels]  # matplotlib's sign for formulas
     labels = [textwrap.fill(label, 60, drop_whitespace=False) for label in labels]
     axes.plot([], [], "D", color=ORANGE, fillstyle="none", label="published")
     axes.plot([], [], "o-", color=BLUE, linewidth=2, label="measured, 95% interval")

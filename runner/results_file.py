@@ -1,12 +1,16 @@
 """The results file: one line of CSV for each finished run, appended by any number of processes, and read back."""
 
+import codecs
 import csv
 import io
+import math
+import re
 from dataclasses import fields
 from pathlib import Path
 
 from .dataset import SPLITS
-from .files import FileError, append_bytes, locked
+from .files import FileError, append_bytes
+from .locks import locked
 from .records import Accuracy, Record
 
 ACCURACY_PARTS = ("correct", "total", "fraction")
@@ -25,23 +29,53 @@ def to_cells(record):
             cells |= {f"{name}_{part}": getattr(value, part) for part in ACCURACY_PARTS}
         elif name != "history":
             cells[name] = value
-    return cells
+    return {column: one_line(value) if isinstance(value, str) else value for column, value in cells.items()}
+
+
+# Text that begins with one of these is a formula to a spreadsheet; after an apostrophe it is text.
+FORMULA = re.compile(r"'*[=+\-@]")
+
+
+def one_line(text):
+    """A text without line breaks, and such that no spreadsheet runs it."""
+    text = re.sub(r"[\r\n\t]+", " ", text)
+    return f"'{text}" if FORMULA.match(text) else text
+
+
+def without_apostrophe(text):
+    """The text of which `one_line` made a cell."""
+    return text[1:] if text.startswith("'") and FORMULA.match(text[1:]) else text
 
 
 def from_cells(cells):
-    """The Record of a line, {column: text}; of the settings it has the seed only. Raises ValueError or TypeError."""
-    texts = {field.name: cells.get(field.name, "") for field in fields(Record)}
-    accuracies = {s: Accuracy(int(cells[f"{s}_correct"]), int(cells[f"{s}_total"])) for s in SPLITS}
+    """The Record of a line, {column: text}; of the settings it has seed and precision. Raises ValueError."""
+    texts = {field.name: without_apostrophe(cells.get(field.name, "")) for field in fields(Record)}
+    minutes = float(cells["minutes"])
+    if not 0 <= minutes < math.inf:
+        raise ValueError(f"{minutes} minutes")
     return Record(
         **texts
-        | accuracies
+        | {split: accuracy_from(cells[f"{split}_correct"], cells[f"{split}_total"]) for split in SPLITS}
         | dict(
-            row=int(cells["row"]) if cells["row"] else None,
-            settings=dict(seed=int(cells["seed"])),
-            minutes=float(cells["minutes"]),
+            row=whole_number(cells["row"]) if cells["row"] else None,
+            settings=dict(seed=whole_number(cells["seed"]), precision=cells.get("precision", "fp32")),
+            minutes=minutes,
             history=None,
         )
     )
+
+
+def accuracy_from(correct, total):
+    accuracy = Accuracy(whole_number(correct), whole_number(total))
+    if accuracy.correct > accuracy.total:
+        raise ValueError(f"{correct} of {total}")
+    return accuracy
+
+
+def whole_number(text):
+    if not re.fullmatch(r"\d{1,19}", text):
+        raise ValueError(f"{text[:20]} is not a whole number")
+    return int(text)
 
 
 def csv_line(cells):
@@ -51,58 +85,74 @@ def csv_line(cells):
 
 
 def append_record(path, record):
-    """Append a Record as one line of a CSV file; a new file gets a header. Returns the Path written to.
+    """Append a Record as one line of a CSV file; a new file gets a header.
 
-    Safe when several processes append at once: one lock, one write, flushed to disk. A file with other columns is
-    left as it is; the record then goes to the first of `name-2.csv`, `name-3.csv`, … that has these columns or does
-    not exist. A record whose `run`, the first column, is in the file already is not written again: a run that was
-    interrupted between its record and its next checkpoint appends twice. Raises OSError where nothing can be
-    written, and leaves no part.
+    Returns (the Path written to, whether it could be locked). Safe when several processes append at once: one lock,
+    one write, flushed to disk; where the file system has no locks, the write at the end of the file alone. A file
+    with other columns is left as it is; the record then goes to the first of `name-2.csv`, `name-3.csv`, … that has
+    these columns or does not exist. A record whose `run`, the first column, is in the file already is not written
+    again: a run that was interrupted between its record and its next checkpoint appends twice. Raises OSError where
+    nothing can be written, and leaves no part.
     """
     cells = to_cells(record)
     header, line = csv_line(cells), csv_line(cells.values())
     path = destination = Path(path)
     number = 1
     while True:
-        with open(destination, "ab+") as file, locked(file):
+        with open(destination, "ab+") as file, locked(file) as is_locked:
             file.seek(0)
             content = file.read()
-            if content.startswith(header) or not content:
+            first_line = content.removeprefix(codecs.BOM_UTF8).split(b"\n")[0].rstrip(b"\r")
+            if first_line == header.rstrip() or not content:
                 if b"\n" + csv_line([record.run]).rstrip() + b"," not in content:
                     if not content:
                         line = header + line
                     elif not content.endswith(b"\n"):  # an editor's work, or an incomplete line
                         line = b"\n" + line
                     append_bytes(file.fileno(), line, len(content))
-                return destination
+                return destination, is_locked
         number += 1
         destination = path.with_name(f"{path.stem}-{number}{path.suffix}")
+
+
+LINES_OF_A_RECORD = 5  # at most, of a record in which a text has line breaks
 
 
 def read_records(path):
     """([Record, ...], [numbers of the lines that are none]) of a results file.
 
-    The same seed with the same result on the same device is one run that was made twice: it counts once, or a
-    standard deviation would come out too small.
-
-    Raises FileError for a file that is missing or has other columns.
+    A damaged line costs no other: a record is looked for anew at each line. Raises FileError for a file that is
+    missing or has other columns.
     """
-    records, damaged = {}, []
     try:
-        with open(path, encoding="utf-8", newline="") as file:
-            reader = csv.DictReader(file)
-            for column in NEEDED:
-                if column not in (reader.fieldnames or ()):
-                    raise FileError(f"{path} is not a results file: column {column} is missing")
-            for cells in reader:
-                try:
-                    record = from_cells(cells)
-                except (TypeError, ValueError):  # TypeError: a line that ends early has None in its last columns
-                    damaged.append(reader.line_num)
-                    continue
-                accuracies = tuple(getattr(record, split) for split in SPLITS)
-                key = record.row, record.configuration, record.seed, accuracies, record.device_name
-                records.setdefault(key, record)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")  # which reads \r\n as \n
+    except (OSError, UnicodeDecodeError) as error:
         raise FileError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    return list(records.values()), damaged
+    columns = next(csv.reader(lines[:1]), [])
+    for column in NEEDED:
+        if column not in columns:
+            raise FileError(f"{path} is not a results file: column {column} is missing")
+    records, damaged = [], []
+    number = 1
+    while number < len(lines):
+        for end in range(number + 1, min(number + 1 + LINES_OF_A_RECORD, len(lines) + 1)):
+            if record := parse_record("\n".join(lines[number:end]), columns):
+                records.append(record)
+                number = end
+                break
+        else:
+            if lines[number]:
+                damaged.append(number + 1)
+            number += 1
+    return records, damaged
+
+
+def parse_record(text, columns):
+    """The Record that `text` is, as a whole, or None."""
+    try:
+        rows = list(csv.reader([text], strict=True))
+        if len(rows) == 1 and len(rows[0]) == len(columns):
+            return from_cells(dict(zip(columns, rows[0])))
+    except (ValueError, csv.Error):
+        pass
+    return None

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from .files import FileError, UsageError, read_tensors, sha256_of_tensors, write_tensors
+from .dataset import problem_of_text
+from .files import FileError, NonFiniteError, UsageError, read_tensors, require_finite, sha256_of_tensors, write_tensors
 
 KIND, VERSION = "saved classifier", 1
 
@@ -24,7 +25,7 @@ def save_classifier(path, experiment, data, base_sha256, parameters):
     """
     description = dict(
         settings=asdict(experiment),
-        width=data.max_tokens,
+        width=data.limit,
         labels=data.labels,
         base_sha256=base_sha256,
         torch=torch.__version__,
@@ -78,21 +79,42 @@ class SavedClassifier:
 def read_classifier(path):
     """The SavedClassifier at `path`. Raises FileError for a file that cannot be used."""
     description, parameters = read_tensors(path, KIND, VERSION)
+    try:
+        require_finite(parameters, "parameter")
+    except NonFiniteError as error:
+        raise FileError(f"{path} cannot be used: {error}") from None
     settings = description["settings"] | dict(context_length=description["width"])
     return SavedClassifier(path, settings, description["labels"], description["base_sha256"], parameters)
 
 
 def read_texts(arguments):
-    """The messages of `--classify`: its arguments, or the lines of standard input. Raises UsageError."""
+    """The messages of `--classify`: its arguments, or the lines of standard input. Raises UsageError.
+
+    A line of standard input may be empty: each has its line of output.
+    """
     texts = list(arguments)
     if texts == ["-"]:
+        if sys.stdin is None:
+            raise UsageError("standard input is closed")
         try:
-            texts = [line.rstrip("\r\n") for line in io.TextIOWrapper(sys.stdin.buffer, "utf-8", newline="\n")]
+            texts = [line.rstrip("\r\n") for line in io.TextIOWrapper(sys.stdin.buffer, "utf-8-sig", newline="\n")]
         except UnicodeDecodeError as error:
             raise UsageError(f"standard input is not UTF-8 text ({error.reason})") from None
-    if not texts:
-        raise UsageError("there is no message on standard input")
+        if not texts:
+            raise UsageError("there is no message on standard input")
+    else:
+        for number, text in enumerate(texts, 1):
+            if not text.strip():
+                raise UsageError(f"message {number} is empty")
     for number, text in enumerate(texts, 1):
-        if not text.strip():
-            raise UsageError(f"message {number} is empty")
+        if problem := problem_of_text(text):
+            raise UsageError(f"message {number}: {problem}")
     return texts
+
+
+ESCAPES = str.maketrans({"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"})
+
+
+def escape(text):
+    """A text as one field of one line: its tabs, line breaks and backslashes escaped."""
+    return text.translate(ESCAPES)

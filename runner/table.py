@@ -1,5 +1,6 @@
 """The table: its rows and their published figures, settings as text, and the printed row of a run."""
 
+import re
 from dataclasses import dataclass, field, fields, replace
 
 from .dataset import DATASET_NAMES, SPLITS
@@ -90,7 +91,8 @@ def command_line(settings):
 
 
 def markdown_line(cells):
-    return "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"
+    """A line of a Markdown table, whatever is in its cells."""
+    return "| " + " | ".join(re.sub(r"[\r\n]+", " ", str(cell)).replace("|", "\\|") for cell in cells) + " |"
 
 
 def markdown_header(titles):

@@ -254,7 +254,7 @@ def measure(number, arguments):
     set_precision(experiment.precision, device)
     splits, _ = dataset.load_splits(experiment.data_dir, experiment.dataset)
     tokenizer = ae.load_vocabulary()
-    messages, max_tokens = ae.encode(tokenizer, splits, experiment)
+    messages, max_tokens, _ = ae.encode(tokenizer, splits, experiment)
     token_lists = tokenizer.encode_ordinary_batch(list(splits["train"]["Text"]))
 
     peak = product_peak(device, experiment.precision)

@@ -47,7 +47,7 @@ def parse(*options):
         ("--average_embeddings --no_padding", "| all real tokens |"),
         ("--context_length model_context_length", "Tokens per message: 1024 at most"),
         ("--context_length 5", "69 messages, 345 tokens"),
-        ("--no_padding", r"69 messages, 5\d\d tokens"),
+        ("--no_padding", r"69 messages, 6\d\d tokens"),
         ("--disable_causal_mask", "no causal mask"),
         ("--disable_causal_mask --trainable_token_pos first", "69 messages, 828 tokens"),
         ("--ignore_index 1", "ignore index 1"),

@@ -1,12 +1,16 @@
 """Interrupted runs that are resumed, at chosen and at random moments, and what can go wrong with their checkpoints."""
 
+import errno
+import json
 import os
+import platform
 import random
+import re
 import shutil
 import signal
 import sys
 import time
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -17,8 +21,9 @@ from safetensors.torch import save_file
 
 import additional_experiments as ae
 from previous_chapters import GPT_SIZES
-from runner import checkpoints, results_file
+from runner import checkpoints, locks, results_file
 from runner.files import FileError
+from runner.locks import LockFile
 from runner.signals import DeferredSignals
 
 CONFIGURATIONS = {
@@ -343,3 +348,209 @@ def test_another_run_is_refused_by_the_setting_that_differs(tmp_path):
         checkpoints.read_checkpoint(path, dict(seed=1, device="cuda"))
     with pytest.raises(FileError, match="is of a run with momentum None, not 1"):
         checkpoints.read_checkpoint(path, dict(seed=1, device="cpu", momentum=1))
+
+
+# --- what is restored ---
+
+
+def tensors_of(state):
+    """All tensors of a TrainingState by name, as they are now."""
+    flat = checkpoints.flatten(state.state_dict())
+    return {name: tensor.detach().clone() for name, tensor in flat.items() if isinstance(tensor, torch.Tensor)}
+
+
+@pytest.mark.parametrize("name", ["last_block", "lora", "accumulation, all"])
+@pytest.mark.parametrize("function", ["step", "zero_grad"])
+def test_resumed_to_the_bit(options, monkeypatch, name, function):
+    """Interrupted within an update, before and after the optimizer's step; what is restored is what was there after."""
+    options = [*options, *CONFIGURATIONS[name].split(), "--checkpoint", "run.ckpt"]
+    states, resumed = [], []
+    update, resume = checkpoints.Checkpointer.update, checkpoints.Checkpointer.resume
+
+    @contextmanager
+    def recording(checkpointer, state):
+        try:
+            with update(checkpointer, state):
+                yield
+        finally:
+            states.append(tensors_of(state) | {"steps_done": torch.tensor(state.steps_done)})
+
+    def recording_resume(checkpointer, state):
+        found = resume(checkpointer, state)
+        resumed.append(tensors_of(state) | {"steps_done": torch.tensor(state.steps_done)})
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints.Checkpointer, "update", recording)
+        interrupt_at(patch, torch.optim.AdamW, function, 4, signal.SIGTERM)
+        assert ae.main(options) == 143
+    monkeypatch.setattr(checkpoints.Checkpointer, "resume", recording_resume)
+    assert ae.main(options) == 0
+    assert len(states) == 4  # the update was finished, and no other was begun
+    before, [after] = states[-1], resumed
+    assert before.keys() == after.keys() and before["steps_done"] > 0
+    assert any("exp_avg_sq" in name for name in before) and "random_states/cpu" in before
+    assert [name for name in before if not before[name].equal(after[name])] == []
+    assert [name for name in before if before[name].dtype != after[name].dtype] == []
+
+
+def test_signals_wait_until_an_update_is_over(options, monkeypatch):
+    """All of it: parameters, the count of steps, and the state that can be resumed."""
+    seen = []
+
+    def step(optimizer, *arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        seen.append("not interrupted")
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    assert ae.main([*options, "--checkpoint", "run.ckpt"]) == 143
+    assert seen == ["not interrupted"] and Path("run.ckpt").exists()
+
+
+def test_further_signals_lose_nothing(options, monkeypatch, capfd):
+    """An impatient second Ctrl-C comes while the first one is writing the checkpoint, or just before."""
+    options += ["--checkpoint", "run.ckpt"]
+    before = [signal.getsignal(number) for number in DeferredSignals.NUMBERS]
+    for owner, function in ((checkpoints.Checkpointer, "__exit__"), (checkpoints, "write_checkpoint")):
+        with monkeypatch.context() as patch:
+            interrupt_at(patch, ae, "accumulate_gradients", 20, signal.SIGTERM)
+            interrupt_at(patch, owner, function, 1, signal.SIGINT)
+            assert ae.main([*options, "--restart"]) == 143
+        assert capfd.readouterr().err.startswith("interrupted; the same command without --restart resumes")
+        assert [signal.getsignal(number) for number in DeferredSignals.NUMBERS] == before
+        tree = checkpoints.unflatten(checkpoints.read_tensors("run.ckpt", checkpoints.KIND, checkpoints.VERSION)[0])
+        assert tree["content"]["training"]["steps_done"] == 19
+
+
+# --- its cost ---
+
+
+def test_without_a_checkpoint_an_update_copies_nothing(options, monkeypatch):
+    monkeypatch.setattr(checkpoints.TrainingState, "snapshot", None)
+    assert ae.main(options) == 0
+
+
+def test_a_snapshot_is_constant_work(options, monkeypatch):
+    """It has the lengths of the history and not its entries, however long the run is."""
+    sizes = []
+    snapshot = checkpoints.TrainingState.snapshot
+
+    def measuring(state):
+        found = snapshot(state)
+        described = json.dumps({name: found[name] for name in ("steps_done", "usage", "history")})
+        sizes.append(len(described))
+        assert found["order"] is state.order
+        return found
+
+    monkeypatch.setattr(checkpoints.TrainingState, "snapshot", measuring)
+    assert ae.main([*options, "--num_epochs", "20", "--batch_size", "40", "--checkpoint", "run.ckpt"]) == 0
+    assert len(sizes) >= 40 and max(sizes) < min(sizes) + 40
+
+
+# --- two runs at once ---
+
+
+def test_a_checkpoint_belongs_to_one_run_at_a_time(options, monkeypatch, capfd):
+    """Whatever its settings. The lock ends with the run, also with one that is interrupted."""
+    options += ["--checkpoint", "run.ckpt"]
+    found = []
+    train = ae.train
+
+    def start_another(*arguments):
+        if not found:
+            found.append(None)
+            for further in ([], ["--seed", "7"], ["--restart"]):
+                assert ae.main([*options, *further]) == 2
+                found.append(capfd.readouterr().err)
+        train(*arguments)
+
+    monkeypatch.setattr(ae, "train", start_another)
+    assert ae.main(options) == 0
+    holder = f"process {os.getpid()} on {platform.node()}"
+    told = f"error: --checkpoint run.ckpt is used by {holder}; wait for it, or use another file\n"
+    assert found == [None, told, told, told]
+    assert not Path("run.ckpt.lock").exists() and len(records_in()) == 1
+    assert ae.main([*options, "--seed", "7"]) == 2  # refused for its settings now
+    assert "is of a run with seed 123, not 7" in capfd.readouterr().err and not Path("run.ckpt.lock").exists()
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="there is no SIGKILL on Windows")
+def test_the_lock_of_a_killed_run_holds_nobody_up(options, tmp_path):
+    process = processes().Process(target=hold_lock, args=(tmp_path,))
+    process.start()
+    while not (tmp_path / "run.ckpt.lock").exists() or not (tmp_path / "run.ckpt.lock").read_text():
+        time.sleep(0.01)
+    assert LockFile(tmp_path / "run.ckpt.lock").acquire().startswith(f"process {process.pid} on ")
+    process.kill()
+    process.join()
+    lock = LockFile(tmp_path / "run.ckpt.lock")
+    assert lock.acquire() is None and lock.is_effective
+    lock.release()
+    assert list(tmp_path.glob("run.ckpt.lock")) == []
+
+
+def hold_lock(folder):
+    lock = LockFile(folder / "run.ckpt.lock")
+    assert lock.acquire() is None
+    time.sleep(60)
+
+
+def test_a_file_system_without_locks_is_told(options, monkeypatch, capfd):
+    def flock(file, operation):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(locks.fcntl, "flock", flock)
+    assert ae.main([*options, "--checkpoint", "run.ckpt"]) == 0
+    err = capfd.readouterr().err
+    assert "warning: run.ckpt is not locked: its file system has no locks; use it in one run at a time\n" in err
+    assert "warning: results.csv could not be locked: runs that end at the same time may mix their lines\n" in err
+
+
+# --- numbers that are not finite ---
+
+
+@pytest.mark.parametrize("layers", ["last_block", "all", "last_layer"])
+def test_a_loss_that_is_not_finite_ends_the_run(options, capfd, layers):
+    """No record, no classifier, and no checkpoint that could only fail again."""
+    options += ["--trainable_layers", layers, "--learning_rate", "1e30", "--save_model", "trained.safetensors"]
+    assert ae.main([*options, "--checkpoint", "run.ckpt", "--checkpoint_minutes", "0"]) == 1
+    out, err = capfd.readouterr()
+    assert re.match(r"error: (training stopped at step \d{6}: )?.+ not (finite|a number)\n", err), err
+    assert err.endswith("Try: a smaller --learning_rate; --precision fp32\n") and "Test accuracy" not in out
+    assert not Path("results.csv").exists() and not Path("trained.safetensors").exists()
+    if Path("run.ckpt").exists():
+        _, tensors = checkpoints.read_tensors("run.ckpt", checkpoints.KIND, checkpoints.VERSION)
+        assert all(tensor.isfinite().all() for name, tensor in tensors.items() if "parameters" in name)
+
+
+def test_the_checkpoint_before_it_is_kept(interrupted, monkeypatch, capfd):
+    before = checkpoints.read_tensors("run.ckpt", checkpoints.KIND, checkpoints.VERSION)[1]
+    step, calls = torch.optim.AdamW.step, []
+
+    def diverge(optimizer, *arguments):
+        step(optimizer, *arguments)
+        calls.append(1)
+        if len(calls) == 5:
+            with torch.no_grad():
+                optimizer.param_groups[0]["params"][0].fill_(float("nan"))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", diverge)
+        assert ae.main(interrupted) == 1
+    assert "error: training stopped at step 000054: a training loss is not finite\n" in capfd.readouterr().err
+    after = checkpoints.read_tensors("run.ckpt", checkpoints.KIND, checkpoints.VERSION)[1]
+    assert all(before[name].equal(after[name]) for name in before) and not Path("results.csv").exists()
+    assert ae.main(interrupted) == 0
+
+
+@pytest.mark.parametrize("function", ["predict", "accumulate_gradients"])
+def test_logits_that_are_not_finite_end_the_run(options, monkeypatch, capfd, function):
+    """In an evaluation, and where no label counts, so that the loss is zero."""
+    forward = ae.Classifier.forward
+
+    def infinite(classifier, batch):
+        return forward(classifier, batch) * (float("inf") if classifier.training == (function != "predict") else 1)
+
+    monkeypatch.setattr(ae.Classifier, "forward", infinite)
+    assert ae.main(options) == 1
+    assert "not finite\nTry: " in capfd.readouterr().err and not Path("results.csv").exists()

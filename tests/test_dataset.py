@@ -1,6 +1,8 @@
 """The messages: the user's own CSV files, what is wrong with them, and the splits of the collection."""
 
 import hashlib
+import os
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -10,7 +12,7 @@ import additional_experiments as ae
 import gpt_download
 from additional_experiments import main, parse_args
 from runner import dataset
-from runner.files import FileError, sha256_of
+from runner.files import FetchError, FileError, sha256_of
 
 
 def load_splits(options):
@@ -49,6 +51,13 @@ def load_splits(options):
         ),
         ("train", "Label,Text\n0,a\n0,b\n", "every label is 0; a classifier needs two classes or more"),
         ("train", b"Label,Text\n0,\xff\xfe\n", "not UTF-8 text"),
+        ("train", f"Label,Text\n0,a\n{'1' * 5000},b\n", "is not a whole number of at most 18 digits"),
+        (
+            "train",
+            f"Label,Text\n0,a\n1,b{' ' * 1_000_000}c\n",
+            "line 3: the text has more than 100,000 blanks in a row",
+        ),
+        ("test", "Label,Text,Text\n0,a,b\n", "there are 2 columns Text"),
     ],
 )
 def test_bad_data_is_refused_by_line(nano, data_dir, capsys, split, content, message):
@@ -70,6 +79,70 @@ def test_training_labels_that_are_all_ignored(nano, data_dir, capsys):
 def test_batch_larger_than_the_training_set(nano, capsys):
     assert main([*nano, "--batch_size", "44"]) == 2
     assert "--batch_size 44: there are only 43 training messages" in capsys.readouterr().err
+
+
+def test_a_pipe_is_not_waited_for(nano, data_dir, capsys):
+    (data_dir / "test.csv").unlink()
+    os.mkfifo(data_dir / "test.csv")
+    assert main(nano) == 2
+    assert capsys.readouterr().err == f"error: {data_dir}/test.csv: not a regular file\n"
+
+
+def test_as_many_blanks_as_the_tokenizer_takes():
+    text = "a" + " " * dataset.MAX_BLANKS + "b"
+    assert dataset.problem_of_text(text) is None and len(ae.load_vocabulary().encode_ordinary(text)) > 1000
+
+
+# --- the folder ---
+
+
+@pytest.fixture
+def no_download(monkeypatch):
+    monkeypatch.setattr(gpt_download, "fetch_collection", lambda *_: pytest.fail("the collection was asked for"))
+
+
+ADVICE = "make an empty folder to have the collection downloaded into it, or put train.csv, validation.csv and test.csv"
+
+
+@pytest.mark.parametrize("folder", ["missing", "link", "other files"])
+def test_a_folder_from_which_somebody_expects_other_data(no_download, tmp_path, capsys, folder):
+    """Nobody is to train on the collection because of a mistyped name."""
+    path = tmp_path / "data"
+    if folder == "link":
+        path.symlink_to(tmp_path / "nowhere")
+    if folder == "other files":
+        path.mkdir()
+        (path / "training.csv").touch()
+    assert main(["--weights", "random", "--data_dir", str(path)]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith(f"error: --data_dir {path} ") and ADVICE in err and err.count("\n") == 1
+
+
+def test_links_of_the_three_files_that_lead_nowhere(nano, no_download, data_dir, tmp_path_factory, capsys):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    for split in dataset.SPLITS:
+        (data_dir / f"{split}.csv").rename(elsewhere / f"{split}.csv")
+        (data_dir / f"{split}.csv").symlink_to(elsewhere / f"{split}.csv")
+    assert main([*nano, "--quiet"]) == 0
+    for split in dataset.SPLITS:
+        (elsewhere / f"{split}.csv").unlink()
+    assert main(nano) == 2
+    assert f"train.csv is a link to {elsewhere}/train.csv, which does not exist" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", [dataset.DEFAULT_DATA_DIR, "made"])
+def test_the_default_folder_is_made_and_any_other_must_be_there(monkeypatch, capsys, name):
+    """What a failed download made is removed again, what the user made stays."""
+
+    def fail(*_):
+        raise FetchError("no network")
+
+    monkeypatch.setattr(gpt_download, "fetch_collection", fail)
+    if name == "made":
+        Path(name).mkdir()
+    assert main(["--weights", "random", "--data_dir", name]) == 1
+    assert capsys.readouterr().err == "error: no network\n"
+    assert Path(name).is_dir() == (name == "made")
 
 
 def test_one_of_three_files_is_not_overwritten(nano, data_dir, capsys):
@@ -97,6 +170,22 @@ def test_byte_order_mark_and_further_columns(nano, data_dir):
     (data_dir / "test.csv").write_text("\ufeffId,Text,Label\n7,a,1\n", encoding="utf-8")
     splits, _ = load_splits(nano)
     assert splits["test"][["Label", "Text"]].values.tolist() == [[1, "a"]]
+
+
+def test_without_padding_nothing_is_cut_to_the_longest_training_message(nano, data_dir):
+    """As in the original. The limit is the model's, or the number that is asked for."""
+    long = "word " * 1100
+    (data_dir / "test.csv").write_text(f"Label,Text\n0,{long}\n1,{long[:300]}\n")
+    for options, expected in (
+        (["--no_padding"], [1024, 61]),
+        (["--no_padding", "--context_length", "50"], [50, 50]),
+        (["--no_padding", "--context_length", "model_context_length"], [1024, 61]),
+        ([], [12, 12]),
+    ):
+        experiment, *_ = parse_args([*nano, *options])
+        assert encoded(experiment)["test"].lengths.tolist() == expected
+        data = ae.prepare_data(experiment)
+        assert data.longest == max(expected) and data.limit >= data.longest
 
 
 def test_three_classes_and_messages_without_a_label(nano, data_dir, capsys):

@@ -67,8 +67,8 @@ def prepared(experiment, tokens):
         if name.endswith(".B") or "norm" in name:
             parameter.data += torch.randn_like(parameter)
     frames = {"train": {"Text": tokens, "Label": torch.arange(len(tokens)) % 3}}
-    messages, max_tokens = ae.encode(Tokenizer(), frames, experiment)
-    return classifier, messages["train"], max_tokens
+    messages, limit, _ = ae.encode(Tokenizer(), frames, experiment)
+    return classifier, messages["train"], limit
 
 
 def gradients(classifier, backward):
@@ -83,11 +83,11 @@ def gradients(classifier, backward):
 @settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(experiment=experiments(), tokens=token_lists, order=st.randoms(use_true_random=False), kept=st.booleans())
 def test_logits_loss_and_gradients_equal_the_plain_path(experiment, tokens, order, kept):
-    classifier, messages, max_tokens = prepared(experiment, tokens)
+    classifier, messages, limit = prepared(experiment, tokens)
     indices = torch.tensor(order.sample(range(len(tokens)), order.randint(1, len(tokens))))
     labels = messages.labels[indices]
 
-    expected = plain.logits(classifier, experiment, [tokens[i] for i in indices], max_tokens)
+    expected = plain.logits(classifier, experiment, [tokens[i] for i in indices], limit)
     expected_gradients = gradients(classifier, F.cross_entropy(expected, labels).backward)
 
     ae.optimize_frozen_blocks(classifier)

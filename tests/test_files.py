@@ -1,10 +1,14 @@
 """Files that are whole or absent, checksums, files of tensors, and what else is made of such files."""
 
+import os
+import time
+
 import pytest
 import torch
 from helpers import damaged_at, no_file_above
 from safetensors.torch import save_file
 
+from runner import files
 from runner.files import FileError, read_tensors, write_tensors
 
 TENSORS = {"a": torch.arange(6.0).reshape(2, 3).T, "step": torch.tensor(3.0), "rng": torch.get_rng_state()}
@@ -69,8 +73,56 @@ def test_what_was_there_stays_if_the_disk_is_full(tmp_path):
     assert path.read_bytes() == before and [path] == list(tmp_path.iterdir())
 
 
-def test_what_a_killed_process_left_is_removed(tmp_path):
-    (tmp_path / "file.999999999.part").mkdir()  # no system has as many processes
-    (tmp_path / "file.999999999.part" / ".tmp123").write_bytes(bytes(100))
+NO_PROCESS = 999_999_999  # no system has as many
+
+
+@pytest.mark.parametrize(
+    "name, age, is_removed",
+    [
+        (f"file.{files.host_name()}.{NO_PROCESS}.0123abcd.part", 0, True),
+        (f"file.{files.host_name()}.{os.getpid()}.0123abcd.part", 0, False),  # at work
+        (f"file.elsewhere.{NO_PROCESS}.0123abcd.part", 0, False),  # on another host, or in another container
+        (f"file.elsewhere.{os.getpid()}.0123abcd.part", 25 * 3600, True),
+        (f"file.{NO_PROCESS}.part", 0, False),  # of an earlier version
+        (f"file.{NO_PROCESS}.part", 25 * 3600, True),
+        (f"other.{files.host_name()}.{NO_PROCESS}.0123abcd.part", 25 * 3600, False),
+    ],
+)
+def test_what_a_killed_process_left_is_removed(tmp_path, name, age, is_removed):
+    folder = tmp_path / name
+    folder.mkdir()
+    (folder / ".tmp123").write_bytes(bytes(100))
+    os.utime(folder, (time.time() - age,) * 2)
     write_tensors(tmp_path / "file", "checkpoint", 1, {}, TENSORS)
-    assert [tmp_path / "file"] == list(tmp_path.iterdir())
+    assert {path.name for path in tmp_path.iterdir()} == {"file", *([] if is_removed else [name])}
+
+
+def test_two_writers_of_one_process_do_not_meet(tmp_path):
+    with files.atomic_write(tmp_path / "file") as first, files.atomic_write(tmp_path / "file") as second:
+        first.write_text("first")
+        second.write_text("second")
+    assert (tmp_path / "file").read_text() == "first" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_pipe_is_never_replaced_by_a_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="not a regular file"):
+        files.write_bytes(tmp_path / "pipe", b"content")
+    assert (tmp_path / "pipe").is_fifo() and len(list(tmp_path.iterdir())) == 1
+
+
+def test_the_mode_of_a_file_is_kept(tmp_path):
+    path = tmp_path / "file"
+    files.write_bytes(path, b"before")
+    path.chmod(0o600)
+    files.write_bytes(path, b"after")
+    assert path.read_bytes() == b"after" and path.stat().st_mode & 0o777 == 0o600
+
+
+def test_values_that_are_not_finite_are_named():
+    good = {"a": torch.ones(3), "order": torch.arange(3), "none": torch.empty(0)}
+    files.require_finite(good, "tensor")
+    for value in (float("nan"), float("inf"), -float("inf")):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            with pytest.raises(files.NonFiniteError, match="tensor b has values that are infinite or not a number"):
+                files.require_finite(good | {"b": torch.tensor([1.0, value, 2.0]).to(dtype)}, "tensor")

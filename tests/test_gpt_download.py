@@ -20,6 +20,7 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+import requests
 import tiktoken
 import torch
 from huggingface_hub import constants
@@ -31,7 +32,7 @@ import additional_experiments
 import gpt_download
 from gpt_download import HubFile, fetch_collection, fetch_weights, load_vocabulary, open_weights
 from runner import dataset, files
-from runner.files import FetchError, FileError
+from runner.files import FetchError, FileError, UsageError
 
 # --- a server that does as it is told ---
 
@@ -49,7 +50,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Answer)
         self.url = f"http://127.0.0.1:{self.server_port}"
-        self.files, self.plan, self.requests = {}, [], []
+        self.files, self.plan, self.requests, self.authorizations = {}, [], [], []
         self.stalled, self.over = threading.Event(), threading.Event()
         self.both = threading.Barrier(2, timeout=30)
 
@@ -62,6 +63,7 @@ class Answer(BaseHTTPRequestHandler):
         first_byte = self.headers.get("Range")
         name = self.path.rsplit("/", 1)[-1]
         self.server.requests.append(" ".join(filter(None, [self.command, name, first_byte])))
+        self.server.authorizations.append(self.headers.get("Authorization"))
         how = self.server.plan.pop(0) if self.server.plan else "whole"
         if self.path not in self.server.files:
             how = "404 EntryNotFound"
@@ -78,7 +80,7 @@ class Answer(BaseHTTPRequestHandler):
         self.send_response(206 if first_byte else 200)
         if first_byte:
             self.send_header("Content-Range", f"bytes {start}-{len(whole) - 1}/{len(whole)}")
-        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Content-Length", f"{len(body)}, {len(body)}" if how == "repeated" else str(len(body)))
         self.send_header("Accept-Ranges", "bytes")
         self.send_header("ETag", f'"{sha256(whole)}"')
         self.send_header("X-Repo-Commit", REVISION)
@@ -87,7 +89,7 @@ class Answer(BaseHTTPRequestHandler):
             return
         if how == "garbled":
             body = body[:-1] + bytes([body[-1] ^ 1])
-        self.wfile.write(body if how in ("whole", "garbled", "together") else body[: len(body) // 2])
+        self.wfile.write(body if how in ("whole", "garbled", "together", "repeated") else body[: len(body) // 2])
         if how == "stall":
             self.stall()
 
@@ -232,6 +234,21 @@ def test_collection_comes_from_the_backup(collection, server, tmp_path, waits):
     assert waits == []
 
 
+def test_a_proxy_that_repeats_the_length(collection, server, tmp_path):
+    server.plan = ["repeated"]
+    assert fetch_collection(tmp_path).read_bytes() == MESSAGES
+    assert server.requests == ["GET first.zip"]
+
+
+@pytest.mark.parametrize(
+    "value, size", [("5", 5), ("5, 5", 5), ("5,6", None), ("five", None), ("", None), ("-5", None)]
+)
+def test_content_length(value, size):
+    answer = requests.Response()
+    answer.headers["Content-Length"] = value
+    assert gpt_download.content_length(answer) == size
+
+
 def test_answer_without_end_is_left(collection, server, tmp_path, monkeypatch):
     monkeypatch.setattr(gpt_download, "LARGEST_ARCHIVE", len(server.files["/first.zip"]))
     server.files["/first.zip"] += bytes(100_000)
@@ -279,8 +296,8 @@ def test_collection_without_a_network(collection, closed_port, tmp_path, monkeyp
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("error: the SMS Spam Collection could not be downloaded:\n")
-    assert f"  {closed_port}/first.zip: ConnectionRefusedError: " in err
-    assert f"  {closed_port}/backup.zip: ConnectionRefusedError: " in err
+    for name in ("first", "backup"):
+        assert f"  {closed_port}/{name}.zip: 127.0.0.1 cannot be reached: ConnectionRefusedError: " in err
     assert "--dataset sample" in err and str(tmp_path / "SMSSpamCollection") in err
 
 
@@ -461,25 +478,57 @@ def test_cache_that_cannot_be_written(hub, tmp_path):
 
 def test_weights_without_a_network(hub, data_dir, closed_port):
     hub(HF_ENDPOINT=closed_port)
-    program = "import sys, time; time.sleep = int; import additional_experiments as ae; sys.exit(ae.main(sys.argv[1:]))"
+    script, begin = Path(additional_experiments.__file__), time.perf_counter()
     run = subprocess.run(
-        [sys.executable, "-c", program, "--device", "cpu", "--data_dir", str(data_dir)],
-        cwd=Path(gpt_download.__file__).parent,
+        [sys.executable, script, "--device", "cpu", "--data_dir", str(data_dir), "--quiet"],
         capture_output=True,
         text=True,
         timeout=60,
     )
-    assert run.returncode == 1 and "Model:" not in run.stdout
-    _, _, message = run.stderr.partition("error: ")  # before it are the warnings of the hub's client
+    assert time.perf_counter() - begin < 30  # with the imports, on a busy machine; the client's own attempts take 23
+    assert run.stdout == ""
+    assert run.returncode == 1
+    assert run.stderr.startswith("error: ")  # and no warnings of the hub's client before it
+    message = run.stderr.removeprefix("error: ")
     asked_for, reason, *advice = message.splitlines()
     assert asked_for == (
         "model.safetensors of openai-community/gpt2 at revision 607a30d783dfa663caf39e06633721c8d4cfcd7e "
         "could not be downloaded"
     )
-    assert reason.startswith(f"  from {closed_port}: ConnectionRefusedError: ")
+    assert reason.startswith(f"  from {closed_port}: 127.0.0.1 cannot be reached: ConnectionRefusedError: ")
     for way in ("HF_ENDPOINT", "--weights FILE", "--demo"):
         assert way in " ".join(advice)
     assert "Traceback" not in run.stderr
+
+
+@pytest.mark.parametrize("name", ["HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"])
+def test_the_users_token_is_sent_nowhere(hub, server, name):
+    """The repositories are public, and HF_ENDPOINT may name anybody's mirror."""
+    hub(**{name: "hf_secret"})
+    assert fetch_weights("tiny").read_bytes() == WEIGHTS
+    assert server.requests and server.authorizations == [None] * len(server.requests)
+
+
+def test_what_cannot_be_reached_is_known_within_seconds(closed_port, monkeypatch):
+    begin = time.perf_counter()
+    with pytest.raises(gpt_download.Unreachable, match="127.0.0.1 cannot be reached: ConnectionRefusedError"):
+        gpt_download.check_reachable(closed_port)
+    assert time.perf_counter() - begin < 5
+
+    monkeypatch.setattr(gpt_download, "REACHABLE_WITHIN", 0.1)
+    monkeypatch.setattr(socket, "create_connection", lambda *_, **__: threading.Event().wait(5) or fail(OSError()))
+    with pytest.raises(gpt_download.Unreachable, match="example.com cannot be reached: TimeoutError"):
+        gpt_download.check_reachable("https://example.com/file")
+
+
+@pytest.mark.parametrize("scheme", ["", "http://"])
+def test_a_dead_proxy_is_named(collection, closed_port, tmp_path, monkeypatch, scheme):
+    host = closed_port.removeprefix("http://")
+    for name in ("http_proxy", "https_proxy"):
+        monkeypatch.setenv(name, scheme + host)
+    monkeypatch.setenv("no_proxy", "")
+    with pytest.raises(FetchError, match=f"the proxy {host} cannot be reached: ConnectionRefusedError"):
+        fetch_collection(tmp_path)
 
 
 def test_two_processes_fetch_the_weights(hub, server, tmp_path):
@@ -515,6 +564,7 @@ def test_first_run_downloads_everything_and_the_second_nothing(collection, hub, 
     monkeypatch.setattr(dataset, "UCI_SPLITS_SHA256", sums)
 
     command = ["--model_size", nano, "--num_epochs", "1", "--device", "cpu", "--data_dir", str(tmp_path / "data")]
+    (tmp_path / "data").mkdir()
     rows = []
     for _ in range(2):
         assert additional_experiments.main(command) == 0
@@ -523,6 +573,21 @@ def test_first_run_downloads_everything_and_the_second_nothing(collection, hub, 
     before_the_time = "| - | gpt2-nano (7M) | pretrained | last | last_block | longest train ex. (4) |"
     assert all(row.startswith(before_the_time) for row in rows)
     assert rows[0].split("|")[7:10] == rows[1].split("|")[7:10]  # the accuracies
+
+
+def test_weights_with_values_that_are_not_finite(tmp_path, nano_weights):
+    tensors = open_weights(nano_weights)
+    names = ["transformer.h.2.mlp.c_fc.weight", "transformer.wte.weight"]
+    for name, value in zip(names, (float("nan"), float("inf"))):
+        changed = tensors[name].clone()
+        changed[3, 5] = value
+        save_file(tensors | {name: changed}, tmp_path / "weights")
+        message = f"{tmp_path}/weights: tensor {name} has values that are infinite or not a number"
+        with pytest.raises(UsageError, match=message):
+            gpt_download.find_weights(str(tmp_path / "weights"), "gpt2-nano (7M)")
+    masks = {f"transformer.h.0.attn.{kind}": torch.tensor(-torch.inf) for kind in ("bias", "masked_bias")}
+    save_file(tensors | masks, tmp_path / "weights")
+    gpt_download.find_weights(str(tmp_path / "weights"), "gpt2-nano (7M)")
 
 
 # --- opening ---

@@ -332,3 +332,25 @@ def test_fuse_makes_the_weights_views_of_one_tensor_and_forward_uses_it(qkv_bias
     for part in parts:  # from here on only the fused tensor has the numbers
         part.data = torch.zeros_like(part)
     assert_equal_to_rounding(block(x), before)
+
+
+@pytest.mark.parametrize("std", [0.1, 0.3, 0.5])
+@torch.no_grad()
+def test_attention_without_keys_is_no_less_exact_in_bfloat16(std):
+    """Away from initialisation, where scores are large: their rounding would show."""
+    ratios = []
+    for seed in range(8):
+        block = TransformerBlock(GPTConfig(emb_dim=64, n_layers=1, n_heads=4))
+        torch.manual_seed(seed)
+        for parameter in block.parameters():
+            nn.init.normal_(parameter, std=std)
+        x = torch.randn(16, 40, 64)  # (B, T, D)
+        last = torch.full((16,), 39)
+        exact = block.double().att(block.norm1(x.double()), None, last)
+        block.float()
+        with torch.autocast("cpu", torch.bfloat16):
+            from_all = block.att(block.norm1(x), None, last)
+            x_hat = block.standardize(x).bfloat16()
+            from_kept = block.att.attend_to_normalized(block.norm1(x[:, -1:]), x_hat, block.norm1)
+        ratios.append(((from_kept - exact).abs().mean() / (from_all - exact).abs().mean()).item())
+    assert max(ratios) < 1.02

@@ -17,11 +17,11 @@ FIRST_ROWS = {number: ROWS[number] for number in (1, 2, 3)}
 
 def six_records(path):
     append_record(path, made_up_record("a"))
-    append_record(path, made_up_record("b", test=Accuracy(291, 300), minutes=4.5))
+    append_record(path, made_up_record("b", seed=124, test=Accuracy(291, 300), minutes=4.5))
     append_record(path, made_up_record("c", row=3))
     for run, seed in (("d", 123), ("e", 124), ("again", 124)):
         append_record(path, made_up_record(run, row=None, configuration="gpt2-nano (7M), sample data", seed=seed))
-    return read_records(path)[0]
+    return report.one_per_seed(read_records(path)[0])[0]
 
 
 def test_report(tmp_path):
@@ -40,6 +40,41 @@ def test_report(tmp_path):
     assert others.startswith("| Other runs | Runs | Training acc |") and others.count("|") == other.count("|")
     # the third has the seed and the result of the second: nothing new
     assert other.startswith("| gpt2-nano (7M), sample data | 2 | 95.00% ± 0.00 [91.9–96.9] |")
+
+
+def report_of(*records):
+    kept, disagreements = report.one_per_seed(records)
+    return report.report(kept, FIRST_ROWS).splitlines(), disagreements
+
+
+def test_a_seed_counts_once_on_whatever_device():
+    two, four = (made_up_record(name, device_name=f"CPU, {name} threads") for name in ("2", "4"))
+    lines, disagreements = report_of(two, four)
+    assert lines[2].startswith("| 1 | - | 1 | 95.00% [91.9–96.9]; ") and disagreements == []
+
+
+def test_results_that_differ_by_device_are_told_and_are_no_variation_of_seeds():
+    cpu, gpu = made_up_record("a", device_name="CPU"), made_up_record("b", device_name="A100", test=Accuracy(280, 300))
+    lines, disagreements = report_of(cpu, gpu, made_up_record("c", seed=124))
+    assert lines[2].startswith("| 1 | - | 2 | 95.00% ± 0.00 [91.9–96.9]; ") and "| CPU" in lines[2]
+    assert disagreements == [
+        "Row 1, seed 123: results differ by device or version, the first counts: 95.00% on CPU; 93.33% on A100"
+    ]
+
+
+def test_precisions_are_never_pooled():
+    records = [made_up_record(p, precision=p, test=Accuracy(n, 300)) for p, n in (("fp32", 285), ("bf16", 282))]
+    other = dict(row=None, configuration="2 epochs")
+    records += [made_up_record(f"other {p}", precision=p, **other) for p in ("fp32", "bf16", "tf32")]
+    lines, disagreements = report_of(*records)
+    assert disagreements == []
+    assert lines[2].startswith("| 1 | - | 1 |") and "95.00% [" in lines[2]
+    assert lines[3].startswith("| 1, bf16 | - | 1 |") and "94.00% [" in lines[3]
+    assert [line.split("|")[1:3] for line in lines[-3:]] == [
+        [" 2 epochs ", " 1 "],
+        [" 2 epochs, bf16 ", " 1 "],
+        [" 2 epochs, tf32 ", " 1 "],
+    ]
 
 
 def test_report_and_pictures_from_the_command_line(options, capfd):
@@ -90,3 +125,9 @@ def test_report_picture_names_each_row(tmp_path):
         "published",
     ):
         assert text in texts
+
+
+def test_report_picture_takes_any_path(tmp_path):
+    record = made_up_record("x", row=None, configuration="{0} {braces} 100% $x^2$ weights, \\frac")
+    report.plot_report(tmp_path / "report.svg", [record], FIRST_ROWS)
+    assert "<svg" in (tmp_path / "report.svg").read_text()

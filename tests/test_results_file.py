@@ -1,10 +1,13 @@
 """Lines of results.csv: appended by many processes at once, whole or not at all, and read back."""
 
+import codecs
 import csv
+import errno
 
 import pytest
 from helpers import made_up_record, no_file_above, processes
 
+from runner import locks
 from runner.files import FileError
 from runner.records import Accuracy
 from runner.results_file import append_record, read_records
@@ -39,8 +42,8 @@ def test_a_file_with_other_columns_stays_as_it_is(tmp_path):
     path = tmp_path / "results.csv"
     path.write_text("a,b\n1,2\n")
     (tmp_path / "results-2.csv").write_text("something else\n")
-    assert append_record(path, made_up_record("x")) == tmp_path / "results-3.csv"
-    assert append_record(path, made_up_record("y")) == tmp_path / "results-3.csv"
+    assert append_record(path, made_up_record("x")) == (tmp_path / "results-3.csv", True)
+    assert append_record(path, made_up_record("y")) == (tmp_path / "results-3.csv", True)
     assert path.read_text() == "a,b\n1,2\n" and len(lines_of(tmp_path / "results-3.csv")) == 2
 
 
@@ -87,6 +90,82 @@ def test_a_file_that_is_no_results_file(tmp_path, content, message):
         read_records(path)
 
 
+def three_records(path, **changes):
+    for run, seed in (("x", 123), ("y", 124), ("z", 125)):
+        append_record(path, made_up_record(run, seed=seed, **changes))
+    return path.read_bytes().splitlines(keepends=True)
+
+
+def test_a_line_that_ends_inside_a_quoted_cell_swallows_no_other(tmp_path):
+    path = tmp_path / "results.csv"
+    header, first, second, third = three_records(path)
+    cut = second[: second.index(b"last block, last") + 10]  # inside the quotes of the configuration
+    path.write_bytes(header + first + cut + b"\n" + third)
+    records, damaged = read_records(path)
+    assert [record.seed for record in records] == [123, 125] and damaged == [3]
+
+
+def test_a_spreadsheet_may_have_saved_the_file(tmp_path):
+    path = tmp_path / "results.csv"
+    lines = three_records(path)
+    path.write_bytes(codecs.BOM_UTF8 + b"".join(lines).replace(b"\n", b"\r\n"))
+    assert append_record(path, made_up_record("new", seed=126)) == (path, True)
+    records, damaged = read_records(path)
+    assert [record.seed for record in records] == [123, 124, 125, 126] and damaged == []
+
+
+@pytest.mark.parametrize(
+    "column, value",
+    [
+        ("test_correct", "301"),
+        ("test_correct", "-1"),
+        ("test_total", "9" * 400),
+        ("test_total", "300.0"),
+        ("seed", "9" * 5000),
+        ("row", "one"),
+        ("minutes", "nan"),
+        ("minutes", "-1"),
+        ("minutes", "1e999"),
+    ],
+)
+def test_impossible_values_are_told_by_line(tmp_path, column, value):
+    path = tmp_path / "results.csv"
+    three_records(path)
+    lines = lines_of(path)
+    lines[1][column] = value
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, lines[0].keys())
+        writer.writeheader()
+        writer.writerows(lines)
+    records, damaged = read_records(path)
+    assert [record.seed for record in records] == [123, 125] and damaged == [3]
+
+
+@pytest.mark.parametrize("name", ["=1+1", "+1", "-1", "@SUM(A1)", "'=1", "two\nlines", "a\r\nb", "a;b", 'a"b', "'a"])
+def test_texts_are_no_formulas_and_have_no_line_breaks(tmp_path, name):
+    path = tmp_path / "results.csv"
+    append_record(path, made_up_record("x", weights=name, configuration=name, device_name=name))
+    assert path.read_bytes().count(b"\n") == 2 and b"\r" not in path.read_bytes()
+    [line] = lines_of(path)
+    for column in ("weights", "configuration", "device_name"):
+        assert not line[column].startswith(("=", "+", "-", "@"))
+    [record], _ = read_records(path)
+    assert record.device_name == record.configuration == " ".join(name.split())
+
+
+def test_where_there_are_no_locks(tmp_path, monkeypatch):
+    """As some network file systems answer: the record is written all the same, and the caller is told."""
+
+    def flock(file, operation):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(locks.fcntl, "flock", flock)
+    path = tmp_path / "results.csv"
+    assert append_record(path, made_up_record("x")) == (path, False)
+    assert append_record(path, made_up_record("y")) == (path, False)
+    assert [line["run"] for line in lines_of(path)] == ["x", "y"]
+
+
 # The columns of the first version, 1,829 lines in one script: its files must stay readable, and get further lines.
 COLUMNS = (
     "run,date,row,configuration,model_size,weights,trainable_layers,lora_rank,lora_alpha,trainable_token_pos,"
@@ -101,12 +180,12 @@ COLUMNS = (
 def test_a_file_of_the_first_version_is_read_and_appended_to(tmp_path):
     path = tmp_path / "results.csv"
     line = (
-        'an-old-run-124,2026-11-20T12:00:00+00:00,1,"last block, last token",gpt2-small (124M),pretrained,last_block,8,8.0,'
+        'old-124,2026-11-20T12:00:00+00:00,1,"last block, last token",gpt2-small (124M),pretrained,last_block,8,8.0,'
         "last,False,longest_training_example,False,False,-100,8,1,5,5e-05,0.1,124,auto,fp32,auto,sms_spam_collection,uci,"
         "248dfc39,uci,0123,120,1005,1040,0.966,148,149,0.993,285,300,0.95,0.28,30.1,1.5,A100,3.11.7,2.13.0,0.14.0,3.1.1"
     )
     path.write_text(f"{COLUMNS}\n{line}\n")
-    assert append_record(path, made_up_record("x")) == path
+    assert append_record(path, made_up_record("x")) == (path, True)
     [old, new], damaged = read_records(path)
     assert (old.row, old.seed, old.test, old.minutes, old.device_name) == (1, 124, Accuracy(285, 300), 0.28, "A100")
     assert (new.row, new.seed) == (1, 123) and damaged == []

@@ -1,6 +1,8 @@
 """Classifiers that are saved, loaded and used."""
 
+import io
 import shutil
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pandas as pd
@@ -84,9 +86,63 @@ def test_classify(trained, capsys, monkeypatch, tmp_path):
     assert capsys.readouterr().out == "\t".join(first) + "\n" + "\t".join(second) + "\n"
 
 
+def classify(path, monkeypatch, content):
+    """What `--classify -` prints for standard input with this content (bytes): a list of fields for each line."""
+    Path("stdin").write_bytes(content)
+    out = io.StringIO()
+    with open("stdin") as file, redirect_stdout(out), monkeypatch.context() as patch:
+        patch.setattr("sys.stdin", file)
+        assert ae.main(["--load_model", path, "--classify", "-"]) == 0
+    assert out.getvalue().endswith("\n")
+    return [line.split("\t") for line in out.getvalue().removesuffix("\n").split("\n")]
+
+
+def test_standard_input_line_by_line(trained, monkeypatch):
+    path, _ = trained
+    [plain] = classify(path, monkeypatch, b"ok, see you\n")
+    assert classify(path, monkeypatch, b"\xef\xbb\xbfok, see you\n") == [plain]  # a byte-order mark
+    assert classify(path, monkeypatch, b"ok, see you") == [plain]
+    first, empty, third = classify(path, monkeypatch, b"ok, see you\r\n\nok, see you\n")
+    assert first == third == plain and empty == ["", "", ""]
+    assert classify(path, monkeypatch, b"\n \n") == [["", "", ""], ["", "", " "]]
+    [[label, probability, text]] = classify(path, monkeypatch, b"a\tb\\c\rd\n")
+    assert text == r"a\tb\\c\rd" and label in ("ham", "spam") and 0.5 <= float(probability) <= 1
+
+
+def test_messages_that_look_like_options(trained, capsys):
+    path, _ = trained
+    options = ["--load_model", path, "--classify", "-5 degrees", "--hello", "-x", "--device", "cpu"]
+    assert ae.main(options) == 0
+    assert [line.split("\t")[2] for line in capsys.readouterr().out.splitlines()] == ["-5 degrees", "--hello", "-x"]
+    assert ae.main(["--load_model", path, "--device", "cpu", "--classify", "a", "--", "--device", "b"]) == 0
+    assert [line.split("\t")[2] for line in capsys.readouterr().out.splitlines()] == ["a", "--device", "b"]
+    assert ae.main(["--load_model", path, "--classify", "two\nlines"]) == 0
+    assert capsys.readouterr().out.endswith("\ttwo\\nlines\n")
+
+
+def test_more_messages_than_one_pass_takes(trained, monkeypatch):
+    path, _ = trained
+    lines = [f"message {number}" if number % 7 else "" for number in range(23)]
+    whole = classify(path, monkeypatch, "\n".join(lines).encode())
+    monkeypatch.setattr(ae, "TEXTS_PER_PASS", 5)
+    assert classify(path, monkeypatch, "\n".join(lines).encode()) == whole
+    assert [fields[2] for fields in whole] == lines and [fields[0] == "" for fields in whole] == [not x for x in lines]
+
+
+def test_a_saved_classifier_whose_values_are_not_finite(trained, tmp_path, capsys):
+    description, tensors = read_tensors(trained[0], saved_models.KIND, saved_models.VERSION)
+    tensors["out_head.bias"] = torch.tensor([0.0, float("nan")])
+    path = str(tmp_path / "sick")
+    write_tensors(path, saved_models.KIND, saved_models.VERSION, description, tensors)
+    assert ae.main(["--load_model", path, "--classify", "a"]) == 2
+    message = f"error: {path} cannot be used: parameter out_head.bias has values that are infinite or not a number\n"
+    assert capsys.readouterr().err == message
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
+        (["a" + " " * 200_000 + "b"], "message 1: the text has more than 100,000 blanks in a row"),
         (["a", "--model_size", "gpt2-small"], "--model_size gpt2-small (124M): {path} was trained on gpt2-nano (7M)"),
         (["a", "--weights", "random"], "--weights random: {path} was trained on other weights (by their SHA-256)"),
         (["a", "--seed", "3"], "--seed cannot be combined with --load_model, which trains nothing"),

@@ -1,0 +1,91 @@
+"""Locks between processes: for an open file, and for the life of a process."""
+
+import errno
+import os
+import platform
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+    import msvcrt
+
+NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)  # what file systems without locks answer
+
+
+def try_lock(file, wait):
+    """Take an exclusive lock on an open file, which ends with the process, however that ends.
+
+    Returns whether the file system knows locks. Raises BlockingIOError where another process has it and not `wait`.
+    """
+    try:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        else:
+            file.seek(0)
+            msvcrt.locking(file.fileno(), msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)
+    except PermissionError as error:  # Windows' word for a lock that another process has
+        raise BlockingIOError(*error.args) from None
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        return False
+    return True
+
+
+def unlock(file):
+    if fcntl:
+        fcntl.flock(file, fcntl.LOCK_UN)
+    else:
+        file.seek(0)
+        msvcrt.locking(file.fileno(), msvcrt.LK_UNLCK, 1)
+
+
+@contextmanager
+def locked(file):
+    """Hold an exclusive lock on an open file; yields whether there is one: some network file systems have none."""
+    is_locked = try_lock(file, wait=True)
+    try:
+        yield is_locked
+    finally:
+        if is_locked:
+            unlock(file)
+
+
+class LockFile:
+    """A lock for the life of a process: a file that says who holds it, and that is gone when nobody does."""
+
+    def __init__(self, path):
+        self.path, self.file, self.is_effective = Path(path), None, False
+
+    def acquire(self):
+        """Returns None, or who holds it. Raises OSError where no such file can be written.
+
+        `is_effective` then says whether the file system has locks.
+        """
+        while True:
+            file = open(self.path, "a+", encoding="utf-8")
+            try:
+                self.is_effective = try_lock(file, wait=False)
+            except BlockingIOError:
+                file.seek(0)
+                holder = file.read().strip()
+                file.close()
+                return holder or "another process"
+            with suppress(OSError):  # its last holder may have removed it after it was opened here
+                if os.path.samestat(os.fstat(file.fileno()), self.path.stat()):
+                    break
+            file.close()
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}\n")
+        file.flush()
+        self.file = file
+
+    def release(self):
+        if self.file is not None:
+            with suppress(OSError):
+                self.path.unlink()
+            self.file.close()
+            self.file = None
