@@ -23,9 +23,10 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 
 import math
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import islice, takewhile
 from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
 import torch
@@ -35,15 +36,19 @@ from torch.utils.data import DataLoader
 
 from gpt_download import PRETRAINED, find_weights, load_vocabulary
 from previous_chapters import GPT_SIZES, GPTConfig, GPTModel, load_gpt2_weights, select_positions
-from runner import dataset, features, options, records, report, results_file, saved_models, table
-from runner.checkpoints import Checkpointer, TrainingState, Usage, run_identity
+from runner import dataset, options, outputs, parsers, records, report, saved_models, table
+from runner.checkpoints import Checkpointer, run_identity
 from runner.console import Console, describe_model, describe_setup, exit_status, prepare_streams
-from runner.dataset import DEFAULT_DATA_DIR, SPLITS, Batch, Messages, Stage, split_into_passes
+from runner.dataset import DEFAULT_DATA_DIR, SPLITS
 from runner.devices import describe_device, resolve_device, set_precision
+from runner.features import compute_features, precompute_features, warn_if_memory_is_short
 from runner.files import NonFiniteError, UsageError
-from runner.options import DATA, INPUT, MACHINE, MAX_CONTEXT, MODEL, TRAINING, RunOptions, count, option, positive
+from runner.messages import Batch, Messages, Stage, split_into_passes
+from runner.options import DATA, INPUT, MACHINE, MODEL, TRAINING, RunOptions, option
+from runner.parsers import MAX_CONTEXT, number
 from runner.records import Accuracy
 from runner.table import Row
+from runner.training_state import TrainingState, Usage
 
 # --- the 19 rows ---
 
@@ -86,45 +91,41 @@ class Experiment:
     """
 
     model_size: str = option(
-        "gpt2-small (124M)", MODEL, f"{', '.join(GPT_SIZES)}; the first word is enough", type=options.model_size
+        "gpt2-small (124M)", MODEL, f"{', '.join(GPT_SIZES)}; the first word is enough", type=parsers.model_size
     )
     weights: str = option("pretrained", MODEL, "pretrained, random, or a GPT-2 .safetensors file", metavar="W")
     trainable_layers: str = option(
         "last_block",
         MODEL,
-        "what is trained besides the new head; lora adapts every linear layer, lora_alternative is the same with the "
-        "product merged into the weight",
+        "trained in addition to the head; lora adapts all linear layers, lora_alternative merges it into their weights",
         choices=("last_block", "last_layer", "last_two_blocks", "all", "lora", "lora_alternative"),
     )
-    lora_rank: int = option(8, MODEL, "inner dimension of the LoRA matrices", type=count())
-    lora_alpha: float = option(8.0, MODEL, "factor of the LoRA product, not divided by the rank", type=positive())
+    lora_rank: int = option(8, MODEL, "inner dimension of the LoRA matrices", type=number(int, 1))
+    lora_alpha: float = option(8.0, MODEL, "factor of LoRA, not divided by the rank", type=number(float, above=0))
     trainable_token_pos: str = option(
         "last",
         INPUT,
-        "the position whose output is classified; flexible: the last token that is not padding",
+        "the position that is classified; flexible: the last token that is not padding",
         choices=("last", "first", "flexible"),
     )
     average_embeddings: bool = option(
-        False,
-        INPUT,
-        "classify the mean of the outputs at all positions instead; with flexible or --no_padding of real tokens only",
+        False, INPUT, "average over all positions instead; with flexible or --no_padding over real tokens only"
     )
     context_length: str | int = option(
         "longest_training_example",
         INPUT,
-        "messages are cut to it and padded to it: longest_training_example, model_context_length, or a number from 1 "
-        f"to {MAX_CONTEXT}",
-        type=options.context_length,
+        f"tokens of a message: longest_training_example, model_context_length, or a number from 1 to {MAX_CONTEXT}",
+        type=parsers.context_length,
     )
-    no_padding: bool = option(False, INPUT, "pad no message: in a batch each gives what it gives alone")
-    disable_causal_mask: bool = option(False, MODEL, "let every token attend to every other, also to later ones")
-    ignore_index: int = option(-100, TRAINING, "label that adds nothing to the loss", type=options.integer())
-    batch_size: int = option(8, TRAINING, "messages in a batch", type=count())
-    accumulation_steps: int = option(1, TRAINING, "batches whose gradients are averaged into one update", type=count())
-    num_epochs: int = option(5, TRAINING, "passes over the training messages", type=count())
-    learning_rate: float = option(5e-5, TRAINING, "step size of AdamW", type=positive())
-    weight_decay: float = option(0.1, TRAINING, "decoupled weight decay of AdamW", type=options.non_negative())
-    seed: int = option(123, TRAINING, "of random weights, head and order of training", type=count(minimum=0))
+    no_padding: bool = option(False, INPUT, "do not pad; a message's result does not depend on its batch")
+    disable_causal_mask: bool = option(False, MODEL, "let every token attend to every other, including later ones")
+    ignore_index: int = option(-100, TRAINING, "label that the loss ignores", type=number(int))
+    batch_size: int = option(8, TRAINING, "messages in a batch", type=number(int, 1))
+    accumulation_steps: int = option(1, TRAINING, "batches whose gradients an update averages", type=number(int, 1))
+    num_epochs: int = option(5, TRAINING, "passes over the training messages", type=number(int, 1))
+    learning_rate: float = option(5e-5, TRAINING, "step size of AdamW", type=number(float, above=0))
+    weight_decay: float = option(0.1, TRAINING, "decoupled weight decay of AdamW", type=number(float, 0))
+    seed: int = option(123, TRAINING, "seed of weights, head and training order", type=number(int, 0))
     device: str = option(
         "auto", MACHINE, "where to run; auto: cuda, else mps, else cpu", choices=("auto", "cpu", "mps", "cuda")
     )
@@ -138,22 +139,18 @@ class Experiment:
     features: str = option(
         "auto",
         MACHINE,
-        "where to keep what the frozen blocks give, which is computed once per message; auto: on the device if it "
-        "fits into half of what is free there, else in host memory likewise, else off: recomputed each time",
+        "where to keep the output of the frozen blocks, which is computed once; auto: the device if it takes half of "
+        "what is free there at most, else host memory likewise, else off: recomputed each time",
         choices=("auto", "device", "host", "off"),
     )
     data_dir: str = option(
         DEFAULT_DATA_DIR,
         DATA,
-        "folder of the collection and of train.csv, validation.csv and test.csv (columns Label, Text); if the three "
-        "exist they are used as they are, so they can be your own",
+        "folder of the collection, or of your own train.csv, validation.csv and test.csv (columns Label, Text)",
         metavar="DIR",
     )
     dataset: str = option(
-        "uci",
-        DATA,
-        "uci: the SMS Spam Collection, or your own files in --data_dir; sample: 1,500 of its messages, in data/",
-        choices=("uci", "sample"),
+        "uci", DATA, "uci: what is in --data_dir; sample: 1,500 messages in data/", choices=("uci", "sample")
     )
 
     def __post_init__(self):
@@ -162,13 +159,16 @@ class Experiment:
         if self.weights not in ("pretrained", "random") and not Path(self.weights).is_file():
             raise UsageError(f"--weights {self.weights}: neither pretrained nor random, and no such file")
         if self.lora_rank > (emb_dim := GPT_SIZES[self.model_size]["emb_dim"]):
-            raise UsageError(f"--lora_rank {self.lora_rank} is over the width {emb_dim} of {self.model_size}")
+            raise UsageError(f"--lora_rank {self.lora_rank} exceeds the width {emb_dim} of {self.model_size}")
         if self.average_embeddings and self.trainable_token_pos == "first":
             raise UsageError("--average_embeddings (all positions) cannot be combined with --trainable_token_pos first")
 
     @property
     def config(self):
         return GPTConfig(**GPT_SIZES[self.model_size], causal=not self.disable_causal_mask)
+
+
+DEFAULTS = asdict(Experiment())
 
 
 def parse_args(argv=None):
@@ -188,8 +188,8 @@ PAD_TOKEN = 50256
 def encode(tokenizer, splits, experiment):
     """The splits as token ids: ({split: Messages}, limit in tokens, tokens of the longest message, pads included).
 
-    Only what the output asked for can see is kept. Under the causal mask these are the tokens up to it: `first`
-    sees one token, `flexible` no pads.
+    Only the tokens are kept that the classified position can see. Under the causal mask these are the tokens up to
+    it: `first` sees one token, `flexible` no pads.
     """
     # encode_ordinary: "<|endoftext|>" in a message is text like any other
     encoded = {split: tokenizer.encode_ordinary_batch(list(frame["Text"])) for split, frame in splits.items()}
@@ -204,7 +204,7 @@ def encode(tokenizer, splits, experiment):
 
 
 def encode_split(token_lists, labels, limit, experiment):
-    """Messages from their lists of token ids and their labels (n,), cut, padded and cut to what can be seen."""
+    """Messages from lists of token ids and labels (n,): cut to `limit`, padded to it, and cut to the visible tokens."""
     visible, positions = [], []
     for tokens in token_lists:
         tokens = tokens[:limit]
@@ -232,25 +232,25 @@ def prepare_data(experiment, quiet=False):
     if experiment.batch_size > (n := len(splits["train"])):
         raise UsageError(f"--batch_size {experiment.batch_size}: there are only {n} training messages")
     messages, limit, longest = encode(load_vocabulary(), splits, experiment)
-    labels = [str(label) for label in range(n_classes)] if name == "own" else ["ham", "spam"]
-    return dataset.Dataset(messages, limit, longest, name, labels, sha256=dataset.sha256_of_splits(splits))
+    class_names = [str(label) for label in range(n_classes)] if name == "own" else ["ham", "spam"]
+    return dataset.Dataset(messages, limit, longest, name, class_names, sha256=dataset.sha256_of_splits(splits))
 
 
 # --- classifier ---
 #
 # The idea of this program is to compute only what the loss can see, and that only once:
-#   1. visible prefix: tokens that the output asked for cannot see are cut off      (encode)
-#   2. one query: in the last block only the position asked for is computed         (GPTModel.blocks)
-#   3. frozen features: what comes before the first trained parameter runs once     (compute_features)
+#   1. visible prefix: tokens that the classified position cannot see are dropped    (encode_split)
+#   2. one query: the last block computes the classified position only              (GPTModel.blocks)
+#   3. frozen features: what comes before the first trained parameter runs once     (Classifier.frozen_part)
 #   4. no keys and values: the last block, on frozen features, forms none           (attend_to_normalized)
 # None of it changes a number beyond rounding.
 
 
 class LinearWithLoRA(nn.Module):
-    """A linear layer plus a product of two thin matrices (Hu et al. 2021, section 4.1).
+    """A linear layer plus a product of two low-rank matrices (Hu et al. 2021, section 4.1).
 
-    x W + b + alpha x A B, with A (in, rank) and B (rank, out), which starts at zero. Unlike in the paper, and as in
-    the public original, the factor is alpha, not alpha / rank.
+    x (..., in) to x W + b + alpha x A B (..., out), with A (in, rank) and B (rank, out), which starts at zero. Unlike
+    in the paper, and as in the public original, the factor is alpha, not alpha / rank.
     """
 
     def __init__(self, linear, rank, alpha):
@@ -261,15 +261,15 @@ class LinearWithLoRA(nn.Module):
         self.B = nn.Parameter(torch.zeros(rank, linear.out_features))
 
     def forward(self, x):
-        thin = x @ self.A
+        low_rank = x @ self.A
         out = self.linear(x)
-        # Added in place: the product is thin, so that a second `out` would cost more to write than to compute.
-        out.view(-1, out.shape[-1]).addmm_(thin.flatten(0, -2), self.B.to(thin.dtype), alpha=self.alpha)
+        # Added in place: the product is cheap, and a second `out` would cost more to write than to compute.
+        out.view(-1, out.shape[-1]).addmm_(low_rank.flatten(0, -2), self.B.to(low_rank.dtype), alpha=self.alpha)
         return out
 
 
 class LinearWithMergedLoRA(LinearWithLoRA):
-    """The same function, with the product added to the weight before the weight meets x."""
+    """The same function, with the product added to the weight before x is multiplied."""
 
     def forward(self, x):
         return F.linear(x, self.linear.weight + self.alpha * (self.A @ self.B).T, self.linear.bias)
@@ -287,8 +287,11 @@ def add_lora(module, lora, rank, alpha):
 class Classifier(nn.Module):
     """GPT-2 with a head of K classes at one position of a message, or at the mean over all its positions.
 
-    It runs in two parts. What comes before the first trained parameter gives the same for a message each time, so
-    `compute_features` may run the frozen part once per message; the trained part continues from there.
+    It runs in two parts. What comes before the first trained parameter gives the same for a message each time, so the
+    frozen part may run once per message (runner/features.py); the trained part continues from there.
+
+    A Batch holds x, (B, T) token ids or (B, T, D) what became of them so far, which its `stage` says; `positions` (B,),
+    the position that is classified, or the last one that is averaged over; `key_mask` (B, 1, 1, T), False for pads.
     """
 
     def __init__(self, gpt, n_classes, average, bf16=False):
@@ -299,6 +302,7 @@ class Classifier(nn.Module):
 
     @property
     def device(self):
+        """The torch.device of its parameters."""
         return self.gpt.final_norm.weight.device
 
     @property
@@ -361,15 +365,16 @@ class Classifier(nn.Module):
         return mean_up_to(x, batch.positions) if self.average else x
 
     def autocast(self):
+        """The context in which products are bfloat16 ones, with bf16."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+
+
+def is_frozen(module):
+    return not any(parameter.requires_grad for parameter in module.parameters())
 
 
 def count_frozen_blocks(gpt):
     """How many blocks come before the first trained parameter."""
-
-    def is_frozen(module):
-        return not any(parameter.requires_grad for parameter in module.parameters())
-
     if not is_frozen(gpt.tok_emb) or not is_frozen(gpt.pos_emb):
         return 0
     return len(list(takewhile(is_frozen, gpt.trf_blocks)))
@@ -389,7 +394,7 @@ def build_classifier(experiment, n_classes, weights=None):
     """The classifier of an experiment, on the CPU, with what is not trained frozen.
 
     `weights` maps the names of a GPT-2 checkpoint to tensors; None draws random ones. The draws are, in this
-    order and each after seeding anew: the model, then the head and the LoRA matrices.
+    order, re-seeding before each: the model, then the head and the LoRA matrices.
     """
     torch.manual_seed(experiment.seed)
     with nullcontext() if weights is None else torch.device("meta"):  # names and shapes only, nothing drawn or stored
@@ -418,19 +423,19 @@ def build_classifier(experiment, n_classes, weights=None):
     classifier.n_frozen_blocks = count_frozen_blocks(gpt)
     if weights is not None:
         for parameter in classifier.parameters():
-            if parameter.requires_grad:  # out of the file's memory map, and laid out as the optimizer likes it
+            if parameter.requires_grad:  # out of the file's memory map, and contiguous
                 parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
     return classifier
 
 
 def optimize_frozen_blocks(classifier):
-    """Give the frozen layers the form in which they are fastest; call it when the classifier is on its device.
+    """Fuse frozen layers, and with bf16 cast them, for speed; call it when the classifier is on its device.
 
-    Trained parameters stay as they are, and so does the function that the classifier computes (with bf16: but for
-    its products). Returns the classifier.
+    Trained parameters stay as they are, and so does the function that the classifier computes, but for the rounding
+    of products with bf16. Returns the classifier.
     """
     for module in classifier.gpt.trf_blocks.modules():
-        # A merged LoRA product is added to the weight before bfloat16 would swallow it, so that weight stays as it is.
+        # A merged LoRA product would be lost in the rounding of a bfloat16 weight, so that weight stays as it is.
         if classifier.bf16 and type(module) is LinearWithLoRA:
             module.linear.to(torch.bfloat16)
     for block in classifier.gpt.trf_blocks[: classifier.n_frozen_blocks]:
@@ -461,14 +466,14 @@ def make_loaders(messages, batch_size):
 
 
 def windows(batches, size):
-    """Lists of `size` batches, the last one of what is left."""
+    """Lists of `size` batches; the last may be shorter."""
     batches = iter(batches)
     while window := list(islice(batches, size)):
         yield window
 
 
 def loss_weights(labels, batch_sizes, ignore_index):
-    """What the cross entropy of each message weighs in the mean over batches of the batches' means.
+    """The weight of each message's cross entropy in the mean of the batches' means.
 
     labels (n,) of batches of these sizes, one after the other; to (n,). An ignored label weighs nothing, a batch
     of which all are ignored is not counted, and if that is every batch all weights are zero: never NaN.
@@ -499,7 +504,9 @@ def accumulate_gradients(classifier, messages, window, experiment):
 
 
 def make_training_state(classifier, experiment, usage=None):
-    """The TrainingState at the first step. `usage` counts from the start of the run, by default from now."""
+    """The TrainingState before the first step. `usage` counts from the start of the run, by default from now."""
+    usage = usage or Usage(classifier.device)
+    usage.start_training()
     trained = [parameter for parameter in classifier.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(
         trained, lr=experiment.learning_rate, weight_decay=experiment.weight_decay, fused=True
@@ -513,29 +520,29 @@ def train(classifier, messages, experiment, state, checkpointer, console):
     `messages` maps each split to its Messages. Parameters change only within `checkpointer.update`, and what
     `checkpointer` saves is a state from which `train` can continue.
     """
-    loaders, history = make_loaders(messages, experiment.batch_size), state.history
-    evaluator = Evaluator(classifier, messages, loaders, experiment.ignore_index, history, console)
-    steps_per_epoch = len(loaders["train"])
-    n_steps = experiment.num_epochs * steps_per_epoch
+    loaders = make_loaders(messages, experiment.batch_size)
+    evaluator = Evaluator(classifier, messages, loaders, experiment.ignore_index, state.history, console)
+    per_epoch = len(loaders["train"])
     classifier.train()
-    with console.progress("training", n_steps, "batch", initial=state.steps_done) as bar:
-        for epoch in range(len(history.train_accuracies) + 1, experiment.num_epochs + 1):
-            steps_of_epoch = state.steps_done - (epoch - 1) * steps_per_epoch
-            if steps_of_epoch == 0:  # else training was interrupted in this epoch, whose order is in the state
+    with console.progress("training", experiment.num_epochs * per_epoch, "batch", state.batches_done) as bar:
+        for epoch in range(len(state.history.train_accuracies) + 1, experiment.num_epochs + 1):
+            done = state.batches_done - (epoch - 1) * per_epoch
+            if done == 0:
                 state.order = torch.cat(list(loaders["train"]))
-            batches = state.order.split(experiment.batch_size)[steps_of_epoch:]
+            else:  # interrupted in this epoch, perhaps before the evaluation after the last update
+                evaluator.evaluate_losses(epoch, [state.batches_done - 1])
+            batches = state.order.split(experiment.batch_size)[done:]
             for window in windows(batches, experiment.accumulation_steps):
-                next_update = state.steps_done + len(window)
-                # After the update before this one, and between the batches of the window, which change nothing yet.
-                evaluator.evaluate_losses(epoch, range(state.steps_done - 1, next_update - 1))
+                last_step = state.batches_done + len(window) - 1
                 accumulate_gradients(classifier, messages["train"], window, experiment)
+                evaluator.evaluate_losses(epoch, range(state.batches_done, last_step))  # within the window
                 with checkpointer.update(state):
                     state.optimizer.step()
                     state.optimizer.zero_grad()
-                    state.steps_done = next_update
+                    state.batches_done = last_step + 1
+                evaluator.evaluate_losses(epoch, [last_step])
                 checkpointer.save_if_due(state)
                 bar.update(len(window))
-            evaluator.evaluate_losses(epoch, [state.steps_done - 1])
             evaluator.evaluate_accuracies()
             checkpointer.save(state)
 
@@ -550,25 +557,25 @@ class Evaluator:
         self.classifier, self.messages, self.loaders = classifier, messages, loaders
         self.ignore_index, self.history, self.console = ignore_index, history, console
 
-    def predict(self, split):
+    def predict_first(self, split):
         return predict_batches(self.classifier, self.messages[split], self.loaders[split], EVALUATE_BATCHES)
 
     def evaluate_losses(self, epoch, steps):
         """Add to the history the losses at those of `steps` at which an evaluation is due and not done yet."""
         for step in steps:
             if step % EVALUATE_EVERY == 0 and step not in self.history.steps[-1:]:
-                train_loss = mean_loss(self.predict("train"), self.ignore_index)
-                val_loss = mean_loss(self.predict("validation"), self.ignore_index)
+                train_loss = mean_loss(self.predict_first("train"), self.ignore_index)
+                val_loss = mean_loss(self.predict_first("validation"), self.ignore_index)
                 self.console.info(self.history.add_losses(epoch, step, train_loss, val_loss))
 
     def evaluate_accuracies(self):
         """Add to the history the accuracies after an epoch."""
-        train, validation = accuracy(self.predict("train")), accuracy(self.predict("validation"))
+        train, validation = accuracy(self.predict_first("train")), accuracy(self.predict_first("validation"))
         self.console.info(self.history.add_accuracies(train, validation))
 
 
 def predict(classifier, messages, indices):
-    """Logits (n, K) of the messages `indices` (n,). Messages of like length run together. Raises NonFiniteError."""
+    """Logits (n, K) of the messages `indices` (n,). Messages of similar length run together. Raises NonFiniteError."""
     was_training = classifier.training
     classifier.eval()
     logits, order = [], []
@@ -583,8 +590,7 @@ def predict(classifier, messages, indices):
     return logits[torch.cat(order).argsort().to(classifier.device)]
 
 
-@dataclass
-class Predictions:
+class Predictions(NamedTuple):
     """What one pass over a loader gave: logits (n, K) and labels (n,), batch after batch of these sizes."""
 
     logits: torch.Tensor
@@ -619,12 +625,13 @@ def fine_tune(classifier, messages, experiment, state, checkpointer, console):
     """Train and evaluate one seed: ({split: Accuracy}, minutes of training). Resumes it if it was interrupted."""
     torch.manual_seed(experiment.seed)
     if checkpointer.resume(state):
-        console.info(f"Resuming from {checkpointer.path} after {state.steps_done:,} batches; printed before:")
-        console.info("\n".join(state.history.lines))
+        console.info(f"Resuming from {checkpointer.path} after {state.batches_done:,} batches; printed before:")
+        for line in state.history.lines:
+            console.info(line)
     try:
         train(classifier, messages, experiment, state, checkpointer, console)
     except NonFiniteError as error:
-        raise NonFiniteError(f"training stopped at step {state.steps_done:06d}: {error}") from None
+        raise NonFiniteError(f"training stopped at step {state.batches_done:06d}: {error}") from None
     minutes = state.usage.so_far()["training"] / 60
     console.info(state.history.add_line(f"Training completed in {minutes:.2f} minutes."))
     accuracies = {}
@@ -634,43 +641,12 @@ def fine_tune(classifier, messages, experiment, state, checkpointer, console):
     return accuracies, minutes
 
 
-def run_seed(experiment, data, weights, inputs, device, checkpointer, console):
-    """One seed from its weights to its accuracies: (Record, trained parameters by name, inputs).
-
-    `inputs` are the Messages of each split with their frozen features, as an earlier seed with the same weights
-    returned them; None: still to be computed.
-    """
-    usage = Usage(device)
-    classifier = optimize_frozen_blocks(build_classifier(experiment, len(data.labels), weights.tensors).to(device))
-    console.info(describe_model(experiment, classifier))
-    state = make_training_state(classifier, experiment, usage)
-    if inputs is None:
-        inputs = features.precompute(classifier, data.messages, experiment.features, console)
-    is_kept = inputs["train"].stage is classifier.feature_stage
-    checkpointer.set_environment(
-        dict(device=describe_device(device), PyTorch=torch.__version__, features="kept" if is_kept else "recomputed")
-    )
-    accuracies, minutes = fine_tune(classifier, inputs, experiment, state, checkpointer, console)
-    record = records.make_record(
-        run=f"{checkpointer.checkpoint.run_id}-{experiment.seed}",
-        row=table.row_number(experiment, data, weights, ROWS),
-        configuration=table.describe_configuration(experiment, data),
-        experiment=experiment,
-        data=data,
-        weights=weights,
-        device=device,
-        accuracies=accuracies,
-        minutes=minutes,
-        state=state,
-    )
-    return record, state.parameters, inputs
-
-
-def run(experiment, run_options=RunOptions()):
+def run(experiment, run_options=None):
     """One experiment from its settings to its printed row, `run_options.repeats` seeds one after another.
 
-    Returns [Record, ...]. Raises UsageError, FileError, FetchError, and at the very end OutputError.
+    Returns [Record, ...]. Raises UsageError, FileError, FetchError, NonFiniteError, and at the very end OutputError.
     """
+    run_options = run_options or RunOptions()
     console = Console(run_options.quiet)
     device = resolve_device(experiment.device)
     set_precision(experiment.precision, device)
@@ -679,59 +655,65 @@ def run(experiment, run_options=RunOptions()):
     console.info(describe_setup(experiment, data, device))
     with Checkpointer(run_options, run_identity(experiment, data, weights, device), console) as checkpointer:
         with torch.device("meta"):
-            sizes = optimize_frozen_blocks(build_classifier(experiment, len(data.labels)))
-        features.warn_if_memory_is_short(sizes, data.messages, experiment.features, device, console)
+            sizes = optimize_frozen_blocks(build_classifier(experiment, len(data.class_names)))
+        warn_if_memory_is_short(sizes, data.messages, experiment.features, device, console)
         weights.open(console.quiet)
-        finished = run_seeds(experiment, run_options, data, weights, device, checkpointer, console)
-    if run_options.repeats > 1:
-        console.table_row(table.mean_row_cells(finished, ROWS, Experiment))
-    if run_options.plot is not None:
-        steps_per_epoch = len(make_loaders(data.messages, experiment.batch_size)["train"])
-        histories = [record.history for record in finished]
-        console.write_output(
-            "the picture", run_options.plot, report.plot_histories, histories, steps_per_epoch, experiment.batch_size
-        )
+
+        finished = checkpointer.checkpoint.finished[: run_options.repeats]
+        for record in finished:
+            publish_again(record, experiment, run_options, data, weights, checkpointer, console)
+        inputs = None
+        for seed in range(experiment.seed + len(finished), experiment.seed + run_options.repeats):
+            if weights.is_random:  # they change with the seed, and the features with them
+                inputs = None
+            with_seed = replace(experiment, seed=seed)
+            record, inputs = run_seed(with_seed, run_options, data, weights, inputs, device, checkpointer, console)
+            finished.append(record)
+    outputs.publish_all(finished, run_options, data, ROWS, DEFAULTS, console)
     console.close()
     return finished
 
 
-def run_seeds(experiment, run_options, data, weights, device, checkpointer, console):
-    """Each seed of a run, those that the checkpoint holds without training: [Record, ...]."""
-    finished = checkpointer.checkpoint.finished[: run_options.repeats]
-    for record in finished:
-        console.info(f"Finished before, according to {run_options.checkpoint}; it printed:")
-        console.info("\n".join(record.history.lines))
-        publish(record, experiment, run_options, data, weights, checkpointer.checkpoint.trained, console)
-    inputs = None
-    for seed in range(experiment.seed + len(finished), experiment.seed + run_options.repeats):
-        if weights.is_random:  # they change with the seed, and the features with them
-            inputs = None
-        with_seed = replace(experiment, seed=seed)
-        record, parameters, inputs = run_seed(with_seed, data, weights, inputs, device, checkpointer, console)
-        publish(record, with_seed, run_options, data, weights, parameters, console)
-        checkpointer.finish(record, parameters)
-        finished.append(record)
-        del parameters  # and with them the classifier, before there is another
-    return finished
+def publish_again(record, experiment, run_options, data, weights, checkpointer, console):
+    """Show a seed that the checkpoint holds as finished, and write its outputs."""
+    console.info(f"Finished before, according to {checkpointer.path}; it printed:")
+    for line in record.history.lines:
+        console.info(line)
+    experiment, base = replace(experiment, seed=record.seed), None
+    if run_options.save_model:
+        base = saved_models.base_sha256(weights, build_classifier(experiment, len(data.class_names), weights.tensors))
+    parameters = checkpointer.checkpoint.parameters
+    outputs.publish(record, experiment, run_options, data, base, parameters, ROWS, DEFAULTS, console)
 
 
-def publish(record, experiment, run_options, data, weights, parameters, console):
-    """Print the row of a finished seed, append its record, and save its classifier, if that is asked for."""
-    console.table_row(table.row_cells(record, ROWS, Experiment))
-    if path := run_options.results_file:
-        if written := console.write_output("the record", path, results_file.append_record, record):
-            destination, is_locked = written
-            if destination != Path(path):
-                console.warning(f"{path} has other columns and was left as it is; the record is in {destination}")
-            if not is_locked:
-                console.warning(
-                    f"{destination} could not be locked: runs that end at the same time may mix their lines"
-                )
-    if path := run_options.save_model:
-        # Weights that were drawn are identified by drawing them again.
-        base_sha256 = weights.sha256 or saved_models.frozen_sha256(build_classifier(experiment, len(data.labels)))
-        save = saved_models.save_classifier
-        console.write_output("the classifier", path, save, experiment, data, base_sha256, parameters)
+def run_seed(experiment, run_options, data, weights, inputs, device, checkpointer, console):
+    """One seed from its weights to its printed row: (Record, inputs).
+
+    `inputs` are the Messages of each split with their frozen features, as an earlier seed with the same weights
+    returned them; None: still to be computed.
+    """
+    usage = Usage(device)
+    classifier = build_classifier(experiment, len(data.class_names), weights.tensors)
+    base = saved_models.base_sha256(weights, classifier) if run_options.save_model else None
+    optimize_frozen_blocks(classifier.to(device))
+    console.info(describe_model(experiment, classifier))
+    state = make_training_state(classifier, experiment, usage)
+    if inputs is None:
+        inputs = precompute_features(classifier, data.messages, experiment.features, console)
+    is_kept = inputs["train"].stage is classifier.feature_stage
+    checkpointer.set_environment(
+        dict(device=describe_device(device), PyTorch=torch.__version__, features="kept" if is_kept else "recomputed")
+    )
+    accuracies, minutes = fine_tune(classifier, inputs, experiment, state, checkpointer, console)
+    run_id = f"{checkpointer.checkpoint.run_id}-{experiment.seed}"
+    row, configuration = (
+        table.row_number(experiment, data, weights, ROWS),
+        table.describe_configuration(experiment, data),
+    )
+    record = records.make_record(run_id, row, configuration, experiment, data, weights, accuracies, minutes, state)
+    outputs.publish(record, experiment, run_options, data, base, state.parameters, ROWS, DEFAULTS, console)
+    checkpointer.finish(record, state.parameters)
+    return record, inputs
 
 
 # --- using a trained classifier ---
@@ -740,25 +722,21 @@ def publish(record, experiment, run_options, data, weights, parameters, console)
 def load_classifier(path, given):
     """What `--save_model` wrote, ready for use: (Classifier, its Experiment, names of the K classes).
 
-    `given` are options that take the place of its own. Raises FileError for a file that cannot be used, UsageError
+    `given` are options that override its own. Raises FileError for a file that cannot be used, UsageError
     for a model size or weights other than those it was trained on.
     """
     saved = saved_models.read_classifier(path)
-    settings = saved.settings_with(given)
-    device = resolve_device(settings["device"])
-    if settings["precision"] == "tf32" and device.type != "cuda":
-        settings["precision"] = "fp32"
-    experiment = Experiment(**settings)
+    experiment = Experiment(**saved.settings_with(given))
+    device = resolve_device(experiment.device)
     set_precision(experiment.precision, device)
     weights = find_weights(experiment.weights, experiment.model_size)
-    if not weights.is_random:
+    if not weights.is_random:  # before a download
         saved.check_base(experiment.weights, weights.sha256)
-        weights.open()
-    classifier = build_classifier(experiment, len(saved.labels), weights.tensors)
-    if weights.is_random:
-        saved.check_base(experiment.weights, saved_models.frozen_sha256(classifier))
+    weights.open()
+    classifier = build_classifier(experiment, len(saved.class_names), weights.tensors)
+    saved.check_base(experiment.weights, saved_models.base_sha256(weights, classifier))
     saved.restore(classifier)
-    return optimize_frozen_blocks(classifier.to(device)).eval(), experiment, saved.labels
+    return optimize_frozen_blocks(classifier.to(device)).eval(), experiment, saved.class_names
 
 
 def predict_texts(classifier, experiment, texts):
@@ -766,7 +744,7 @@ def predict_texts(classifier, experiment, texts):
     frame = pd.DataFrame(dict(Text=texts, Label=0))
     messages = encode(load_vocabulary(), {"texts": frame}, experiment)[0]["texts"]
     if classifier.n_frozen_blocks > 0:
-        messages = features.compute_features(classifier, messages, classifier.device)
+        messages = compute_features(classifier, messages, classifier.device)
     return predict(classifier, messages, torch.arange(len(messages)))
 
 
@@ -776,16 +754,12 @@ TEXTS_PER_PASS = 1000
 def classify(run_options, given):
     """`--classify`: print label, probability and message, separated by tabs, for each message."""
     texts = saved_models.read_texts(run_options.classify)
-    classifier, experiment, labels = load_classifier(run_options.load_model, given)
+    classifier, experiment, class_names = load_classifier(run_options.load_model, given)
     for start in range(0, len(texts), TEXTS_PER_PASS):
         chunk = texts[start : start + TEXTS_PER_PASS]
-        answers = dict.fromkeys(chunk, ("", ""))  # of an empty line
-        if full := [text for text in chunk if text.strip()]:
-            probabilities = predict_texts(classifier, experiment, full).softmax(-1)
-            for text, probability, best in zip(full, *(part.tolist() for part in probabilities.max(-1))):
-                answers[text] = labels[best], f"{probability:.4f}"
-        for text in chunk:
-            print(*answers[text], saved_models.escape(text), sep="\t")
+        filled = [text for text in chunk if text.strip()]  # an empty line gets an empty answer
+        logits = predict_texts(classifier, experiment, filled) if filled else torch.empty(0, len(class_names))
+        saved_models.print_answers(chunk, filled, logits.softmax(-1), class_names)
 
 
 # --- main ---

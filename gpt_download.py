@@ -1,4 +1,4 @@
-"""Everything that comes from elsewhere: GPT-2's weights, the SMS Spam Collection, the vocabulary.
+"""External files: GPT-2's weights, the SMS Spam Collection, the vocabulary.
 
 Each is fetched from a pinned address, verified by its SHA-256 and opened. A download that fails raises `FetchError`,
 whose message names what was asked for, why it failed and what to try; a file that is there but is not what it
@@ -106,8 +106,8 @@ def retrying(attempt, give_up=()):
             time.sleep(RETRY_AFTER * 2 ** (ATTEMPTS - 1 - retries_left))
 
 
-class FinalAnswer(requests.RequestException):
-    """An answer that a further attempt would not change."""
+class PermanentError(requests.RequestException):
+    """A response that a further attempt would not change."""
 
 
 class Unreachable(ConnectionError):
@@ -142,9 +142,9 @@ def check_reachable(url):
         raise Unreachable(f"{name} cannot be reached: {describe_error(failure[0])}")
 
 
-def content_length(answer):
-    """The size that an answer announces, in bytes, or None."""
-    sizes = {size.strip() for size in answer.headers.get("Content-Length", "").split(",")}  # a proxy may repeat it
+def content_length(response):
+    """The size that a response announces, in bytes, or None."""
+    sizes = {size.strip() for size in response.headers.get("Content-Length", "").split(",")}  # a proxy may repeat it
     return int(size) if len(sizes) == 1 and (size := sizes.pop()).isdigit() else None
 
 
@@ -154,26 +154,27 @@ def download(url, sha256, quiet=False):
     Raises Unreachable, requests.RequestException or urllib3's HTTPError.
     """
     check_reachable(url)
+    return retrying(lambda: download_once(url, sha256, quiet), give_up=PermanentError)
 
-    def attempt():
-        content = io.BytesIO()
-        with requests.get(url, stream=True, timeout=TIMEOUT) as answer:
-            if 400 <= answer.status_code < 500 and answer.status_code not in (408, 429):
-                raise FinalAnswer(f"{answer.status_code} {answer.reason}")
-            answer.raise_for_status()
-            name, size = url.rsplit("/", 1)[-1], content_length(answer)
-            with tqdm(desc=name, total=size, unit="B", unit_scale=True, disable=quiet or None) as bar:
-                for piece in answer.iter_content(1 << 16):
-                    content.write(piece)
-                    bar.update(len(piece))
-                    if content.tell() > LARGEST_ARCHIVE:
-                        raise FinalAnswer(f"more than {LARGEST_ARCHIVE:,} bytes")
-        # Checked inside the attempt: what a proxy or a cut connection garbled may come whole the next time.
-        if (found := hashlib.sha256(content.getvalue()).hexdigest()) != sha256:
-            raise requests.RequestException(f"the file's SHA-256 is {found}, not {sha256}")
-        return content.getvalue()
 
-    return retrying(attempt, give_up=FinalAnswer)
+def download_once(url, sha256, quiet):
+    """One attempt of `download`."""
+    content = io.BytesIO()
+    with requests.get(url, stream=True, timeout=TIMEOUT) as response:
+        if 400 <= response.status_code < 500 and response.status_code not in (408, 429):
+            raise PermanentError(f"{response.status_code} {response.reason}")
+        response.raise_for_status()
+        name, size = url.rsplit("/", 1)[-1], content_length(response)
+        with tqdm(desc=name, total=size, unit="B", unit_scale=True, disable=quiet or None) as bar:
+            for piece in response.iter_content(1 << 16):
+                content.write(piece)
+                bar.update(len(piece))
+                if content.tell() > LARGEST_ARCHIVE:
+                    raise PermanentError(f"more than {LARGEST_ARCHIVE:,} bytes")
+    # Checked in each attempt: what a proxy or a lost connection garbled may come whole the next time.
+    if (found := hashlib.sha256(content.getvalue()).hexdigest()) != sha256:
+        raise requests.RequestException(f"the file's SHA-256 is {found}, not {sha256}")
+    return content.getvalue()
 
 
 def fetch_collection(data_dir, quiet=False):
@@ -253,7 +254,7 @@ def fetch_weights(model_size, quiet=False):
 
 
 def describe_error(error):
-    """An error in one line: the innermost cause says why, what is wrapped around it says little."""
+    """An error in one line: the innermost cause says why, outer exceptions add little."""
     while cause := error.__cause__ or error.__context__:
         error = cause
     name = "" if isinstance(error, Unreachable) else f"{type(error).__name__}: "
@@ -293,23 +294,25 @@ class Weights:
     """The weights from which a classifier starts: a file's, or random ones."""
 
     model_size: str
-    sha256: str | None = None  # of the file; None: random
-    path: str | None = None  # None: random, or the published file, which `open` fetches
-    tensors: dict | None = None  # {name: tensor}, memory-mapped, once opened; None: random
+    source: str  # "random", "pretrained" or the path of a file
+    sha256: str | None = None  # of the file, if there is one
+    tensors: dict | None = None  # {name: tensor}, memory-mapped, once the file is opened
 
     @property
     def is_random(self):
-        return self.sha256 is None
+        return self.source == "random"
 
     @property
     def is_published(self):
-        """Whether they are the pretrained ones, from wherever they came."""
+        """Whether they are the pretrained ones, regardless of their source."""
         return self.model_size in PRETRAINED and self.sha256 == PRETRAINED[self.model_size].sha256
 
     def open(self, quiet=False):
         """Open the file, downloaded if need be. Raises FetchError or FileError."""
-        if not self.is_random:
-            self.tensors = open_weights(self.path or fetch_weights(self.model_size, quiet))
+        if self.source == "pretrained":
+            self.tensors = open_weights(fetch_weights(self.model_size, quiet))
+        elif not self.is_random:
+            self.tensors = open_weights(self.source)
 
 
 def find_weights(source, model_size):
@@ -319,9 +322,9 @@ def find_weights(source, model_size):
     UsageError for one whose tensors are not those of the model.
     """
     if source == "random":
-        return Weights(model_size)
+        return Weights(model_size, source)
     if source == "pretrained":
-        return Weights(model_size, PRETRAINED[model_size].sha256)
+        return Weights(model_size, source, PRETRAINED[model_size].sha256)
     tensors = open_weights(source)
     try:
         with torch.device("meta"):
@@ -333,7 +336,7 @@ def find_weights(source, model_size):
         require_finite({name: tensor for name, tensor in tensors.items() if not is_mask(name)}, "tensor")
     except NonFiniteError as error:
         raise UsageError(f"--weights {source}: {error}") from None
-    return Weights(model_size, sha256, source)
+    return Weights(model_size, source, sha256)
 
 
 # --- the vocabulary and the sample ---

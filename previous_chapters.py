@@ -99,7 +99,7 @@ class MultiHeadAttention(nn.Module):
         W_key = self.W_key.weight.unflatten(0, (self.n_heads, head_dim))  # (H, D/H, D)
         W_value = self.W_value.weight.unflatten(0, (self.n_heads, head_dim))
 
-        # In full precision also under autocast, as the attention in `forward` is: bfloat16 would round scores and means.
+        # In full precision also under autocast, like the attention in `forward`: bfloat16 would round the scores.
         with torch.autocast(x_hat.device.type, enabled=False):
             queries, x_hat = queries.to(W_key.dtype), x_hat.to(W_key.dtype)
             folded = torch.einsum("bhd,hde->bhe", queries, W_key) * norm.weight  # (B, H, D)
@@ -202,7 +202,7 @@ def select_positions(x, positions):
 
 # --- loading of named tensors ---
 
-# Parameters as this module names them, beside the names in a GPT-2 checkpoint.
+# Names of parameters in this module, mapped to those in a GPT-2 checkpoint.
 CHECKPOINT_NAMES = {"tok_emb.weight": "wte.weight", "pos_emb.weight": "wpe.weight"}
 CHECKPOINT_NAMES |= {f"final_norm.{kind}": f"ln_f.{kind}" for kind in ("weight", "bias")}
 BLOCK_NAMES = {

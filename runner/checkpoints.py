@@ -1,4 +1,4 @@
-"""Interrupted runs: the state of training, and its checkpoints on disk."""
+"""Interrupted runs: checkpoints on disk, and when they are written."""
 
 import time
 import uuid
@@ -8,83 +8,12 @@ from pathlib import Path
 
 import torch
 
-from .devices import peak_memory, random_states, reset_peak_memory, set_random_states
 from .files import FileError, NonFiniteError, UsageError, read_tensors, require_finite, write_tensors
 from .locks import LockFile
-from .options import RunOptions
-from .records import History, Record
+from .records import Record
 from .signals import DeferredSignals
 
 KIND, VERSION = "checkpoint", 2
-
-# --- the state of training ---
-
-
-class Usage:
-    """Seconds and memory of a run from the creation of this object on, interrupted parts of the run included."""
-
-    def __init__(self, device):
-        self.device, self.known_above = device, reset_peak_memory(device)
-        self.started = dict(total=time.perf_counter())
-        self.before = dict(training=0.0, total=0.0, peak_memory=0)  # before the interruption
-
-    def start_training(self):
-        self.started["training"] = time.perf_counter()
-
-    def so_far(self):
-        """Seconds of `training` and in `total`, and `peak_memory` in bytes, 0 where it is not known."""
-        now, before = time.perf_counter(), self.before
-        seconds = {kind: before[kind] + now - started for kind, started in self.started.items()}
-        peak = peak_memory(self.device, self.known_above) or 0
-        return seconds | dict(peak_memory=max(before["peak_memory"], peak))
-
-
-class TrainingState:
-    """All that training changes, and how far it has come: what a run needs to continue as if it had never stopped."""
-
-    def __init__(self, classifier, optimizer, usage=None):
-        """`usage` counts from the start of the run of this seed, by default from now."""
-        self.parameters = {name: p for name, p in classifier.named_parameters() if p.requires_grad}
-        self.optimizer, self.device = optimizer, classifier.device
-        self.history = History()
-        self.steps_done = 0  # batches whose updates are made
-        self.order = torch.empty(0, dtype=torch.long)  # message indices of the current epoch, batch after batch
-        self.usage = usage or Usage(classifier.device)
-        self.usage.start_training()
-
-    def snapshot(self):
-        """What evaluations change too, as it is now. Constant work, however long the run is."""
-        return dict(
-            steps_done=self.steps_done,
-            usage=self.usage.so_far(),
-            history=self.history.lengths,
-            order=self.order,
-            random_states=random_states(self.device),
-        )
-
-    def state_dict(self, snapshot=None):
-        """Everything that `load_state_dict` restores: nested dicts of tensors and of what JSON can hold.
-
-        As of now, or of a `snapshot` that was taken since the last update.
-        """
-        snapshot = snapshot or self.snapshot()
-        return snapshot | dict(
-            history=self.history.to_dict(snapshot["history"]),
-            parameters=self.parameters,
-            optimizer={name: self.optimizer.state[parameter] for name, parameter in self.parameters.items()},
-        )
-
-    @torch.no_grad()
-    def load_state_dict(self, state):
-        self.steps_done, self.usage.before, self.order = state["steps_done"], state["usage"], state["order"].clone()
-        self.history = History.from_dict(state["history"])
-        for name, parameter in self.parameters.items():
-            parameter.copy_(state["parameters"][name])
-            # Nothing is there of a parameter that had no gradient.
-            for moment, tensor in state.get("optimizer", {}).get(name, {}).items():
-                self.optimizer.state[parameter][moment] = tensor.to(parameter.device, copy=True)
-        set_random_states(state["random_states"])
-
 
 # --- the file ---
 
@@ -113,7 +42,7 @@ def write_checkpoint(path, identity, content):
     """Write nested dicts of tensors and of what JSON can hold. Raises OSError; the file that was there then stays."""
     flat = flatten(dict(identity=identity, content=content))
     tensors = {name: value for name, value in flat.items() if isinstance(value, torch.Tensor)}
-    write_tensors(path, KIND, VERSION, {name: flat[name] for name in flat.keys() - tensors.keys()}, tensors)
+    write_tensors(path, KIND, VERSION, {name: value for name, value in flat.items() if name not in tensors}, tensors)
 
 
 def read_checkpoint(path, identity):
@@ -129,7 +58,7 @@ def read_checkpoint(path, identity):
 def run_identity(experiment, data, weights, device):
     """What makes a run the same run, by name: with any other value it would give other numbers."""
     settings = asdict(experiment)
-    for name in ("features", "data_dir"):  # without effect on numbers, and identified by its content
+    for name in ("features", "data_dir", "weights", "device"):  # without effect, or identified by their content
         del settings[name]
     return settings | dict(weights=weights.sha256 or "random", device=device.type, data=data.sha256)
 
@@ -144,10 +73,11 @@ class Checkpoint:
     run_id: str = field(default_factory=lambda: uuid.uuid4().hex)
     environment: dict = field(default_factory=dict)  # what may change the last digits; resuming under another one warns
     finished: list = field(default_factory=list)  # a Record of each seed
-    training: dict | None = None  # the state_dict of the interrupted seed
-    trained: dict = field(default_factory=dict)  # the trained parameters of the last finished seed, if none followed
+    training_state: dict | None = None  # the state_dict of the interrupted seed
+    parameters: dict = field(default_factory=dict)  # those trained by the last finished seed, if none followed it
 
     def to_dict(self):
+        """What `from_dict` takes: nested dicts of tensors and of what JSON can hold."""
         return vars(self) | dict(finished=[record.to_dict() for record in self.finished])
 
     @classmethod
@@ -163,7 +93,7 @@ class Checkpointer:
     other run can use the file meanwhile. Without a path nothing is written or copied, and signals are left alone.
     """
 
-    def __init__(self, run_options=RunOptions(), identity=None, console=None):
+    def __init__(self, run_options, identity=None, console=None):
         self.path, self.minutes = run_options.checkpoint, run_options.checkpoint_minutes
         self.run_options, self.identity, self.console = run_options, identity, console
         self.checkpoint = Checkpoint()
@@ -185,13 +115,14 @@ class Checkpointer:
         except FileError as error:
             raise FileError(f"{error}; --restart overwrites it") from None
         self.is_written = True
-        trained = self.checkpoint.trained
-        self.checkpoint.trained = {name: tensor.clone() for name, tensor in trained.items()}  # out of the memory map
-        seeds = [record.seed for record in self.checkpoint.finished]
-        current = seeds[-1:] if self.checkpoint.training is None else [seeds[-1] + 1] if seeds else []
-        if self.run_options.save_model is not None and self.identity["seed"] in seeds and current != seeds[:1]:
+        for name, tensor in self.checkpoint.parameters.items():  # out of the memory map of a file that will be replaced
+            self.checkpoint.parameters[name] = tensor.clone()
+        n_finished = len(self.checkpoint.finished)
+        is_replaced = n_finished > 1 or (n_finished == 1 and self.checkpoint.training_state is not None)
+        if self.run_options.save_model is not None and is_replaced:
+            seed = self.identity["seed"]
             raise UsageError(
-                f"--save_model: {self.path} holds the classifier of seed {current[0]}, not of seed {seeds[0]}"
+                f"--save_model: {self.path} no longer holds the classifier of seed {seed}, but a later one"
             )
 
     def take_lock(self):
@@ -209,16 +140,16 @@ class Checkpointer:
 
     def resume(self, state):
         """Restore a TrainingState from the checkpoint of the interrupted seed; whether there was one."""
-        if self.checkpoint.training is None:
+        if self.checkpoint.training_state is None:
             return False
-        state.load_state_dict(self.checkpoint.training)
-        self.checkpoint.training = None
+        state.load_state_dict(self.checkpoint.training_state)
+        self.checkpoint.training_state = None
         self.remember(state)
         return True
 
     def set_environment(self, environment):
         """Note what may change the last digits, by name; warn where an interrupted seed ran under another one."""
-        for name, value in environment.items() if self.checkpoint.training is not None else ():
+        for name, value in environment.items() if self.checkpoint.training_state is not None else ():
             if (before := self.checkpoint.environment[name]) != value:
                 self.console.warning(
                     f"{self.path} was started with {name} {before} and is resumed with {value}: last digits may differ"
@@ -240,7 +171,8 @@ class Checkpointer:
             self.latest = state, state.snapshot()
 
     def save_if_due(self, state):
-        """Write the state if the last checkpoint is older than the interval; call it after an update."""
+        """Training can be resumed from `state` as it is now; write it if the last checkpoint is old enough."""
+        self.remember(state)
         if time.monotonic() - self.written_at >= 60 * self.minutes:
             self.save(state)
 
@@ -257,18 +189,19 @@ class Checkpointer:
         self.checkpoint.finished.append(record)
         if self.path is not None:
             with self.signals.deferred():
-                self.write(trained=parameters)
+                self.write(parameters=parameters)
 
     def write_training(self):
         """Write the last state that can be resumed. Raises NonFiniteError for one that has no future."""
         state, snapshot = self.latest
         require_finite(state.parameters, "parameter")
-        self.write(training=state.state_dict(snapshot))
+        self.write(training_state=state.state_dict_at(snapshot))
 
-    def write(self, **parameters):
-        """Write the file. If that fails, the run warns, once for each reason, and continues."""
+    def write(self, **parts):
+        """Write the file, with these entries in place of those of `checkpoint`. If that fails, the run
+        warns, once for each reason, and continues."""
         try:
-            content = self.checkpoint.to_dict() | dict(training=None, trained={}) | parameters
+            content = self.checkpoint.to_dict() | dict(training_state=None, parameters={}) | parts
             write_checkpoint(self.path, self.identity, content)
             self.is_written = True
         except OSError as error:

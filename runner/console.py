@@ -23,21 +23,24 @@ class Console:
         self.quiet = quiet
         self.not_written = []  # a message for each output of the run that could not be written
 
-    def result(self, line):
+    def print(self, line):
+        """Print a line, also in a quiet run, and also while there is a progress bar."""
         tqdm.write(line, file=sys.stdout)
         sys.stdout.flush()  # a run that is killed has printed all its lines, also into a pipe or a log file
 
     def info(self, line):
+        """Print a line unless the run is quiet."""
         if not self.quiet:
-            self.result(line)
+            self.print(line)
 
     def warning(self, line):
+        """Print a warning to standard error."""
         tqdm.write(f"warning: {line}", file=sys.stderr)
 
     def table_row(self, cells):
         """Print a row of the table, {title: cell}, its header before it unless quiet."""
         self.info("\n" + markdown_header(cells))
-        self.result(markdown_line(cells.values()))
+        self.print(markdown_line(cells.values()))
 
     def progress(self, description, total, unit, initial=0):
         """A tqdm progress bar."""
@@ -102,7 +105,7 @@ def prepare_streams():
 
 
 def exit_status(command):
-    """Call `command()` and return the exit status; an error that a user can cause or mend becomes one line.
+    """Call `command()` and return the exit status; a user error becomes one line.
 
     0; 1: something could not be downloaded or written, memory is out, or a number is not finite; 2: an option or a
     file cannot be used; 130: Ctrl-C; 143: SIGTERM; 129: SIGHUP. Errors of the program itself are raised.

@@ -1,7 +1,4 @@
-"""The messages: splits, the user's own CSV files, and tokens end to end, from which batches are made.
-
-In the shapes B is messages in a batch, T tokens in a message, D the embedding width.
-"""
+"""The labelled messages: the splits of the collection and of the sample, and the user's own CSV files."""
 
 import csv
 import hashlib
@@ -9,11 +6,9 @@ import json
 import re
 from contextlib import suppress
 from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
 
 import pandas as pd
-import torch
 
 import gpt_download
 
@@ -45,7 +40,7 @@ class Dataset:
     limit: int  # in tokens, to which messages are cut, and padded where they are
     longest: int  # tokens of the longest message, pads included
     name: str  # "uci", "sample" or "own"
-    labels: list  # names of the K classes
+    class_names: list  # of the K classes
     sha256: str  # of all labels and texts
 
 
@@ -198,6 +193,12 @@ def problem_of_text(text):
         return f"the text has more than {MAX_BLANKS:,} blanks in a row"
 
 
+def refuse_label(path, frame, wrong, problem):
+    """Raises UsageError for the first row of `frame` that `wrong` (bool for each row) marks."""
+    first = frame[wrong].iloc[0]
+    raise UsageError(f"{path}, line {first['line']}: label {first['Label']}, {problem}")
+
+
 def count_classes(splits, ignore_index, data_dir):
     """K, from the labels 0..K-1 of the training messages. Raises UsageError for labels that are not these.
 
@@ -205,10 +206,7 @@ def count_classes(splits, ignore_index, data_dir):
     not counted in an accuracy.
     """
 
-    def refuse(split, wrong, problem):
-        first = splits[split][wrong].iloc[0]
-        raise UsageError(f"{data_dir}/{split}.csv, line {first['line']}: label {first['Label']}, {problem}")
-
+    paths = {split: f"{data_dir}/{split}.csv" for split in SPLITS}
     labels = {split: frame["Label"] for split, frame in splits.items()}
     unlabelled = {split: (column < 0) & (column == ignore_index) for split, column in labels.items()}
     train = labels["train"]
@@ -216,16 +214,28 @@ def count_classes(splits, ignore_index, data_dir):
         raise UsageError(f"every training label is the ignored one, {ignore_index}: nothing to learn from")
     classes = sorted(set(train[~unlabelled["train"]]))
     if classes[0] != 0:
-        refuse("train", train == classes[0], f"but labels start at 0; the training file's start at {classes[0]}")
+        refuse_label(
+            paths["train"],
+            splits["train"],
+            train == classes[0],
+            f"but labels start at 0; the training file's start at {classes[0]}",
+        )
     for label, expected in zip(classes, range(len(classes))):
         if label != expected:
-            refuse("train", train == label, f"but no training message has label {expected}")
+            refuse_label(
+                paths["train"], splits["train"], train == label, f"but no training message has label {expected}"
+            )
     if len(classes) == 1:
         raise UsageError(f"{data_dir}/train.csv: every label is 0; a classifier needs two classes or more")
     for split in SPLITS:
         unknown = ~labels[split].isin(classes) & ~unlabelled[split]
         if unknown.any():
-            refuse(split, unknown, f"which no training message has; their labels are 0 to {classes[-1]}")
+            refuse_label(
+                paths[split],
+                splits[split],
+                unknown,
+                f"which no training message has; their labels are 0 to {classes[-1]}",
+            )
     return len(classes)
 
 
@@ -233,78 +243,3 @@ def sha256_of_splits(splits):
     """SHA-256 of the labels and texts of all splits."""
     content = json.dumps([[splits[split][column].tolist() for column in ("Label", "Text")] for split in SPLITS])
     return hashlib.sha256(content.encode()).hexdigest()
-
-
-# --- tokens and batches ---
-
-
-class Stage(Enum):
-    """How far messages have come on their way through the classifier: what `x` of Batch and Messages holds."""
-
-    TOKEN_IDS = "token ids"  # (B, T)
-    HIDDEN_STATES = "hidden states"  # (B, T, D) after some of the blocks
-    STANDARDIZED = "standardized hidden states"  # (B, T, D) the last block's input, with mean 0 and variance 1
-    HEAD_INPUT = "head input"  # (B, 1, D) after the final norm and the pooling
-
-
-@dataclass
-class Batch:
-    """B messages next to each other, padded on the right to the longest of them."""
-
-    stage: Stage
-    x: torch.Tensor  # (B, T) or (B, T, D), see Stage
-    positions: torch.Tensor  # (B,) the position that is classified, or the last one that is averaged over
-    key_mask: torch.Tensor | None  # (B, 1, 1, T) True where there is something to attend to; None: everywhere
-    residual: torch.Tensor | None = None  # (B, 1, D) with standardized x: the hidden states at `positions`
-
-
-@dataclass
-class Messages:
-    """The n messages of a split, of unequal lengths, end to end."""
-
-    stage: Stage
-    x: torch.Tensor  # (N,) token ids, or (N, D) what the frozen blocks made of them
-    lengths: torch.Tensor  # (n,) tokens of each message in x
-    positions: torch.Tensor  # (n,) as in Batch
-    labels: torch.Tensor  # (n,)
-    residual: torch.Tensor | None = None  # (n, D) as in Batch
-
-    def __post_init__(self):
-        self.starts = self.lengths.cumsum(0) - self.lengths
-
-    def __len__(self):
-        return len(self.lengths)
-
-    def token_indices(self, indices):
-        """Where in x the tokens of the messages `indices` (B,) are: (B, T), and (B, T) False where there is a pad.
-
-        Pads point at the message's last token.
-        """
-        lengths = self.lengths[indices, None]
-        offsets = torch.arange(int(lengths.max()))
-        return self.starts[indices, None] + offsets.minimum(lengths - 1), offsets < lengths
-
-    def batch(self, indices, device):
-        """The messages `indices` (B,) as a Batch on `device`."""
-        tokens, is_real = self.token_indices(indices)
-        return Batch(
-            self.stage,
-            self.x[tokens.to(self.x.device)].to(device),
-            self.positions[indices].to(device),
-            None if is_real.all() else is_real[:, None, None].to(device),
-            None if self.residual is None else self.residual[indices.to(self.x.device), None].to(device),
-        )
-
-
-# Tokens in a forward pass without gradients: enough to keep the device busy; more cost memory and gain nothing.
-TOKENS_PER_PASS = {"cpu": 1024, "mps": 4096, "cuda": 16384}
-
-
-def split_into_passes(lengths, device):
-    """Indices of messages of these lengths (n,), from short to long, cut into tensors for one pass each."""
-    lengths, order = lengths.sort(stable=True)
-    start, longest = 0, lengths.tolist()
-    for end in range(1, len(order) + 1):
-        if end == len(order) or (end + 1 - start) * longest[end] > TOKENS_PER_PASS[device.type]:
-            yield order[start:end]
-            start = end

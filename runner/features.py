@@ -1,4 +1,4 @@
-"""Frozen features: what the blocks before the first trained parameter give, computed once per message and kept.
+"""Frozen features: the output of the blocks before the first trained parameter, computed once per message and kept.
 
 A classifier says at which Stage its frozen part ends (`feature_stage`) and computes it (`frozen_part`).
 """
@@ -8,8 +8,8 @@ from dataclasses import replace
 
 import torch
 
-from .dataset import Stage, split_into_passes
 from .devices import free_memory
+from .messages import Stage, split_into_passes
 
 
 def feature_bytes(classifier, messages):
@@ -69,7 +69,7 @@ def compute_features(classifier, messages, placement, progress_bar=None):
     return features
 
 
-def precompute(classifier, messages, choice, console):
+def precompute_features(classifier, messages, choice, console):
     """{split: Messages} with their features, if there are frozen blocks and there is room for what they give.
 
     `choice` is the value of --features; a line on `console` says what was done.

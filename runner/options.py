@@ -1,100 +1,18 @@
-"""From dataclass fields to the command line: parsers of single values, what a call does, which options go together."""
+"""From dataclass fields to the command line: what a call does, and which options can be combined."""
 
 import argparse
-import importlib.util
-import math
-import re
 import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-from previous_chapters import GPT_SIZES, GPTConfig
-
 from .files import UsageError
-
-# --- parsers of single values ---
-
-
-def number(kind, minimum=-math.inf, maximum=math.inf, above=-math.inf):
-    """A parser of finite numbers of `kind` (int or float) from `minimum` to `maximum` and greater than `above`."""
-
-    def parse(text):
-        try:
-            value = kind(text) if kind is float or re.fullmatch(r"[+-]?\d+", text) else math.nan
-        except ValueError:
-            value = math.nan
-        if not math.isfinite(value):
-            name = "a whole number" if kind is int else "a finite number"
-            raise argparse.ArgumentTypeError(f'"{text}" is not {name}')
-        if value <= above:
-            raise argparse.ArgumentTypeError(f"{text} is not greater than {above}")
-        if value < minimum:
-            raise argparse.ArgumentTypeError(f"{value} is less than {minimum}")
-        if value > maximum:
-            raise argparse.ArgumentTypeError(f"{value} is more than {maximum}")
-        return value
-
-    return parse
-
-
-def integer(minimum=-(2**63), maximum=2**63 - 1):  # PyTorch's integers
-    return number(int, minimum, maximum)
-
-
-def count(minimum=1, maximum=2**63 - 1):
-    return number(int, minimum, maximum)
-
-
-def positive():
-    return number(float, above=0)
-
-
-def non_negative():
-    return number(float, minimum=0)
-
-
-def model_size(text):
-    """The name of a model size, from itself or its part before the bracket."""
-    for name in GPT_SIZES:
-        if text in (name, name.split(" ")[0]):
-            return name
-    hint = ""
-    if (start := text.find("--")) > 0:
-        hint = f'; is a space missing before "{text[start:]}"?'
-    raise argparse.ArgumentTypeError(f'"{text}" is none of {", ".join(GPT_SIZES)}{hint}')
-
-
-MAX_CONTEXT = GPTConfig.context_length
-
-
-def context_length(text):
-    """A number of tokens, or the name of one."""
-    names = ("longest_training_example", "model_context_length")
-    if text in names:
-        return text
-    try:
-        return count(1, MAX_CONTEXT)(text)
-    except argparse.ArgumentTypeError as error:
-        raise argparse.ArgumentTypeError(f"{error}; use {', '.join(names)} or 1 to {MAX_CONTEXT}") from None
-
-
-IMAGE_FORMATS = (".png", ".pdf", ".svg")
-
-
-def image(text):
-    """The path of a picture that matplotlib can draw."""
-    if Path(text).suffix not in IMAGE_FORMATS:
-        raise argparse.ArgumentTypeError(f'"{text}" does not end in {", ".join(IMAGE_FORMATS)}')
-    if not importlib.util.find_spec("matplotlib"):
-        raise argparse.ArgumentTypeError("pictures need matplotlib, which is not installed: pip install matplotlib")
-    return text
-
+from .parsers import image, number
 
 # --- options as fields ---
 
 # The headings of --help.
-MODEL, INPUT, TRAINING, DATA = "what is fine-tuned", "what it looks at", "training", "data"
-MACHINE, RESULTS, INTERRUPTION, USE = "machine", "results", "interrupted runs", "using what was trained"
+MODEL, INPUT, TRAINING, DATA = "model", "input", "training", "data"
+MACHINE, RESULTS, INTERRUPTION, USE = "machine", "results", "interrupted runs", "using a trained classifier"
 
 
 def option(default, group, help, **arguments):
@@ -117,7 +35,7 @@ class RunOptions:
         1,
         RESULTS,
         "number of runs, each with its own seed (--seed, --seed + 1, ...), then mean and standard deviation",
-        type=count(),
+        type=number(int, 1),
     )
     plot: str | None = option(
         None, RESULTS, "draw losses and accuracies over the epochs (.png, .pdf or .svg)", type=image, metavar="FILE"
@@ -138,12 +56,12 @@ class RunOptions:
         "resumes from it",
         metavar="FILE",
     )
-    checkpoint_minutes: float = option(10.0, INTERRUPTION, "minutes between two checkpoints", type=non_negative())
+    checkpoint_minutes: float = option(10.0, INTERRUPTION, "minutes between two checkpoints", type=number(float, 0))
     restart: bool = option(False, INTERRUPTION, "start over and overwrite the checkpoint")
     save_model: str | None = option(
         None,
         USE,
-        "write the trained classifier to FILE (.safetensors), with all that is needed to use it",
+        "write the trained parameters to FILE (.safetensors), with the settings that belong to them",
         metavar="FILE",
     )
     load_model: str | None = option(
@@ -210,7 +128,7 @@ def make_parser(description, experiment_type, rows, demo):
     presets = parser.add_argument_group("presets").add_mutually_exclusive_group()
     presets.add_argument(
         "--row",
-        type=count(1, len(rows)),
+        type=number(int, 1, maximum=len(rows)),
         metavar="N",
         help=f"preset the options of row N of the table, 1 to {len(rows)}; further options override them",
     )

@@ -41,7 +41,7 @@ class Accuracy:
         center = p + Z95**2 / (2 * n)
         half = Z95 * math.sqrt(p * (1 - p) / n + Z95**2 / (4 * n**2))
         low, high = (bound / (1 + Z95**2 / n) for bound in (center - half, center + half))
-        return low if p > 0 else 0.0, high if p < 1 else 1.0  # rounding would miss these by a hair
+        return low if p > 0 else 0.0, high if p < 1 else 1.0  # rounding would miss these
 
     def __str__(self):
         return f"{self.fraction * 100:.2f}%"
@@ -126,13 +126,13 @@ class Record:
     weights_sha256: str
     data: str  # "uci", "sample" or "own"
     data_sha256: str
-    tokens_per_message: int
+    tokens_per_message: int | None  # of the longest message, pads included
     train: Accuracy
     validation: Accuracy
     test: Accuracy
     minutes: float  # of training, features included
     seconds: float  # of the whole run
-    peak_memory_gb: float | str  # "" where it is not known
+    peak_memory_gb: float | None  # None: not known
     device_name: str
     python: str
     torch: str
@@ -154,7 +154,7 @@ class Record:
         return cls(**entries | accuracies | dict(history=History.from_dict(entries["history"])))
 
 
-def make_record(run, row, configuration, experiment, data, weights, device, accuracies, minutes, state):
+def make_record(run, row, configuration, experiment, data, weights, accuracies, minutes, state):
     """The Record of a run that finishes now, `state` being its TrainingState."""
     usage = state.usage.so_far()
     return Record(
@@ -168,10 +168,10 @@ def make_record(run, row, configuration, experiment, data, weights, device, accu
         data_sha256=data.sha256,
         tokens_per_message=data.longest,
         **accuracies,
-        minutes=round(minutes, 4),
-        seconds=round(usage["total"], 2),
-        peak_memory_gb=round(usage["peak_memory"] / 1e9, 3) or "",
-        device_name=describe_device(device),
+        minutes=minutes,
+        seconds=usage["total"],
+        peak_memory_gb=usage["peak_memory"] / 1e9 or None,
+        device_name=describe_device(state.device),
         python=platform.python_version(),
         torch=torch.__version__,
         tiktoken=tiktoken.__version__,

@@ -160,11 +160,13 @@ def save_figure(picture, path):
         picture.savefig(temporary, format=Path(path).suffix[1:], dpi=150)
 
 
-def plot_histories(path, histories, steps_per_epoch, batch_size):
+def plot_histories(path, records, n_train):
     """Draw losses and accuracies of one run or of several seeds over epochs, with an axis in messages seen.
 
-    `histories` are History objects. Raises OSError.
+    `records` are Records with their histories, `n_train` the number of training messages. Raises OSError.
     """
+    histories, batch_size = [record.history for record in records], records[0].settings["batch_size"]
+    steps_per_epoch = n_train // batch_size  # the last partial batch is dropped
     picture = figure(7, 6)
     losses, accuracies = picture.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     kinds = (("training", BLUE, "-", "o", "train"), ("validation", ORANGE, "--", "s", "val"))

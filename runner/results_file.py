@@ -19,6 +19,9 @@ NEEDED = ["row", "configuration", "seed", "minutes", "device_name"]
 NEEDED += [f"{split}_{part}" for split in SPLITS for part in ("correct", "total")]
 
 
+DECIMALS = {"minutes": 4, "seconds": 2, "peak_memory_gb": 3}
+
+
 def to_cells(record):
     """A Record's line of the file: {column: value}."""
     cells = {}
@@ -28,7 +31,7 @@ def to_cells(record):
         elif isinstance(value, Accuracy):
             cells |= {f"{name}_{part}": getattr(value, part) for part in ACCURACY_PARTS}
         elif name != "history":
-            cells[name] = value
+            cells[name] = round(value, DECIMALS[name]) if name in DECIMALS and value is not None else value
     return {column: one_line(value) if isinstance(value, str) else value for column, value in cells.items()}
 
 
@@ -61,6 +64,8 @@ def from_cells(cells):
             settings=dict(seed=whole_number(cells["seed"]), precision=cells.get("precision", "fp32")),
             minutes=minutes,
             history=None,
+            **{name: float(texts[name]) if texts[name] else None for name in ("seconds", "peak_memory_gb")},
+            tokens_per_message=whole_number(texts["tokens_per_message"]) if texts["tokens_per_message"] else None,
         )
     )
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from .dataset import problem_of_text
+from .devices import resolve_device
 from .files import FileError, NonFiniteError, UsageError, read_tensors, require_finite, sha256_of_tensors, write_tensors
 
 KIND, VERSION = "saved classifier", 1
@@ -18,16 +19,21 @@ def frozen_sha256(classifier):
     return sha256_of_tensors({name: p for name, p in classifier.named_parameters() if not p.requires_grad})
 
 
-def save_classifier(path, experiment, data, base_sha256, parameters):
+def base_sha256(weights, classifier):
+    """What identifies the weights under the trained ones: the file's SHA-256, or that of what was drawn."""
+    return weights.sha256 or frozen_sha256(classifier)
+
+
+def save_classifier(path, experiment, data, base, parameters):
     """Write the trained parameters, {name: tensor}, and what is needed to use them. Raises OSError.
 
-    `base_sha256` is that of the weights file under them, or for random weights what `frozen_sha256` gives.
+    `base` is their `base_sha256`.
     """
     description = dict(
         settings=asdict(experiment),
         width=data.limit,
-        labels=data.labels,
-        base_sha256=base_sha256,
+        labels=data.class_names,
+        base_sha256=base,
         torch=torch.__version__,
     )
     write_tensors(path, KIND, VERSION, description, parameters)
@@ -39,7 +45,7 @@ class SavedClassifier:
 
     path: str
     settings: dict  # of the Experiment, by name; the context length is the number of tokens it came to
-    labels: list  # names of the K classes
+    class_names: list  # of the K classes
     base_sha256: str
     parameters: dict  # {name: tensor}
 
@@ -51,15 +57,19 @@ class SavedClassifier:
     def settings_with(self, given):
         """The settings, with the model size, weights and device that `given`, {name: value}, has in place of theirs.
 
-        Raises UsageError for another model size, and for a weights file that is not there.
+        TF32 becomes float32 where the device has none. Raises UsageError for another model size, for a weights file
+        that is not there, and for a device that is not.
         """
         if (size := given.get("model_size", self.settings["model_size"])) != self.settings["model_size"]:
             raise UsageError(f"--model_size {size}: {self.path} was trained on {self.settings['model_size']}")
         base = given.get("weights", self.settings["weights"]) if self.needs_base else "random"
         if base not in ("pretrained", "random") and not Path(base).is_file():
             raise UsageError(f"{self.path} was trained on {base}, which does not exist; use --weights FILE")
-        device = given.get("device", "cpu" if self.settings["device"] == "cpu" else "auto")
-        return self.settings | dict(weights=base, device=device)
+        device = resolve_device(given.get("device", "cpu" if self.settings["device"] == "cpu" else "auto"))
+        precision = self.settings["precision"]
+        if precision == "tf32" and device.type != "cuda":
+            precision = "fp32"
+        return self.settings | dict(weights=base, device=device.type, precision=precision)
 
     def check_base(self, weights, sha256):
         """Raises UsageError if the `weights` given, with this SHA-256, are not those that it was trained on."""
@@ -118,3 +128,15 @@ ESCAPES = str.maketrans({"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"})
 def escape(text):
     """A text as one field of one line: its tabs, line breaks and backslashes escaped."""
     return text.translate(ESCAPES)
+
+
+def print_answers(texts, classified, probabilities, class_names):
+    """Print label, probability and message, separated by tabs, for each of `texts`.
+
+    probabilities (n, K) are those of the `classified` texts; the others get an empty label and probability.
+    """
+    answers = dict.fromkeys(texts, ("", ""))
+    for text, probability, best in zip(classified, *(part.tolist() for part in probabilities.max(-1))):
+        answers[text] = class_names[best], f"{probability:.4f}"
+    for text in texts:
+        print(*answers[text], escape(text), sep="\t")

@@ -21,6 +21,7 @@ class Row:
 
     @property
     def published(self):
+        """The published figures in one cell."""
         return f"{self.train:.2f}% / {self.validation:.2f}% / {self.test:.2f}%, {self.minutes:.2f} min (A100)"
 
 
@@ -53,7 +54,7 @@ def describe_configuration(experiment, data):
 
 # --- settings as text ---
 
-# Settings whose value does not say by itself what it is the value of.
+# Settings whose value needs a label.
 DESCRIPTIONS = {
     "trainable_token_pos": "{} token",
     "weights": "{} weights",
@@ -79,7 +80,7 @@ def describe_settings(settings):
 
 
 def command_line(settings):
-    """Settings, {name: value}, as they are typed."""
+    """Settings, {name: value}, as command-line options."""
     words = []
     for name, value in settings.items():
         value = f"{value:g}" if isinstance(value, float) else f'"{value}"' if " " in str(value) else value
@@ -101,7 +102,7 @@ def markdown_header(titles):
 
 
 def row_cells(record, rows, defaults):
-    """The cells of a run's printed row by their titles. `defaults` has the default of each setting as an attribute."""
+    """The cells of a run's printed row by their titles. `defaults` are those of the settings, by name."""
     settings = record.settings
     layers, position = settings["trainable_layers"], settings["trainable_token_pos"]
     if layers.startswith("lora"):
@@ -142,7 +143,7 @@ REMARKS = {
 
 
 def remarks(record, defaults):
-    different = [name for name in REMARKS if record.settings[name] != getattr(defaults, name)]
+    different = [name for name in REMARKS if record.settings[name] != defaults[name]]
     texts = [REMARKS[name].format(record.settings[name]) for name in different]
     texts += [DATASET_NAMES[record.data]] if record.data != "uci" else []
     return ", ".join(texts) or "-"

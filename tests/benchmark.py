@@ -1,4 +1,4 @@
-"""The fast path beside the plain one, row by row, in one process: `python tests/benchmark.py --help`.
+"""The fast path compared with the plain one, row by row, in one process: `python tests/benchmark.py --help`.
 
 The plain path (plain.py) runs a few training steps and a few evaluation batches, and its seconds are extrapolated
 to a whole run: 5 epochs, an evaluation of 10 batches every 50 steps and after every epoch, all messages at the
@@ -25,10 +25,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import plain
 
 import additional_experiments as ae
-from runner import dataset, features
+from runner import dataset
 from runner.checkpoints import Checkpointer
 from runner.console import Console
 from runner.devices import describe_device, resolve_device, set_precision
+from runner.features import precompute_features
 
 PLAIN_STEPS, PLAIN_EVALUATIONS = 3, 4
 
@@ -190,9 +191,9 @@ def time_plain(classifier, experiment, token_lists, max_tokens, messages, device
 
 
 class StandardError(Console):
-    """Shows how the fast path goes on, but leaves standard output to the table."""
+    """Shows the progress of the fast path, but leaves standard output to the table."""
 
-    def result(self, line):
+    def print(self, line):
         print(f"    {line}", file=sys.stderr, flush=True)
 
 
@@ -201,9 +202,9 @@ def time_fast(classifier, experiment, messages, fast_steps):
     device, console = classifier.device, StandardError()
 
     def whole_run():
-        inputs = features.precompute(classifier, messages, experiment.features, console)
+        inputs = precompute_features(classifier, messages, experiment.features, console)
         state = ae.make_training_state(classifier, experiment)
-        ae.fine_tune(classifier, inputs, experiment, state, Checkpointer(), console)
+        ae.fine_tune(classifier, inputs, experiment, state, Checkpointer(ae.RunOptions()), console)
 
     if fast_steps is None:
         return seconds(device, whole_run)
@@ -214,7 +215,7 @@ def time_fast(classifier, experiment, messages, fast_steps):
     tokens = [sum(int(split.lengths.sum()) for split in splits.values()) for splits in (messages, part)]
     synchronize(device)
     start = time.perf_counter()
-    part = features.precompute(classifier, part, experiment.features, console)
+    part = precompute_features(classifier, part, experiment.features, console)
     synchronize(device)
     feature_seconds = (time.perf_counter() - start) * tokens[0] / tokens[1] if classifier.n_frozen_blocks else 0.0
 
@@ -223,7 +224,7 @@ def time_fast(classifier, experiment, messages, fast_steps):
     per_message = seconds(device, ae.predict, classifier, part["train"], everything) / n
     one_epoch = replace(experiment, num_epochs=1)
     state = ae.make_training_state(classifier, one_epoch)
-    training = seconds(device, ae.train, classifier, part, one_epoch, state, Checkpointer(), console)
+    training = seconds(device, ae.train, classifier, part, one_epoch, state, Checkpointer(ae.RunOptions()), console)
     evaluated = 2 * (min(n, ae.EVALUATE_BATCHES * experiment.batch_size) + 1)  # at step 0 and after the epoch
     evaluated += fast_steps // ae.EVALUATE_EVERY * evaluated // 2
     return feature_seconds + (training - evaluated * per_message) / fast_steps * steps + per_message * predicted

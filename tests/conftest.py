@@ -21,7 +21,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 TINY, TINY_SIZE = "gpt2-tiny (1M)", dict(emb_dim=16, n_layers=4, n_heads=4)
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def tiny_size(monkeypatch):
     monkeypatch.setitem(GPT_SIZES, TINY, TINY_SIZE)
 
@@ -50,7 +50,7 @@ def nano(data_dir):
 
 
 @pytest.fixture
-def options(nano):
+def options(nano, tiny_size):
     """The options of `nano` with a model of width 16, and two epochs of 43 batches: losses at steps 0 and 50."""
     options = [option.replace("gpt2-nano", "gpt2-tiny") for option in nano]
     return [*options, "--num_epochs", "2", "--batch_size", "1"]

@@ -13,6 +13,7 @@ import additional_experiments as ae
 from runner import dataset
 from runner.checkpoints import Checkpointer
 from runner.console import Console
+from runner.options import RunOptions
 from runner.records import Accuracy, Record
 
 CPU = torch.device("cpu")
@@ -26,12 +27,19 @@ def encoded(experiment):
 
 
 def train_quietly(classifier, messages, experiment):
-    ae.train(classifier, messages, experiment, ae.make_training_state(classifier, experiment), Checkpointer(), QUIET)
+    ae.train(
+        classifier,
+        messages,
+        experiment,
+        ae.make_training_state(classifier, experiment),
+        Checkpointer(RunOptions()),
+        QUIET,
+    )
 
 
 def records_in(path="results.csv"):
     """The lines of a results file as dicts, without the columns that differ each time."""
-    differ = ("run", "date", "minutes", "seconds", "peak_memory_gb", "data_dir")
+    differ = ("run", "date", "minutes", "seconds", "peak_memory_gb")
     with open(path, newline="") as file:
         return [{name: cell for name, cell in line.items() if name not in differ} for line in csv.DictReader(file)]
 

@@ -19,7 +19,7 @@ import additional_experiments as ae
 import gpt_download
 from additional_experiments import ROWS, build_classifier, main, parse_args
 from previous_chapters import THIRD_OF_C_ATTN, checkpoint_name
-from runner import dataset
+from runner import dataset, features
 from runner.files import sha256_of
 from runner.records import mean_and_deviation
 
@@ -105,7 +105,7 @@ def test_quiet_leaves_the_row_only(nano, capsys):
     assert out.count("\n") == 1 and out.startswith("| - | gpt2-nano (7M) | random |") and err == ""
 
 
-def test_published_figures_stand_beside_the_result_of_a_row(nano, capsys, monkeypatch):
+def test_published_figures_are_shown_with_the_result_of_a_row(nano, capsys, monkeypatch):
     """On the collection itself, which is not at hand here: its splits are what a test says they are."""
     load_splits = dataset.load_splits
     monkeypatch.setattr(dataset, "load_splits", lambda *arguments: (load_splits(*arguments)[0], "uci"))
@@ -181,7 +181,7 @@ def test_no_record_is_asked_for(options):
 
 
 def test_memory_that_cannot_be_enough_is_told_item_by_item(nano, monkeypatch, capfd):
-    monkeypatch.setattr(ae.features, "free_memory", lambda device: 50_000_000)
+    monkeypatch.setattr(features, "free_memory", lambda device: 50_000_000)
     assert ae.main([*nano, "--trainable_layers", "all"]) == 0
     assert capfd.readouterr().err == (
         "warning: this run needs 0.12 GB and 0.05 GB are free: weights 0.03 GB, gradients 0.03 GB, optimizer 0.06 GB, "

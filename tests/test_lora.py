@@ -23,7 +23,8 @@ from additional_experiments import (
     build_classifier,
     optimize_frozen_blocks,
 )
-from runner.dataset import SPLITS, Batch, Messages, Stage
+from runner.dataset import SPLITS
+from runner.messages import Batch, Messages, Stage
 
 RANK, ALPHA, CLASSES = 3, 2.5, 4
 NANO = dict(model_size="gpt2-nano (7M)", weights="random", lora_rank=RANK, lora_alpha=ALPHA)

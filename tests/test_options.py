@@ -48,7 +48,7 @@ def test_options_given_with_a_preset_win():
         ("--weight_decay -0.1", "-0.1 is less than 0"),
         ("--lora_rank 0", "0 is less than 1"),
         ("--lora_alpha 0", "0 is not greater than 0"),
-        ("--lora_rank 769", "--lora_rank 769 is over the width 768 of gpt2-small (124M)"),
+        ("--lora_rank 769", "--lora_rank 769 exceeds the width 768 of gpt2-small (124M)"),
         ("--seed -1", "-1 is less than 0"),
         ("--ignore_index 9223372036854775808", "is more than 9223372036854775807"),
         ("--accumulation_steps 9223372036854775808", "is more than 9223372036854775807"),

@@ -8,7 +8,7 @@ from helpers import made_up_record
 
 from additional_experiments import ROWS, main
 from runner import report
-from runner.options import IMAGE_FORMATS
+from runner.parsers import IMAGE_FORMATS
 from runner.records import Accuracy, History
 from runner.results_file import append_record, read_records
 
@@ -103,8 +103,9 @@ def test_pictures(tmp_path, suffix):
         train_accuracies=[Accuracy(30, 40)],
         val_accuracies=[Accuracy(35, 40)],
     )
-    report.plot_histories(tmp_path / f"one{suffix}", [history], steps_per_epoch=105, batch_size=8)
-    report.plot_histories(tmp_path / f"seeds{suffix}", [history, history], steps_per_epoch=105, batch_size=8)
+    record = made_up_record("x", history=history)
+    report.plot_histories(tmp_path / f"one{suffix}", [record], n_train=847)
+    report.plot_histories(tmp_path / f"seeds{suffix}", [record, record], n_train=847)
     report.plot_report(tmp_path / f"report{suffix}", six_records(tmp_path / "r.csv"), FIRST_ROWS)
     report.plot_report(tmp_path / f"nothing{suffix}", [], FIRST_ROWS)
     pictures = [path for path in tmp_path.iterdir() if path.suffix == suffix]

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 from helpers import made_up_record
 
-from additional_experiments import ROWS, Experiment, parse_args
+from additional_experiments import DEFAULTS, ROWS, Experiment, parse_args
 from gpt_download import find_weights
 from runner import table
 from runner.records import Accuracy
@@ -97,7 +97,7 @@ RECORD = made_up_record(
 
 
 def row(record):
-    return table.markdown_line(table.row_cells(record, ROWS, Experiment).values())
+    return table.markdown_line(table.row_cells(record, ROWS, DEFAULTS).values())
 
 
 def test_row_with_the_published_figures():
@@ -109,7 +109,7 @@ def test_row_with_the_published_figures():
 
 def test_row_is_a_markdown_table_whatever_is_in_it():
     odd = replace(RECORD, row=None, settings=RECORD.settings | dict(weights="a|b.safetensors"))
-    header, rule = table.markdown_header(table.row_cells(odd, ROWS, Experiment)).splitlines()
+    header, rule = table.markdown_header(table.row_cells(odd, ROWS, DEFAULTS)).splitlines()
     assert row(odd).startswith("| - |") and row(odd).endswith("| - |") and "a\\|b.safetensors" in row(odd)
     assert header.count("|") == rule.count("|") == row(odd).replace("\\|", "").count("|")
 
@@ -118,9 +118,7 @@ def test_row_names_all_that_differs_from_the_defaults():
     changes = dict(trainable_layers="lora", lora_alpha=16.0, average_embeddings=True, no_padding=True, seed=5)
     changes |= dict(context_length=64, batch_size=1, accumulation_steps=8, num_epochs=2, learning_rate=1e-3)
     changes |= dict(weight_decay=0.0, ignore_index=1, precision="bf16", disable_causal_mask=True)
-    cells = table.row_cells(
-        made_up_record("x", row=None, tokens_per_message=64, data="own", **changes), ROWS, Experiment
-    )
+    cells = table.row_cells(made_up_record("x", row=None, tokens_per_message=64, data="own", **changes), ROWS, DEFAULTS)
     assert cells["Trainable layers"] == "lora (rank 8, alpha 16)"
     assert cells["Trainable token position"] == "all real tokens" and cells["Context length"] == "64, no padding"
     assert cells["Remarks"] == (
@@ -131,6 +129,6 @@ def test_row_names_all_that_differs_from_the_defaults():
 
 def test_row_of_several_seeds():
     records = [replace(RECORD, test=Accuracy(correct, 300)) for correct in (282, 285, 288)]
-    line = table.markdown_line(table.mean_row_cells(records, ROWS, Experiment).values())
+    line = table.markdown_line(table.mean_row_cells(records, ROWS, DEFAULTS).values())
     assert "| 95.00% ± 1.00 | 0.28 ± 0.00 min |" in line
     assert "| mean ± standard deviation of 3 seeds |" in line

@@ -1,0 +1,35 @@
+"""What a finished run leaves behind: its printed row, its record, its classifier, its picture."""
+
+from pathlib import Path
+
+from .report import plot_histories
+from .results_file import append_record
+from .saved_models import save_classifier
+from .table import mean_row_cells, row_cells
+
+
+def publish(record, experiment, run_options, data, base, parameters, rows, defaults, console):
+    """Print the row of a finished seed, append its record, and save its classifier, if that is asked for.
+
+    `base` and `parameters` are those of `save_classifier`, `rows` and `defaults` those of `row_cells`.
+    """
+    console.table_row(row_cells(record, rows, defaults))
+    if path := run_options.results_file:
+        if written := console.write_output("the record", path, append_record, record):
+            destination, is_locked = written
+            if destination != Path(path):
+                console.warning(f"{path} has other columns and was left as it is; the record is in {destination}")
+            if not is_locked:
+                console.warning(
+                    f"{destination} could not be locked: runs that end at the same time may mix their lines"
+                )
+    if path := run_options.save_model:
+        console.write_output("the classifier", path, save_classifier, experiment, data, base, parameters)
+
+
+def publish_all(records, run_options, data, rows, defaults, console):
+    """Print the mean of several seeds, and draw their histories, if that is asked for."""
+    if len(records) > 1:
+        console.table_row(mean_row_cells(records, rows, defaults))
+    if path := run_options.plot:
+        console.write_output("the picture", path, plot_histories, records, len(data.messages["train"]))
