@@ -1,6 +1,6 @@
 """Fine-tune GPT-2 as a spam classifier: one configuration per call, one row of a table of 19.
 
-    python additional_experiments.py --demo            # toy model, no network, about a minute on two cores
+    python additional_experiments.py --demo            # toy model, no network, half a minute on two cores
     python additional_experiments.py                   # row 1: pretrained 124M, last block, last token
     python additional_experiments.py --row 16          # any other row of the table below
 

@@ -135,7 +135,7 @@ def make_parser(description, experiment_type, rows, demo):
     presets.add_argument(
         "--demo",
         action="store_true",
-        help="preset a run that needs no network and about a minute: "
+        help="preset a run that needs no network and half a minute: "
         + ", ".join(f"{name} {value}" for name, value in demo.items()),
     )
     groups = {}
