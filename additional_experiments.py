@@ -706,11 +706,9 @@ def run_seed(experiment, run_options, data, weights, inputs, device, checkpointe
     )
     accuracies, minutes = fine_tune(classifier, inputs, experiment, state, checkpointer, console)
     run_id = f"{checkpointer.checkpoint.run_id}-{experiment.seed}"
-    row, configuration = (
-        table.row_number(experiment, data, weights, ROWS),
-        table.describe_configuration(experiment, data),
-    )
-    record = records.make_record(run_id, row, configuration, experiment, data, weights, accuracies, minutes, state)
+    row = table.row_number(experiment, data, weights, ROWS)
+    name = table.describe_configuration(experiment, data)
+    record = records.make_record(run_id, row, name, experiment, data, weights, accuracies, minutes, state)
     outputs.publish(record, experiment, run_options, data, base, state.parameters, ROWS, DEFAULTS, console)
     checkpointer.finish(record, state.parameters)
     return record, inputs

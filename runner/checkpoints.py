@@ -82,6 +82,7 @@ class Checkpoint:
 
     @classmethod
     def from_dict(cls, content):
+        """What `to_dict` gave, also after it was written and read."""
         return cls(**content | dict(finished=[Record.from_dict(record) for record in content["finished"]]))
 
 
@@ -89,8 +90,9 @@ class Checkpointer:
     """Writes the state of training so that an interrupted run can be resumed.
 
     Within `with checkpointer:` the signals that end a run raise KeyboardInterrupt or Terminated, never during an
-    update or the writing of the file, and whatever ends the run, the last state that can be resumed is written. No
-    other run can use the file meanwhile. Without a path nothing is written or copied, and signals are left alone.
+    update or the writing of the file. Whatever ends the run, the last state that can be resumed is written, but not
+    where training diverges, as it would do again. No other run can use the file meanwhile. Without a path nothing is
+    written or copied, and signals are left alone.
     """
 
     def __init__(self, run_options, identity=None, console=None):
@@ -167,6 +169,7 @@ class Checkpointer:
             self.remember(state)
 
     def remember(self, state):
+        """Training can be resumed from `state` as it is now."""
         if self.path is not None:
             self.latest = state, state.snapshot()
 
@@ -185,10 +188,10 @@ class Checkpointer:
 
     def finish(self, record, parameters):
         """Keep the Record of a seed and its trained parameters, {name: tensor}, in place of its state of training."""
-        self.latest = None
-        self.checkpoint.finished.append(record)
-        if self.path is not None:
-            with self.signals.deferred():
+        with self.signals.deferred():
+            self.latest = None
+            self.checkpoint.finished.append(record)
+            if self.path is not None:
                 self.write(parameters=parameters)
 
     def write_training(self):
@@ -198,8 +201,7 @@ class Checkpointer:
         self.write(training_state=state.state_dict_at(snapshot))
 
     def write(self, **parts):
-        """Write the file, with these entries in place of those of `checkpoint`. If that fails, the run
-        warns, once for each reason, and continues."""
+        """Write the file, with these entries of Checkpoint. Where that fails, the run warns, once, and continues."""
         try:
             content = self.checkpoint.to_dict() | dict(training_state=None, parameters={}) | parts
             write_checkpoint(self.path, self.identity, content)
@@ -224,7 +226,7 @@ class Checkpointer:
 
     def __exit__(self, kind, error, traceback):
         self.signals.is_deferring = True
-        if error is not None and self.latest is not None:
+        if error is not None and self.latest is not None and not isinstance(error, NonFiniteError):
             with suppress(NonFiniteError):
                 self.write_training()
         self.signals.uninstall()

@@ -535,7 +535,9 @@ def test_a_loss_that_is_not_finite_ends_the_run(options, capfd, layers):
         assert all(tensor.isfinite().all() for name, tensor in tensors.items() if "parameters" in name)
 
 
-def test_the_checkpoint_before_it_is_kept(interrupted, monkeypatch, capfd):
+@pytest.mark.parametrize("value", [float("nan"), 3e38])
+def test_the_checkpoint_before_it_is_kept(interrupted, monkeypatch, capfd, value):
+    """Not written anew, neither with values that are not finite nor with those from which they would come again."""
     before = checkpoints.read_tensors("run.ckpt", checkpoints.KIND, checkpoints.VERSION)[1]
     step, calls = torch.optim.AdamW.step, []
 
@@ -544,7 +546,7 @@ def test_the_checkpoint_before_it_is_kept(interrupted, monkeypatch, capfd):
         calls.append(1)
         if len(calls) == 5:
             with torch.no_grad():
-                optimizer.param_groups[0]["params"][0].fill_(float("nan"))
+                optimizer.param_groups[0]["params"][0].fill_(value)
 
     with monkeypatch.context() as patch:
         patch.setattr(torch.optim.AdamW, "step", diverge)
