@@ -5,18 +5,13 @@ whose message names what was asked for, why it failed and what to try; a file th
 should be raises `FileError`. Nothing half-written stays behind.
 """
 
-import hashlib
 import io
-import socket
 import sys
 import tempfile
-import threading
-import time
 import zipfile
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import huggingface_hub
 import requests
@@ -26,13 +21,12 @@ from huggingface_hub import constants
 from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import disable_progress_bars
 from huggingface_hub.utils import logging as hub_logging
-from requests.utils import get_environ_proxies, select_proxy
 from safetensors import SafetensorError, safe_open
 from tiktoken.load import load_tiktoken_bpe
-from tqdm import tqdm
 from urllib3.exceptions import HTTPError
 
 from previous_chapters import GPT_SIZES, GPTConfig, GPTModel, WeightsError, is_mask, load_gpt2_weights
+from runner.downloads import Unreachable, check_reachable, describe_error, download, retrying
 from runner.files import FetchError, FileError, NonFiniteError, UsageError, require_finite, sha256_of, write_bytes
 
 # --- what is fetched, and from where ---
@@ -86,95 +80,8 @@ VOCABULARY_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838
 SAMPLE = DATA / "sms_sample.tsv"
 SAMPLE_SHA256 = "256fc13f88349059fe708ccf792b1a77cd1c6c4bafbf951a16ba5ec2a1eb2662"
 
-ATTEMPTS = 3
-RETRY_AFTER = 1.0  # seconds before the second attempt, doubled before each further one
-TIMEOUT = (10.0, 30.0)  # seconds to connect, and between two pieces of the answer
-LARGEST_ARCHIVE = 50_000_000  # bytes; the collection has 203,415
-
 
 # --- fetching ---
-
-
-def retrying(attempt, give_up=()):
-    """What `attempt()` returns, tried up to ATTEMPTS times; errors of the types in `give_up` are raised at once."""
-    for retries_left in reversed(range(ATTEMPTS)):
-        try:
-            return attempt()
-        except Exception as error:
-            if retries_left == 0 or isinstance(error, give_up):
-                raise
-            time.sleep(RETRY_AFTER * 2 ** (ATTEMPTS - 1 - retries_left))
-
-
-class PermanentError(requests.RequestException):
-    """A response that a further attempt would not change."""
-
-
-class Unreachable(ConnectionError):
-    """There is no way to a host; the message says to which."""
-
-
-REACHABLE_WITHIN = 4.0  # seconds to look up a host and to connect to it
-
-
-def check_reachable(url):
-    """Raises Unreachable, within seconds, where neither the host of `url` nor its proxy can be reached at all.
-
-    It spares a machine without a network the attempts of the clients, which take up to half a minute.
-    """
-    proxy = select_proxy(url, get_environ_proxies(url))
-    parts = urlsplit(proxy if proxy and "://" in proxy else f"http://{proxy}" if proxy else url)
-    name = f"the proxy {parts.hostname}:{parts.port or 80}" if proxy else parts.hostname
-    failure = [TimeoutError(f"no answer within {2 * REACHABLE_WITHIN:.0f} seconds")]
-
-    def connect():
-        try:
-            port = parts.port or (443 if parts.scheme == "https" else 80)
-            socket.create_connection((parts.hostname, port), timeout=REACHABLE_WITHIN).close()
-            failure.clear()
-        except OSError as error:
-            failure[:] = [error]
-
-    thread = threading.Thread(target=connect, daemon=True)  # looking up a name knows no time-out
-    thread.start()
-    thread.join(2 * REACHABLE_WITHIN)
-    if failure:
-        raise Unreachable(f"{name} cannot be reached: {describe_error(failure[0])}")
-
-
-def content_length(response):
-    """The size that a response announces, in bytes, or None."""
-    sizes = {size.strip() for size in response.headers.get("Content-Length", "").split(",")}  # a proxy may repeat it
-    return int(size) if len(sizes) == 1 and (size := sizes.pop()).isdigit() else None
-
-
-def download(url, sha256, quiet=False):
-    """The bytes behind `url`, whose SHA-256 must be `sha256`.
-
-    Raises Unreachable, requests.RequestException or urllib3's HTTPError.
-    """
-    check_reachable(url)
-    return retrying(lambda: download_once(url, sha256, quiet), give_up=PermanentError)
-
-
-def download_once(url, sha256, quiet):
-    """One attempt of `download`."""
-    content = io.BytesIO()
-    with requests.get(url, stream=True, timeout=TIMEOUT) as response:
-        if 400 <= response.status_code < 500 and response.status_code not in (408, 429):
-            raise PermanentError(f"{response.status_code} {response.reason}")
-        response.raise_for_status()
-        name, size = url.rsplit("/", 1)[-1], content_length(response)
-        with tqdm(desc=name, total=size, unit="B", unit_scale=True, disable=quiet or None) as bar:
-            for piece in response.iter_content(1 << 16):
-                content.write(piece)
-                bar.update(len(piece))
-                if content.tell() > LARGEST_ARCHIVE:
-                    raise PermanentError(f"more than {LARGEST_ARCHIVE:,} bytes")
-    # Checked in each attempt: what a proxy or a lost connection garbled may come whole the next time.
-    if (found := hashlib.sha256(content.getvalue()).hexdigest()) != sha256:
-        raise requests.RequestException(f"the file's SHA-256 is {found}, not {sha256}")
-    return content.getvalue()
 
 
 def fetch_collection(data_dir, quiet=False):
@@ -251,14 +158,6 @@ def fetch_weights(model_size, quiet=False):
             "downloaded by other means; --weights random, or --demo, which needs no network"
         ) from error
     return path
-
-
-def describe_error(error):
-    """An error in one line: the innermost cause says why, outer exceptions add little."""
-    while cause := error.__cause__ or error.__context__:
-        error = cause
-    name = "" if isinstance(error, Unreachable) else f"{type(error).__name__}: "
-    return " ".join(f"{name}{error}".split())
 
 
 def check_writable(folder):

@@ -31,7 +31,7 @@ from transformers import GPT2Config, GPT2Model
 import additional_experiments
 import gpt_download
 from gpt_download import HubFile, fetch_collection, fetch_weights, load_vocabulary, open_weights
-from runner import dataset, files
+from runner import dataset, downloads, files
 from runner.files import FetchError, FileError, UsageError
 
 # --- a server that does as it is told ---
@@ -141,7 +141,7 @@ def waits(monkeypatch):
 
     def note(wait):
         seconds.append(wait)
-        sleep(min(wait, gpt_download.RETRY_AFTER / 100))
+        sleep(min(wait, downloads.RETRY_AFTER / 100))
 
     monkeypatch.setattr(time, "sleep", note)
     return seconds
@@ -220,7 +220,7 @@ def test_collection_is_downloaded_once(collection, server, tmp_path, capsys):
 
 @pytest.mark.parametrize("fault", ["cut", "stall", "garbled", "503", "429", "408"])
 def test_collection_is_asked_for_again(collection, server, tmp_path, monkeypatch, waits, fault):
-    monkeypatch.setattr(gpt_download, "TIMEOUT", (5, 0.5))
+    monkeypatch.setattr(downloads, "TIMEOUT", (5, 0.5))
     server.plan = [fault]
     assert fetch_collection(tmp_path).read_bytes() == MESSAGES
     assert server.requests == ["GET first.zip"] * 2
@@ -246,11 +246,11 @@ def test_a_proxy_that_repeats_the_length(collection, server, tmp_path):
 def test_content_length(value, size):
     answer = requests.Response()
     answer.headers["Content-Length"] = value
-    assert gpt_download.content_length(answer) == size
+    assert downloads.content_length(answer) == size
 
 
 def test_answer_without_end_is_left(collection, server, tmp_path, monkeypatch):
-    monkeypatch.setattr(gpt_download, "LARGEST_ARCHIVE", len(server.files["/first.zip"]))
+    monkeypatch.setattr(downloads, "LARGEST_ARCHIVE", len(server.files["/first.zip"]))
     server.files["/first.zip"] += bytes(100_000)
     assert fetch_collection(tmp_path).read_bytes() == MESSAGES
     assert server.requests == ["GET first.zip", "GET backup.zip"]
@@ -267,7 +267,7 @@ def test_answer_without_end_is_left(collection, server, tmp_path, monkeypatch):
     ],
 )
 def test_collection_that_cannot_be_had(collection, server, tmp_path, monkeypatch, waits, fault, attempts, why):
-    monkeypatch.setattr(gpt_download, "TIMEOUT", (5, 0.3))
+    monkeypatch.setattr(downloads, "TIMEOUT", (5, 0.3))
     server.plan = [fault] * 6
     with pytest.raises(FetchError) as error:
         fetch_collection(tmp_path)
@@ -434,7 +434,7 @@ def test_weights_that_cannot_be_had(hub, server, tmp_path, monkeypatch, plan, n_
 
 def test_weights_from_a_server_that_stalls(hub, server, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.1)
-    monkeypatch.setattr(gpt_download, "ATTEMPTS", 1)
+    monkeypatch.setattr(downloads, "ATTEMPTS", 1)
     server.plan = ["whole"] + ["stall"] * 6
     with pytest.raises(FetchError, match=f"from {server.url}: .*timed out"):
         fetch_weights("tiny")
@@ -511,14 +511,14 @@ def test_the_users_token_is_sent_nowhere(hub, server, name):
 
 def test_what_cannot_be_reached_is_known_within_seconds(closed_port, monkeypatch):
     begin = time.perf_counter()
-    with pytest.raises(gpt_download.Unreachable, match="127.0.0.1 cannot be reached: ConnectionRefusedError"):
-        gpt_download.check_reachable(closed_port)
+    with pytest.raises(downloads.Unreachable, match="127.0.0.1 cannot be reached: ConnectionRefusedError"):
+        downloads.check_reachable(closed_port)
     assert time.perf_counter() - begin < 5
 
-    monkeypatch.setattr(gpt_download, "REACHABLE_WITHIN", 0.1)
+    monkeypatch.setattr(downloads, "REACHABLE_WITHIN", 0.1)
     monkeypatch.setattr(socket, "create_connection", lambda *_, **__: threading.Event().wait(5) or fail(OSError()))
-    with pytest.raises(gpt_download.Unreachable, match="example.com cannot be reached: TimeoutError"):
-        gpt_download.check_reachable("https://example.com/file")
+    with pytest.raises(downloads.Unreachable, match="example.com cannot be reached: TimeoutError"):
+        downloads.check_reachable("https://example.com/file")
 
 
 @pytest.mark.parametrize("scheme", ["", "http://"])
