@@ -628,16 +628,17 @@ def fine_tune(classifier, messages, experiment, state, checkpointer, console):
         console.info(f"Resuming from {checkpointer.path} after {state.batches_done:,} batches; printed before:")
         for line in state.history.lines:
             console.info(line)
+    accuracies = {}
     try:
         train(classifier, messages, experiment, state, checkpointer, console)
+        minutes = state.usage.so_far()["training"] / 60
+        console.info(state.history.add_line(f"Training completed in {minutes:.2f} minutes."))
+        for split, loader in make_loaders(messages, experiment.batch_size).items():
+            accuracies[split] = accuracy(predict_batches(classifier, messages[split], loader))
+            console.info(state.history.add_line(f"{SPLITS[split]} accuracy: {accuracies[split].in_full}"))
     except NonFiniteError as error:
-        raise NonFiniteError(f"training stopped at step {state.batches_done:06d}: {error}") from None
-    minutes = state.usage.so_far()["training"] / 60
-    console.info(state.history.add_line(f"Training completed in {minutes:.2f} minutes."))
-    accuracies = {}
-    for split, loader in make_loaders(messages, experiment.batch_size).items():
-        accuracies[split] = accuracy(predict_batches(classifier, messages[split], loader))
-        console.info(state.history.add_line(f"{SPLITS[split]} accuracy: {accuracies[split].in_full}"))
+        advice = "Try: a smaller --learning_rate; --precision fp32"
+        raise NonFiniteError(f"training diverged, at step {state.batches_done:06d}: {error}\n{advice}") from None
     return accuracies, minutes
 
 
@@ -757,7 +758,7 @@ def classify(run_options, given):
         chunk = texts[start : start + TEXTS_PER_PASS]
         filled = [text for text in chunk if text.strip()]  # an empty line gets an empty answer
         logits = predict_texts(classifier, experiment, filled) if filled else torch.empty(0, len(class_names))
-        saved_models.print_answers(chunk, filled, logits.softmax(-1), class_names)
+        saved_models.print_answers(chunk, logits.softmax(-1), class_names)
 
 
 # --- main ---

@@ -132,7 +132,7 @@ def fetch_weights(model_size, quiet=False):
     endpoint = constants.ENDPOINT
     if quiet or not sys.stderr.isatty():
         disable_progress_bars()
-    hub_logging.set_verbosity_error()  # what fails is told below, once
+    hub_logging.set_verbosity_error()  # failures are reported below, once
     try:
         is_cached = isinstance(huggingface_hub.try_to_load_from_cache(**where), str)
         if not is_cached and not constants.HF_HUB_OFFLINE:
@@ -226,16 +226,14 @@ def find_weights(source, model_size):
         return Weights(model_size, source, PRETRAINED[model_size].sha256)
     tensors = open_weights(source)
     try:
+        require_finite({name: tensor for name, tensor in tensors.items() if not is_mask(name)}, "tensor")
         with torch.device("meta"):
             load_gpt2_weights(GPTModel(GPTConfig(**GPT_SIZES[model_size])), tensors)
-    except WeightsError as error:
-        raise UsageError(f"--weights {source} does not fit {model_size}: {error}") from None
-    sha256 = sha256_of(source)  # which also brings the file into memory for the next line
-    try:
-        require_finite({name: tensor for name, tensor in tensors.items() if not is_mask(name)}, "tensor")
     except NonFiniteError as error:
         raise UsageError(f"--weights {source}: {error}") from None
-    return Weights(model_size, source, sha256)
+    except WeightsError as error:
+        raise UsageError(f"--weights {source} does not fit {model_size}: {error}") from None
+    return Weights(model_size, source, sha256_of(source))
 
 
 # --- the vocabulary and the sample ---

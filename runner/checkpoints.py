@@ -86,6 +86,12 @@ class Checkpoint:
         return cls(**content | dict(finished=[Record.from_dict(record) for record in content["finished"]]))
 
 
+def lock_path(path):
+    """The lock of a checkpoint, whatever links lead to it: `.NAME.lock` next to it."""
+    path = Path(path).resolve()
+    return path.with_name(f".{path.name}.lock")
+
+
 class Checkpointer:
     """Writes the state of training so that an interrupted run can be resumed.
 
@@ -100,7 +106,7 @@ class Checkpointer:
         self.run_options, self.identity, self.console = run_options, identity, console
         self.checkpoint = Checkpoint()
         self.signals = DeferredSignals()
-        self.lock = LockFile(f"{self.path}.lock")
+        self.lock = LockFile(lock_path(self.path or ""))
         self.latest = None  # (TrainingState, its snapshot): the last state that can be resumed
         self.written_at, self.is_written, self.last_warning = time.monotonic(), False, None
 
@@ -129,16 +135,16 @@ class Checkpointer:
 
     def take_lock(self):
         """Raises UsageError if another run has the lock."""
+        problem = None
         try:
-            holder = self.lock.acquire()
-        except OSError:
-            return  # nothing can be written here: the run warns of that when it writes its first checkpoint
-        if holder is not None:
-            raise UsageError(f"--checkpoint {self.path} is used by {holder}; wait for it, or use another file")
-        if not self.lock.is_effective:
-            self.console.warning(
-                f"{self.path} is not locked: its file system has no locks; use it in one run at a time"
-            )
+            if holder := self.lock.acquire():
+                raise UsageError(f"--checkpoint {self.path} is used by {holder}; wait for it, or use another file")
+            if not self.lock.is_effective:
+                problem = "its file system has no locks"
+        except OSError as error:
+            problem = f"{self.lock.path}: {error.strerror or error}"
+        if problem:
+            self.console.warning(f"{self.path} is not locked ({problem}); use it in one run at a time")
 
     def resume(self, state):
         """Restore a TrainingState from the checkpoint of the interrupted seed; whether there was one."""
@@ -195,7 +201,7 @@ class Checkpointer:
                 self.write(parameters=parameters)
 
     def write_training(self):
-        """Write the last state that can be resumed. Raises NonFiniteError for one that has no future."""
+        """Write the last state that can be resumed. Raises NonFiniteError for parameters that are not finite."""
         state, snapshot = self.latest
         require_finite(state.parameters, "parameter")
         self.write(training_state=state.state_dict_at(snapshot))
@@ -226,11 +232,15 @@ class Checkpointer:
 
     def __exit__(self, kind, error, traceback):
         self.signals.is_deferring = True
-        if error is not None and self.latest is not None and not isinstance(error, NonFiniteError):
-            with suppress(NonFiniteError):
-                self.write_training()
-        self.signals.uninstall()
-        self.lock.release()
-        if isinstance(error, KeyboardInterrupt) and self.is_written:
+        try:
+            if error is not None and self.latest is not None and not isinstance(error, NonFiniteError):
+                with suppress(NonFiniteError):
+                    self.write_training()
+        finally:
+            self.signals.uninstall()
+            self.lock.release()
+        if error is None and self.signals.pending is not None:
+            self.signals.end_run()
+        if isinstance(error, KeyboardInterrupt) and self.is_written and Path(self.path).exists():
             command = "the same command without --restart" if self.run_options.restart else "the same command"
             error.args = (f"interrupted; {command} resumes from {self.path}",)

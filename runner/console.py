@@ -94,7 +94,7 @@ OUT_OF_MEMORY_ADVICE = (
 
 
 def prepare_streams():
-    """Make standard output and error take any text, and stand in for those that were closed.
+    """Make standard output and error take any text, and replace them where they were closed.
 
     A terminal without an en dash shows a question mark for it.
     """
@@ -115,12 +115,10 @@ def exit_status(command):
         return 0
     except (UsageError, FileError) as error:
         status, message = 2, f"error: {error}"
-    except FetchError as error:
+    except (FetchError, NonFiniteError) as error:
         status, message = 1, f"error: {error}"
     except OutputError as error:
         status, message = 1, f"error: training finished, but {error}"
-    except NonFiniteError as error:
-        status, message = 1, f"error: {error}\nTry: a smaller --learning_rate; --precision fp32"
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not any(words in str(error) for words in OUT_OF_MEMORY):
             raise

@@ -147,12 +147,13 @@ def read_labelled_csv(path):
             reader = csv.DictReader(file, strict=True)
             if reader.fieldnames is None:
                 raise UsageError(f"{path}: the file is empty")
+            for column in reader.fieldnames:
+                if reader.fieldnames.count(column) > 1:
+                    raise UsageError(f"{path}: there are {reader.fieldnames.count(column)} columns {column}")
             for column in ("Label", "Text"):
                 if column not in reader.fieldnames:
                     columns = ", ".join(reader.fieldnames)
                     raise UsageError(f"{path}: column {column} is missing; the columns are {columns}")
-                if reader.fieldnames.count(column) > 1:
-                    raise UsageError(f"{path}: there are {reader.fieldnames.count(column)} columns {column}")
             for record in reader:
                 if problem := problem_of(record):
                     raise UsageError(f"{path}, line {reader.line_num}: {problem}")
@@ -169,17 +170,16 @@ def read_labelled_csv(path):
 
 
 MAX_DIGITS = 18  # of a label: what is longer does not fit PyTorch's integers
-MAX_BLANKS = 100_000  # in a row; the tokenizer fails somewhere above 300,000
+MAX_SPACES = 100_000  # or other whitespace, in a row; the tokenizer fails somewhere above 300,000
 
 
 def problem_of(record):
     """Why a row of a CSV file, as csv.DictReader gives it, is no labelled message; None if it is one."""
     label, text = record["Label"] or "", record["Text"] or ""
-    if not re.fullmatch(rf"\s*-?\d{{1,{MAX_DIGITS}}}\s*", label):
-        shown = label if len(label) <= 50 else f"{label[:50]}…"
-        return f'label "{shown}" is not a whole number' + (
-            " of at most 18 digits" if label.strip("- ").isdigit() else ""
-        )
+    if not re.fullmatch(r"\s*-?\d+\s*", label):
+        return f'label "{label[:50]}" is not a whole number'
+    if len(label.strip()) > MAX_DIGITS:
+        return f"a label of {len(label.strip())} digits is too large"
     if not text.strip():
         return "the text is empty"
     if None in record:
@@ -189,8 +189,10 @@ def problem_of(record):
 
 def problem_of_text(text):
     """Why the tokenizer cannot take a message; None if it can."""
-    if len(text) > MAX_BLANKS and re.search(rf"\s{{{MAX_BLANKS + 1}}}", text):
-        return f"the text has more than {MAX_BLANKS:,} blanks in a row"
+    if re.search("[\ud800-\udfff]", text):  # how Python shows what it could not decode
+        return "not UTF-8 text"
+    if len(text) > MAX_SPACES and re.search(rf"\s{{{MAX_SPACES + 1}}}", text):
+        return f"the text has more than {MAX_SPACES:,} whitespace characters in a row"
 
 
 def refuse_label(path, frame, wrong, problem):

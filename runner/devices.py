@@ -88,7 +88,7 @@ def free_in_control_groups(groups=Path("/proc/self/cgroup"), root=Path("/sys/fs/
 
 
 def reset_peak_memory(device):
-    """Start the count of `peak_memory` anew. Returns the bytes from which it cannot be told: 0 where it could."""
+    """Reset the peak of `peak_memory`. Returns the earlier peak in bytes if it could not be reset, else 0."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return 0

@@ -19,7 +19,7 @@ LARGEST_ARCHIVE = 50_000_000  # bytes; the collection has 203,415
 
 def describe_error(error):
     """An error in one line: the innermost cause says why, outer exceptions add little."""
-    while cause := error.__cause__ or error.__context__:
+    while not isinstance(error, Unreachable) and (cause := error.__cause__ or error.__context__):
         error = cause
     name = "" if isinstance(error, Unreachable) else f"{type(error).__name__}: "
     return " ".join(f"{name}{error}".split())
@@ -44,7 +44,7 @@ class Unreachable(ConnectionError):
     """There is no way to a host; the message says to which."""
 
 
-REACHABLE_WITHIN = 4.0  # seconds to look up a host and to connect to it
+REACHABLE_WITHIN = 4.0  # seconds to look up a host and to connect to one of its addresses
 
 
 def check_reachable(url):
@@ -52,22 +52,29 @@ def check_reachable(url):
 
     It spares a machine without a network the attempts of the clients, which take up to half a minute.
     """
-    proxy = select_proxy(url, get_environ_proxies(url))
-    parts = urlsplit(proxy if proxy and "://" in proxy else f"http://{proxy}" if proxy else url)
-    name = f"the proxy {parts.hostname}:{parts.port or 80}" if proxy else parts.hostname
-    failure = [TimeoutError(f"no answer within {2 * REACHABLE_WITHIN:.0f} seconds")]
+    address = url
+    try:
+        if proxy := select_proxy(url, get_environ_proxies(url)):
+            address = proxy if "://" in proxy else f"http://{proxy}"
+        parts = urlsplit(address)
+        host, port = parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)
+    except ValueError as error:
+        raise Unreachable(f"{address} is not an address: {error}") from None
+    if not host:
+        raise Unreachable(f'"{address}" is not an address')
+    name = f"the proxy {host}:{port}" if proxy else host
+    failure = [TimeoutError(f"no answer within {REACHABLE_WITHIN:.0f} seconds")]
 
     def connect():
-        try:
-            port = parts.port or (443 if parts.scheme == "https" else 80)
-            socket.create_connection((parts.hostname, port), timeout=REACHABLE_WITHIN).close()
+        try:  # half of the time for each address, since the first one may be dead
+            socket.create_connection((host, port), timeout=REACHABLE_WITHIN / 2).close()
             failure.clear()
         except OSError as error:
             failure[:] = [error]
 
-    thread = threading.Thread(target=connect, daemon=True)  # looking up a name knows no time-out
+    thread = threading.Thread(target=connect, daemon=True)  # DNS lookups have no time-out
     thread.start()
-    thread.join(2 * REACHABLE_WITHIN)
+    thread.join(REACHABLE_WITHIN)
     if failure:
         raise Unreachable(f"{name} cannot be reached: {describe_error(failure[0])}")
 
@@ -101,7 +108,7 @@ def download_once(url, sha256, quiet):
                 bar.update(len(piece))
                 if content.tell() > LARGEST_ARCHIVE:
                     raise PermanentError(f"more than {LARGEST_ARCHIVE:,} bytes")
-    # Checked in each attempt: what a proxy or a lost connection garbled may come whole the next time.
+    # Checked in each attempt: a corrupted download may succeed on the next attempt.
     if (found := hashlib.sha256(content.getvalue()).hexdigest()) != sha256:
         raise requests.RequestException(f"the file's SHA-256 is {found}, not {sha256}")
     return content.getvalue()

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import secrets
 import shutil
 import time
@@ -63,8 +64,10 @@ def sha256_of_tensors(tensors, *texts):
 def require_finite(tensors, what):
     """Raises NonFiniteError that names the first of the tensors, {name: tensor}, that holds an infinity or a NaN."""
     for name, tensor in tensors.items():
-        # One pass without a copy: a NaN is passed on, an infinity is at one of the ends.
-        if tensor.is_floating_point() and tensor.numel() and not all(end.isfinite() for end in tensor.aminmax()):
+        if not tensor.is_floating_point() or tensor.numel() == 0:
+            continue
+        # One pass, without a copy of a float32 tensor: a NaN is passed on, an infinity is at one of the ends.
+        if not all(end.isfinite() for end in tensor.float().aminmax()):
             raise NonFiniteError(f"{what} {name} has values that are infinite or not a number")
 
 
@@ -89,7 +92,8 @@ def atomic_write(path):
         yield folder / path.name
         with open(folder / path.name, "rb+") as file:
             os.fsync(file.fileno())
-        os.chmod(folder / path.name, path.stat().st_mode & 0o7777 if path.exists() else 0o666 & ~current_umask())
+        with suppress(PermissionError):  # some file systems know no modes
+            os.chmod(folder / path.name, path.stat().st_mode & 0o7777 if path.exists() else 0o666 & ~current_umask())
         os.replace(folder / path.name, path)
         if os.name == "posix":  # the new name is to outlast a power failure too
             descriptor = os.open(path.parent, os.O_RDONLY)
@@ -110,6 +114,8 @@ def remove_left_overs(path):
     A process number means nothing on another host, nor in another container of this one.
     """
     for folder in path.parent.glob(f"{glob.escape(path.name)}.*.part"):
+        if not re.search(r"\.\d+(\.[0-9a-f]{8})?\.part$", folder.name):
+            continue  # somebody else's
         *_, host, process_number, _ = ["", "", *folder.name.removesuffix(".part").split(".")]
         is_ours = host == host_name() and process_number.isdigit()
         with suppress(OSError):  # another one may be removing it too
@@ -126,7 +132,7 @@ def host_name():
 
 
 def is_running(process_number):
-    """Whether a process of this number may be running here; where that cannot be told, as on Windows, it may."""
+    """Whether a process of this number may be running here; if unknown, as on Windows, it may."""
     if os.name != "posix":
         return True
     try:

@@ -3,6 +3,7 @@
 import errno
 import os
 import platform
+import re
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -61,23 +62,27 @@ class LockFile:
         self.path, self.file, self.is_effective = Path(path), None, False
 
     def acquire(self):
-        """Returns None, or who holds it. Raises OSError where no such file can be written.
+        """Returns None, or who holds it; `is_effective` then says whether the file system has locks.
 
-        `is_effective` then says whether the file system has locks.
+        Raises OSError where the file cannot be written, or is no lock: it would be emptied and removed.
         """
         while True:
             file = open(self.path, "a+", encoding="utf-8")
             try:
                 self.is_effective = try_lock(file, wait=False)
             except BlockingIOError:
-                file.seek(0)
-                holder = file.read().strip()
-                file.close()
-                return holder or "another process"
+                with file, suppress(OSError):  # Windows: what is locked cannot be read
+                    file.seek(0)
+                    return file.read().strip() or "another process"
+                return "another process"
             with suppress(OSError):  # its last holder may have removed it after it was opened here
                 if os.path.samestat(os.fstat(file.fileno()), self.path.stat()):
                     break
             file.close()
+        file.seek(0)
+        if not re.fullmatch(r"(process \d+ on .*\n)?", file.read()):
+            file.close()
+            raise FileExistsError(errno.EEXIST, "a file of this name exists and is not a lock", str(self.path))
         file.truncate(0)
         file.write(f"process {os.getpid()} on {platform.node()}\n")
         file.flush()

@@ -1,10 +1,14 @@
 """From dataclass fields to the command line: what a call does, and which options can be combined."""
 
 import argparse
+import os
 import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
+from gpt_download import COLLECTION_NAMES
+
+from .dataset import SPLITS
 from .files import UsageError
 from .parsers import image, number
 
@@ -91,8 +95,10 @@ class RunOptions:
     def check_paths(self):
         """Each file that is to be written or read has a name of its own, in a folder that exists."""
         names = {}
-        for name in ("plot", "report_plot", "checkpoint", "save_model", "load_model", "results_file"):
-            if (path := getattr(self, name)) is None or (path == "" and name == "results_file"):
+        for name in ("report", "plot", "report_plot", "checkpoint", "save_model", "load_model", "results_file"):
+            if (path := getattr(self, name)) is None:
+                continue
+            if name == "results_file" and (path == "" or self.report is not None):
                 continue
             if path == "":
                 raise UsageError(f"--{name} is given without the name of a file")
@@ -100,11 +106,18 @@ class RunOptions:
                 raise UsageError(f"--{name} {path}: there is no folder {Path(path).parent}")
             if Path(path).is_dir():
                 raise UsageError(f"--{name} {path} is a folder")
-            if Path(path).exists() and not Path(path).is_file():
+            if is_special(path):
                 hint = '; for none: --results_file ""' if name == "results_file" else ""
                 raise UsageError(f"--{name} {path} is not a regular file{hint}")
             if (other := names.setdefault(Path(path).resolve(), name)) != name:
                 raise UsageError(f"--{other} and --{name} name the same file, {path}")
+
+
+def is_special(path):
+    """Whether a path is a device, a pipe or the like, or a name of the system for one of this process's streams."""
+    absolute = os.path.abspath(path)
+    is_stream = absolute.startswith(("/dev/", "/proc/")) and not absolute.startswith("/dev/shm/")
+    return is_stream or (Path(path).exists() and not Path(path).is_file())
 
 
 # --- the command line ---
@@ -163,6 +176,8 @@ def split_texts(argv, experiment_type):
     argv = list(argv)
     if "--classify" not in argv:
         return argv, {}
+    if argv[: (argv.index("--") if "--" in argv else None)].count("--classify") > 1:
+        raise UsageError("--classify is given twice")
     start = argv.index("--classify") + 1
     names = {f"--{setting.name}" for setting in (*fields(experiment_type), *fields(RunOptions))} | {
         "--row",
@@ -175,6 +190,8 @@ def split_texts(argv, experiment_type):
     texts, rest = argv[start:end], argv[end:]
     if rest[:1] == ["--"]:
         texts, rest = texts + rest[1:], []
+    if not texts:
+        raise UsageError("--classify needs a message, or - for standard input")
     return argv[: start - 1] + rest, {"classify": tuple(texts)}
 
 
@@ -201,8 +218,11 @@ def parse(argv, description, experiment_type, rows, demo):
     if settings.get("dataset") == "sample" and "data_dir" in given:
         raise UsageError("--data_dir is not read with the sample; add --dataset uci, or leave --data_dir out")
     experiment = experiment_type(**settings)
+    inputs = {Path(experiment.weights).resolve(): "the weights"}
+    for file in (*(f"{split}.csv" for split in SPLITS), *COLLECTION_NAMES):
+        inputs[Path(experiment.data_dir, file).resolve()] = "the data"
     for name in ("checkpoint", "save_model", "plot", "results_file"):
         path = getattr(run_options, name)
-        if path and Path(path).resolve() == Path(experiment.weights).resolve():
-            raise UsageError(f"--{name} {experiment.weights} would overwrite the weights")
+        if path and (input := inputs.get(Path(path).resolve())):
+            raise UsageError(f"--{name} {path} would overwrite {input}")
     return experiment, run_options, given

@@ -59,7 +59,9 @@ class Accuracy:
 
 
 def mean_and_deviation(values):
-    """Mean and sample standard deviation, which of a single value is NaN."""
+    """Mean and sample standard deviation, which of a single value is NaN; both are, where a value is NaN."""
+    if any(math.isnan(value) for value in values):
+        return math.nan, math.nan
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else math.nan
 
 

@@ -24,14 +24,16 @@ def print_report(path, plot_path, rows):
     if disagreements:
         print("\n" + "\n".join(disagreements))
     if damaged:
-        print(f"{path}: no complete record on line {', '.join(map(str, damaged))}; skipped", file=sys.stderr)
+        numbers = ", ".join(map(str, damaged[:10])) + (f" and {len(damaged) - 10} more" if len(damaged) > 10 else "")
+        print(f"{path}: no complete record on line {numbers}; skipped", file=sys.stderr)
     if plot_path:
         plot_report(plot_path, records, rows)
 
 
 def configuration_of(record):
     """What records must share to be runs of the same configuration: the row, or the options, and the precision."""
-    return record.row, None if record.row else record.configuration, record.settings["precision"]
+    what = record.row or record.configuration
+    return what, record.settings["precision"], record.weights_sha256
 
 
 def one_per_seed(records):
@@ -49,7 +51,11 @@ def one_per_seed(records):
             results.setdefault((record.train, record.validation, record.test), record)
         if len(results) > 1:
             name = f"Row {same[0].row}" if same[0].row else same[0].configuration
-            found = "; ".join(f"{record.test} on {record.device_name}" for record in results.values())
+            split = next(s for s in reversed(SPLITS) if len({getattr(record, s) for record in results.values()}) > 1)
+            found = "; ".join(
+                f"{SPLITS[split].lower()} {getattr(record, split)} on {record.device_name}, PyTorch {record.torch}"
+                for record in results.values()
+            )
             disagreements.append(
                 f"{name}, seed {same[0].seed}: results differ by device or version, the first counts: {found}"
             )

@@ -3,7 +3,6 @@
 import codecs
 import csv
 import io
-import math
 import re
 from dataclasses import fields
 from pathlib import Path
@@ -50,11 +49,14 @@ def without_apostrophe(text):
     return text[1:] if text.startswith("'") and FORMULA.match(text[1:]) else text
 
 
+MAX_MINUTES = 1e9  # two thousand years
+
+
 def from_cells(cells):
     """The Record of a line, {column: text}; of the settings it has seed and precision. Raises ValueError."""
     texts = {field.name: without_apostrophe(cells.get(field.name, "")) for field in fields(Record)}
     minutes = float(cells["minutes"])
-    if not 0 <= minutes < math.inf:
+    if not 0 <= minutes < MAX_MINUTES:
         raise ValueError(f"{minutes} minutes")
     return Record(
         **texts
@@ -133,7 +135,11 @@ def read_records(path):
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")  # which reads \r\n as \n
     except (OSError, UnicodeDecodeError) as error:
         raise FileError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    columns = next(csv.reader(lines[:1]), [])
+    csv.field_size_limit(2**31 - 1)
+    try:
+        columns = next(csv.reader(lines[:1]), [])
+    except csv.Error as error:
+        raise FileError(f"{path} is not a results file: {error}") from None
     for column in NEEDED:
         if column not in columns:
             raise FileError(f"{path} is not a results file: column {column} is missing")
@@ -146,7 +152,7 @@ def read_records(path):
                 number = end
                 break
         else:
-            if lines[number]:
+            if lines[number] not in ("", lines[0]):  # files that were joined have their header twice
                 damaged.append(number + 1)
             number += 1
     return records, damaged

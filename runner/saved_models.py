@@ -1,6 +1,7 @@
 """Trained classifiers on disk: what training changed, and all that is needed to use it again."""
 
 import io
+import re
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -122,21 +123,20 @@ def read_texts(arguments):
     return texts
 
 
-ESCAPES = str.maketrans({"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"})
-
-
 def escape(text):
-    """A text as one field of one line: its tabs, line breaks and backslashes escaped."""
-    return text.translate(ESCAPES)
+    """A text as one field of one line: backslashes, tabs, line breaks and other control characters escaped."""
+    return re.sub(r"[\\\x00-\x1f\x7f-\x9f\u2028\u2029]", lambda m: m[0].encode("unicode_escape").decode(), text)
 
 
-def print_answers(texts, classified, probabilities, class_names):
+def print_answers(texts, probabilities, class_names):
     """Print label, probability and message, separated by tabs, for each of `texts`.
 
-    probabilities (n, K) are those of the `classified` texts; the others get an empty label and probability.
+    probabilities (n, K) are those of the texts that are not empty; an empty one gets an empty label and probability.
     """
-    answers = dict.fromkeys(texts, ("", ""))
-    for text, probability, best in zip(classified, *(part.tolist() for part in probabilities.max(-1))):
-        answers[text] = class_names[best], f"{probability:.4f}"
+    answers = zip(*(part.tolist() for part in probabilities.max(-1)))
     for text in texts:
-        print(*answers[text], escape(text), sep="\t")
+        if text.strip():
+            probability, best = next(answers)
+            print(class_names[best], f"{probability:.4f}", escape(text), sep="\t")
+        else:
+            print("", "", escape(text), sep="\t")

@@ -51,13 +51,14 @@ def load_splits(options):
         ),
         ("train", "Label,Text\n0,a\n0,b\n", "every label is 0; a classifier needs two classes or more"),
         ("train", b"Label,Text\n0,\xff\xfe\n", "not UTF-8 text"),
-        ("train", f"Label,Text\n0,a\n{'1' * 5000},b\n", "is not a whole number of at most 18 digits"),
+        ("train", f"Label,Text\n0,a\n{'1' * 5000},b\n", "line 3: a label of 5000 digits is too large"),
         (
             "train",
             f"Label,Text\n0,a\n1,b{' ' * 1_000_000}c\n",
-            "line 3: the text has more than 100,000 blanks in a row",
+            "line 3: the text has more than 100,000 whitespace characters in a row",
         ),
         ("test", "Label,Text,Text\n0,a,b\n", "there are 2 columns Text"),
+        ("test", "Label,Text,Note,Note\n0,a,b,c\n", "there are 2 columns Note"),
     ],
 )
 def test_bad_data_is_refused_by_line(nano, data_dir, capsys, split, content, message):
@@ -89,7 +90,7 @@ def test_a_pipe_is_not_waited_for(nano, data_dir, capsys):
 
 
 def test_as_many_blanks_as_the_tokenizer_takes():
-    text = "a" + " " * dataset.MAX_BLANKS + "b"
+    text = "a" + " " * dataset.MAX_SPACES + "b"
     assert dataset.problem_of_text(text) is None and len(ae.load_vocabulary().encode_ordinary(text)) > 1000
 
 

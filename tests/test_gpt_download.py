@@ -521,6 +521,20 @@ def test_what_cannot_be_reached_is_known_within_seconds(closed_port, monkeypatch
         downloads.check_reachable("https://example.com/file")
 
 
+@pytest.mark.parametrize("url", ["http://127.0.0.1:99999/file", "http://[bad/file", "foo", ""])
+def test_what_is_no_address_is_told(monkeypatch, url):
+    monkeypatch.setenv("no_proxy", "*")
+    with pytest.raises(downloads.Unreachable, match="is not an address"):
+        downloads.check_reachable(url)
+
+
+def test_a_proxy_that_is_no_address_is_told(collection, tmp_path, monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:99999")
+    monkeypatch.setenv("no_proxy", "")
+    with pytest.raises(FetchError, match="http://127.0.0.1:99999 is not an address: Port out of range"):
+        fetch_collection(tmp_path)
+
+
 @pytest.mark.parametrize("scheme", ["", "http://"])
 def test_a_dead_proxy_is_named(collection, closed_port, tmp_path, monkeypatch, scheme):
     host = closed_port.removeprefix("http://")
@@ -584,6 +598,12 @@ def test_weights_with_values_that_are_not_finite(tmp_path, nano_weights):
         save_file(tensors | {name: changed}, tmp_path / "weights")
         message = f"{tmp_path}/weights: tensor {name} has values that are infinite or not a number"
         with pytest.raises(UsageError, match=message):
+            gpt_download.find_weights(str(tmp_path / "weights"), "gpt2-nano (7M)")
+    for dtype, value in ((torch.float64, 1e300), (torch.float8_e4m3fn, float("nan"))):  # the model takes float32
+        changed = tensors[names[0]].to(dtype)
+        changed[3, 5] = value
+        save_file(tensors | {names[0]: changed}, tmp_path / "weights")
+        with pytest.raises(UsageError, match=f"tensor {names[0]} has values that are infinite or not a number"):
             gpt_download.find_weights(str(tmp_path / "weights"), "gpt2-nano (7M)")
     masks = {f"transformer.h.0.attn.{kind}": torch.tensor(-torch.inf) for kind in ("bias", "masked_bias")}
     save_file(tensors | masks, tmp_path / "weights")

@@ -58,8 +58,22 @@ def test_results_that_differ_by_device_are_told_and_are_no_variation_of_seeds():
     lines, disagreements = report_of(cpu, gpu, made_up_record("c", seed=124))
     assert lines[2].startswith("| 1 | - | 2 | 95.00% ± 0.00 [91.9–96.9]; ") and "| CPU" in lines[2]
     assert disagreements == [
-        "Row 1, seed 123: results differ by device or version, the first counts: 95.00% on CPU; 93.33% on A100"
+        "Row 1, seed 123: results differ by device or version, the first counts: "
+        "test 95.00% on CPU, PyTorch 2.13.0; test 93.33% on A100, PyTorch 2.13.0"
     ]
+
+
+def test_runs_from_other_weights_files_are_no_disagreement():
+    records = [
+        made_up_record(sha, row=None, weights_sha256=sha, test=Accuracy(n, 300)) for sha, n in (("a", 1), ("b", 2))
+    ]
+    assert report.one_per_seed(records) == (records, [])
+
+
+def test_data_without_labels_has_a_report():
+    """Of which nothing can be said: not a number, and no error."""
+    records = [made_up_record(str(seed), seed=seed, row=None, test=Accuracy(0, 0)) for seed in (123, 124)]
+    assert "nan%" in report.report(records, FIRST_ROWS).splitlines()[-1]
 
 
 def test_precisions_are_never_pooled():

@@ -80,6 +80,7 @@ def test_a_full_disk_leaves_no_part_of_a_made_up_record(tmp_path):
         ("a,b\n1,2\n", "column row is missing"),
         ("", "column row"),
         (b"\xff\xfe", "cannot be read"),
+        ('"' + "a" * 200_000, "column row is missing"),
     ],
 )
 def test_a_file_that_is_no_results_file(tmp_path, content, message):
@@ -105,6 +106,14 @@ def test_a_line_that_ends_inside_a_quoted_cell_swallows_no_other(tmp_path):
     assert [record.seed for record in records] == [123, 125] and damaged == [3]
 
 
+def test_files_that_were_joined_are_one(tmp_path):
+    path = tmp_path / "results.csv"
+    header, *lines = three_records(path)
+    path.write_bytes(header + lines[0] + header + lines[1] + lines[2])
+    records, damaged = read_records(path)
+    assert [record.seed for record in records] == [123, 124, 125] and damaged == []
+
+
 def test_a_spreadsheet_may_have_saved_the_file(tmp_path):
     path = tmp_path / "results.csv"
     lines = three_records(path)
@@ -126,6 +135,7 @@ def test_a_spreadsheet_may_have_saved_the_file(tmp_path):
         ("minutes", "nan"),
         ("minutes", "-1"),
         ("minutes", "1e999"),
+        ("minutes", "1e308"),
     ],
 )
 def test_impossible_values_are_told_by_line(tmp_path, column, value):

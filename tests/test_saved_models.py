@@ -105,8 +105,8 @@ def test_standard_input_line_by_line(trained, monkeypatch):
     first, empty, third = classify(path, monkeypatch, b"ok, see you\r\n\nok, see you\n")
     assert first == third == plain and empty == ["", "", ""]
     assert classify(path, monkeypatch, b"\n \n") == [["", "", ""], ["", "", " "]]
-    [[label, probability, text]] = classify(path, monkeypatch, b"a\tb\\c\rd\n")
-    assert text == r"a\tb\\c\rd" and label in ("ham", "spam") and 0.5 <= float(probability) <= 1
+    [[label, probability, text]] = classify(path, monkeypatch, "a\tb\\c\rd\x1b[31m\u2028é\n".encode())
+    assert text == r"a\tb\\c\rd\x1b[31m\u2028é" and label in ("ham", "spam") and 0.5 <= float(probability) <= 1
 
 
 def test_messages_that_look_like_options(trained, capsys):
@@ -142,7 +142,10 @@ def test_a_saved_classifier_whose_values_are_not_finite(trained, tmp_path, capsy
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["a" + " " * 200_000 + "b"], "message 1: the text has more than 100,000 blanks in a row"),
+        (["a" + " " * 200_000 + "b"], "message 1: the text has more than 100,000 whitespace characters in a row"),
+        (["a", "\udcff\udcfe"], "message 2: not UTF-8 text"),
+        (["a", "--classify", "b"], "--classify is given twice"),
+        ([], "--classify needs a message, or - for standard input"),
         (["a", "--model_size", "gpt2-small"], "--model_size gpt2-small (124M): {path} was trained on gpt2-nano (7M)"),
         (["a", "--weights", "random"], "--weights random: {path} was trained on other weights (by their SHA-256)"),
         (["a", "--seed", "3"], "--seed cannot be combined with --load_model, which trains nothing"),
