@@ -67,7 +67,7 @@ def load_splits(data_dir, dataset, quiet=False):
 
 
 def check_data_dir(data_dir, paths):
-    """Raises UsageError for a folder from which somebody may expect other data than the collection.
+    """Raises UsageError for a folder that was probably meant to hold other data than the collection.
 
     The collection is downloaded into the default folder, or into an empty one. `paths` are those of the splits.
     """

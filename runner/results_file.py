@@ -128,7 +128,7 @@ LINES_OF_A_RECORD = 5  # at most, of a record in which a text has line breaks
 def read_records(path):
     """([Record, ...], [numbers of the lines that are none]) of a results file.
 
-    A damaged line costs no other: a record is looked for anew at each line. Raises FileError for a file that is
+    A damaged line costs no other: a record may start at any line. Raises FileError for a file that is
     missing or has other columns.
     """
     try:

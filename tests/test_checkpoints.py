@@ -560,7 +560,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(options, capfd, layers):
 
 @pytest.mark.parametrize("value", [float("nan"), 3e38])
 def test_the_checkpoint_before_it_is_kept(interrupted, monkeypatch, capfd, value):
-    """Not written anew, neither with values that are not finite nor with those from which they would come again."""
+    """Not overwritten, neither with values that are not finite nor with values that lead to them again."""
     before = checkpoints.read_tensors("run.ckpt", checkpoints.KIND, checkpoints.VERSION)[1]
     step, calls = torch.optim.AdamW.step, []
 
@@ -637,7 +637,7 @@ def test_an_interrupted_run_does_not_promise_a_file_that_is_gone(options, monkey
     assert "could not be written" in err and err.endswith("interrupted\n")
 
 
-def test_peak_memory_of_each_seed_is_counted_anew(options, monkeypatch):
+def test_peak_memory_is_that_of_each_seed(options, monkeypatch):
     """On Linux; elsewhere it is known only where it exceeds that of the seeds before."""
     counted = []
     monkeypatch.setattr(training_state, "reset_peak_memory", lambda device: counted.append(device) or 10**15)

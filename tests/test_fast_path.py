@@ -271,7 +271,7 @@ def test_batch_of_ignored_labels_leaves_no_gradient(nano, layers):
     assert all((gradient == 0).all() for gradient in found.values())
 
 
-def test_weights_stay_views_after_they_are_fused_and_loaded_anew(nano):
+def test_weights_stay_views_after_they_are_fused_and_loaded_again(nano):
     """A frozen block computes with what load_state_dict gave it, biases too."""
     experiment, *_ = ae.parse_args(nano)
     classifier, other = build_classifier(experiment, 2), build_classifier(replace(experiment, seed=1), 2)

@@ -426,7 +426,7 @@ def test_weights_that_cannot_be_had(hub, server, tmp_path, monkeypatch, plan, n_
         assert way in " ".join(advice)
     assert len(server.requests) == n_requests
 
-    # Not the whole cache: beside the snapshots the client notes what a server said that it lacks.
+    # Not the whole cache: next to the snapshots the client notes which files a server does not have.
     assert files_below(tmp_path / "hf/hub/models--nobody--tiny/snapshots") == []
     server.plan.clear()
     assert fetch_weights("tiny").read_bytes() == WEIGHTS

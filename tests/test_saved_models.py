@@ -160,6 +160,26 @@ def test_classify_refuses(trained, capsys, options, message):
     assert capsys.readouterr().err == f"error: {message.format(path=path)}\n"
 
 
+def test_a_classifier_of_the_first_version_is_read(trained, tmp_path, capsys):
+    """Its format, written out: whatever this version writes must not change it."""
+    description, tensors = read_tensors(trained[0], saved_models.KIND, saved_models.VERSION)
+    keys = ("settings", "width", "labels", "base_sha256", "torch")
+    assert tuple(description) == keys and description["labels"] == ["ham", "spam"]
+    path = tmp_path / "first"
+    write_tensors(path, "saved classifier", 1, {key: description[key] for key in keys}, tensors)
+    for file in (trained[0], str(path)):
+        assert ae.main(["--load_model", file, "--classify", "You have won"]) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == second
+
+
+def test_random_weights_are_hashed_only_to_save_a_classifier(nano, monkeypatch):
+    hashed, frozen_sha256 = [], saved_models.frozen_sha256
+    monkeypatch.setattr(saved_models, "frozen_sha256", lambda classifier: hashed.append(1) or frozen_sha256(classifier))
+    assert ae.main([*nano, "--checkpoint", "run.ckpt", "--repeats", "2"]) == 0 and hashed == []
+    assert ae.main([*nano, "--save_model", "trained.safetensors"]) == 0 and hashed == [1]
+
+
 def test_weights_that_have_moved_or_changed(trained, tmp_path, capsys):
     path, weights = trained
     moved = shutil.copy(weights, tmp_path / "moved.safetensors")
