@@ -165,6 +165,7 @@ class Experiment:
 
     @property
     def config(self):
+        """The GPTConfig of the model size and the mask."""
         return GPTConfig(**GPT_SIZES[self.model_size], causal=not self.disable_causal_mask)
 
 
@@ -370,6 +371,7 @@ class Classifier(nn.Module):
 
 
 def is_frozen(module):
+    """Whether no parameter of a module is trained."""
     return not any(parameter.requires_grad for parameter in module.parameters())
 
 
@@ -558,6 +560,7 @@ class Evaluator:
         self.ignore_index, self.history, self.console = ignore_index, history, console
 
     def predict_first(self, split):
+        """The Predictions of the first batches of a split."""
         return predict_batches(self.classifier, self.messages[split], self.loaders[split], EVALUATE_BATCHES)
 
     def evaluate_losses(self, epoch, steps):

@@ -199,6 +199,7 @@ class Weights:
 
     @property
     def is_random(self):
+        """Whether they are drawn and not read."""
         return self.source == "random"
 
     @property
@@ -249,6 +250,7 @@ def load_vocabulary():
 
 @cache
 def build_vocabulary(path):
+    """The tiktoken.Encoding of a vocabulary file; it takes a quarter of a second and is built once."""
     ranks = load_tiktoken_bpe(path, expected_hash=VOCABULARY_SHA256)
     # The pattern that cuts text into words before merging: letters, digits or other signs with at most one
     # space before them, English contractions apart (Radford et al. 2019, section 2.2).

@@ -140,6 +140,8 @@ class FeedForward(nn.Sequential):
 
 
 class TransformerBlock(nn.Module):
+    """Attention and feed-forward, each after a layer norm and added to its input (pre-norm)."""
+
     def __init__(self, cfg):
         super().__init__()
         self.att = MultiHeadAttention(cfg)
@@ -272,6 +274,7 @@ def is_mask(name):
 
 
 def is_linear(name):
+    """Whether a parameter of this name is one of a linear layer."""
     return name.startswith("trf_blocks.") and "norm" not in name
 
 

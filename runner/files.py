@@ -1,4 +1,4 @@
-"""Errors that a user sees, checksums, files that are written whole or not at all, files of tensors.
+"""Errors that a user sees, checksums, atomic writes, files of tensors.
 
 The lowest module of the project: it imports no other.
 """
@@ -145,6 +145,7 @@ def is_running(process_number):
 
 
 def current_umask():
+    """The umask of this process, which can only be read by setting it."""
     umask = os.umask(0)
     os.umask(umask)
     return umask
@@ -182,7 +183,7 @@ def write_tensors(path, kind, version, description, tensors):
     with atomic_write(path) as temporary:
         try:
             save_file(tensors, temporary, metadata)
-        except SafetensorError as error:  # its word for a full disk and the like
+        except SafetensorError as error:  # raised for a full disk and the like
             raise OSError(str(error)) from error
 
 

@@ -37,6 +37,7 @@ def try_lock(file, wait):
 
 
 def unlock(file):
+    """Release what `try_lock` took."""
     if fcntl:
         fcntl.flock(file, fcntl.LOCK_UN)
     else:
@@ -89,6 +90,7 @@ class LockFile:
         self.file = file
 
     def release(self):
+        """Remove the file and end the lock, if it is held."""
         if self.file is not None:
             with suppress(OSError):
                 self.path.unlink()

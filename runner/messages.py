@@ -10,7 +10,7 @@ import torch
 
 
 class Stage(Enum):
-    """How far messages have come on their way through the classifier: what `x` of Batch and Messages holds."""
+    """How far messages are processed: what `x` of Batch and Messages holds."""
 
     TOKEN_IDS = "token ids"  # (B, T)
     HIDDEN_STATES = "hidden states"  # (B, T, D) after some of the blocks
@@ -31,7 +31,7 @@ class Batch:
 
 @dataclass
 class Messages:
-    """The n messages of a split, of unequal lengths, end to end."""
+    """The n messages of a split, of unequal lengths, concatenated."""
 
     stage: Stage
     x: torch.Tensor  # (N,) token ids, or (N, D) what the frozen blocks made of them

@@ -127,6 +127,8 @@ COMPANIONS = {"report": ("report_plot",), "load_model": ("classify", "model_size
 
 
 class Parser(argparse.ArgumentParser):
+    """An argparse parser whose errors are a UsageError: one line."""
+
     def error(self, message):  # argparse's own prints the whole usage before the one line that matters
         raise UsageError(f"{message} (--help lists the options)")
 

@@ -27,6 +27,7 @@ class Accuracy:
 
     @property
     def fraction(self):
+        """correct / total; NaN where nothing was measured."""
         return self.correct / self.total if self.total else math.nan
 
     @property
@@ -144,6 +145,7 @@ class Record:
 
     @property
     def seed(self):
+        """The seed of the run."""
         return self.settings["seed"]
 
     def to_dict(self):
@@ -152,6 +154,7 @@ class Record:
 
     @classmethod
     def from_dict(cls, entries):
+        """What `to_dict` gave, also after a round trip through JSON."""
         accuracies = {split: Accuracy(**entries[split]) for split in SPLITS}
         return cls(**entries | accuracies | dict(history=History.from_dict(entries["history"])))
 

@@ -92,6 +92,7 @@ def compare(accuracies, published):
 
 
 def minutes_and_devices(records):
+    """Two cells: mean minutes ± standard deviation, and the names of the devices."""
     minutes, deviation = mean_and_deviation([record.minutes for record in records])
     devices = ", ".join(dict.fromkeys(record.device_name for record in records))
     return f"{minutes:.2f}{f' ± {deviation:.2f}' if len(records) > 1 else ''} min", devices
@@ -162,6 +163,7 @@ def figure(width, height):
 
 
 def save_figure(picture, path):
+    """Write a matplotlib Figure in the format of the suffix of `path`, whole or not at all. Raises OSError."""
     with atomic_write(path) as temporary:
         picture.savefig(temporary, format=Path(path).suffix[1:], dpi=150)
 

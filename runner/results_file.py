@@ -73,6 +73,7 @@ def from_cells(cells):
 
 
 def accuracy_from(correct, total):
+    """The Accuracy of two cells. Raises ValueError."""
     accuracy = Accuracy(whole_number(correct), whole_number(total))
     if accuracy.correct > accuracy.total:
         raise ValueError(f"{correct} of {total}")
@@ -80,12 +81,14 @@ def accuracy_from(correct, total):
 
 
 def whole_number(text):
+    """The number of a cell, of at most 19 digits. Raises ValueError."""
     if not re.fullmatch(r"\d{1,19}", text):
         raise ValueError(f"{text[:20]} is not a whole number")
     return int(text)
 
 
 def csv_line(cells):
+    """The cells as a line of CSV, in bytes."""
     line = io.StringIO()
     csv.writer(line, lineterminator="\n").writerow(cells)
     return line.getvalue().encode()
@@ -114,7 +117,7 @@ def append_record(path, record):
                 if b"\n" + csv_line([record.run]).rstrip() + b"," not in content:
                     if not content:
                         line = header + line
-                    elif not content.endswith(b"\n"):  # an editor's work, or an incomplete line
+                    elif not content.endswith(b"\n"):  # saved by an editor, or an incomplete line
                         line = b"\n" + line
                     append_bytes(file.fileno(), line, len(content))
                 return destination, is_locked

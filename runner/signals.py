@@ -21,20 +21,24 @@ class DeferredSignals:
         self.handlers, self.is_deferring, self.pending = {}, False, None
 
     def install(self):
+        """Handle the signals that are not ignored. Only the main thread can."""
         for number in self.NUMBERS:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 self.handlers[number] = signal.signal(number, self.receive)
 
     def uninstall(self):
+        """Restore the handlers that were there before."""
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
 
     def receive(self, number, frame):
+        """The handler: end the run now, or when nothing must wait any more."""
         self.pending = self.pending or number
         if not self.is_deferring:
             self.end_run()
 
     def end_run(self):
+        """Raises KeyboardInterrupt or Terminated."""
         self.is_deferring = True  # a second signal must not disturb what the first one has started
         raise KeyboardInterrupt if self.pending == signal.SIGINT else Terminated(self.pending)
 

@@ -143,6 +143,7 @@ REMARKS = {
 
 
 def remarks(record, defaults):
+    """What the other columns of the printed row do not show."""
     different = [name for name in REMARKS if record.settings[name] != defaults[name]]
     texts = [REMARKS[name].format(record.settings[name]) for name in different]
     texts += [DATASET_NAMES[record.data]] if record.data != "uci" else []

@@ -17,6 +17,7 @@ class Usage:
         self.before = dict(training=0.0, total=0.0, peak_memory=0)  # before the interruption
 
     def start_training(self):
+        """Training starts now."""
         self.started["training"] = time.perf_counter()
 
     def so_far(self):
