@@ -181,11 +181,8 @@ def split_texts(argv, experiment_type):
     if argv[: (argv.index("--") if "--" in argv else None)].count("--classify") > 1:
         raise UsageError("--classify is given twice")
     start = argv.index("--classify") + 1
-    names = {f"--{setting.name}" for setting in (*fields(experiment_type), *fields(RunOptions))} | {
-        "--row",
-        "--demo",
-        "--help",
-    }
+    names = {"--row", "--demo", "--help"}
+    names |= {f"--{setting.name}" for setting in (*fields(experiment_type), *fields(RunOptions))}
     end = start
     while end < len(argv) and argv[end].split("=")[0] not in names and argv[end] != "--":
         end += 1
@@ -220,6 +217,12 @@ def parse(argv, description, experiment_type, rows, demo):
     if settings.get("dataset") == "sample" and "data_dir" in given:
         raise UsageError("--data_dir is not read with the sample; add --dataset uci, or leave --data_dir out")
     experiment = experiment_type(**settings)
+    check_outputs(experiment, run_options)
+    return experiment, run_options, given
+
+
+def check_outputs(experiment, run_options):
+    """Raises UsageError if an output would overwrite an input."""
     inputs = {Path(experiment.weights).resolve(): "the weights"}
     for file in (*(f"{split}.csv" for split in SPLITS), *COLLECTION_NAMES):
         inputs[Path(experiment.data_dir, file).resolve()] = "the data"
@@ -227,4 +230,3 @@ def parse(argv, description, experiment_type, rows, demo):
         path = getattr(run_options, name)
         if path and (input := inputs.get(Path(path).resolve())):
             raise UsageError(f"--{name} {path} would overwrite {input}")
-    return experiment, run_options, given
