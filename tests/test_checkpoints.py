@@ -107,7 +107,7 @@ def test_killed_at_random_moments(options, tmp_path, name):
         folder, moment = tmp_path / f"cut {number}", random.uniform(0.2, 1) * duration
         process = start(folder)
         if number == 2:  # as soon as there is a checkpoint
-            while not (folder / "run.ckpt").exists():
+            while process.is_alive() and not (folder / "run.ckpt").exists():
                 time.sleep(0.001)
         else:
             process.join(moment)
