@@ -685,7 +685,7 @@ def publish_again(record, experiment, run_options, data, weights, checkpointer, 
         console.info(line)
     experiment, base = replace(experiment, seed=record.seed), None
     if run_options.save_model:
-        base = saved_models.base_sha256(weights, build_classifier(experiment, len(data.class_names), weights.tensors))
+        base = weights.sha256 or saved_models.frozen_sha256(build_classifier(experiment, len(data.class_names)))
     parameters = checkpointer.checkpoint.parameters
     outputs.publish(record, experiment, run_options, data, base, parameters, ROWS, DEFAULTS, console)
 
@@ -698,7 +698,7 @@ def run_seed(experiment, run_options, data, weights, inputs, device, checkpointe
     """
     usage = Usage(device)
     classifier = build_classifier(experiment, len(data.class_names), weights.tensors)
-    base = saved_models.base_sha256(weights, classifier) if run_options.save_model else None
+    base = (weights.sha256 or saved_models.frozen_sha256(classifier)) if run_options.save_model else None
     optimize_frozen_blocks(classifier.to(device))
     console.info(describe_model(experiment, classifier))
     state = make_training_state(classifier, experiment, usage)
@@ -736,7 +736,7 @@ def load_classifier(path, given):
         saved.check_base(experiment.weights, weights.sha256)
     weights.open()
     classifier = build_classifier(experiment, len(saved.class_names), weights.tensors)
-    saved.check_base(experiment.weights, saved_models.base_sha256(weights, classifier))
+    saved.check_base(experiment.weights, weights.sha256 or saved_models.frozen_sha256(classifier))
     saved.restore(classifier)
     return optimize_frozen_blocks(classifier.to(device)).eval(), experiment, saved.class_names
 

@@ -208,18 +208,16 @@ class Weights:
         return self.model_size in PRETRAINED and self.sha256 == PRETRAINED[self.model_size].sha256
 
     def open(self, quiet=False):
-        """Open the file, downloaded if need be. Raises FetchError or FileError."""
+        """Open the published file, downloaded if need be; any other one is open. Raises FetchError or FileError."""
         if self.source == "pretrained":
             self.tensors = open_weights(fetch_weights(self.model_size, quiet))
-        elif not self.is_random:
-            self.tensors = open_weights(self.source)
 
 
 def find_weights(source, model_size):
     """The Weights that `source`, the value of --weights, names: pretrained, random or the path of a file.
 
-    A file is checked now, the published one when it is opened. Raises FileError for a file that cannot be read,
-    UsageError for one whose tensors are not those of the model.
+    A file is opened and checked now, the published one by `Weights.open`. Raises FileError for a file that cannot be
+    read, UsageError for one whose tensors are not those of the model.
     """
     if source == "random":
         return Weights(model_size, source)
@@ -234,7 +232,7 @@ def find_weights(source, model_size):
         raise UsageError(f"--weights {source}: {error}") from None
     except WeightsError as error:
         raise UsageError(f"--weights {source} does not fit {model_size}: {error}") from None
-    return Weights(model_size, source, sha256_of(source))
+    return Weights(model_size, source, sha256_of(source), tensors)
 
 
 # --- the vocabulary and the sample ---

@@ -181,14 +181,12 @@ class Checkpointer:
 
     def save_if_due(self, state):
         """Training can be resumed from `state` as it is now; write it if the last checkpoint is old enough."""
-        self.remember(state)
-        if time.monotonic() - self.written_at >= 60 * self.minutes:
-            self.save(state)
+        self.save(state, min_age=60 * self.minutes)
 
-    def save(self, state):
-        """Write the state as it is now."""
+    def save(self, state, min_age=0.0):
+        """Write the state as it is now, if the last checkpoint is `min_age` seconds old."""
         self.remember(state)
-        if self.path is not None:
+        if self.path is not None and time.monotonic() - self.written_at >= min_age:
             with self.signals.deferred():
                 self.write_training()
 

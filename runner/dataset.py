@@ -195,10 +195,10 @@ def problem_of_text(text):
         return f"the text has more than {MAX_SPACES:,} whitespace characters in a row"
 
 
-def refuse_label(path, frame, wrong, problem):
-    """Raises UsageError for the first row of `frame` that `wrong` (bool for each row) marks."""
-    first = frame[wrong].iloc[0]
-    raise UsageError(f"{path}, line {first['line']}: label {first['Label']}, {problem}")
+def refuse_label(splits, split, data_dir, wrong, problem):
+    """Raises UsageError for the first message of a split that `wrong` (bool for each) marks."""
+    first = splits[split][wrong].iloc[0]
+    raise UsageError(f"{data_dir}/{split}.csv, line {first['line']}: label {first['Label']}, {problem}")
 
 
 def count_classes(splits, ignore_index, data_dir):
@@ -207,8 +207,6 @@ def count_classes(splits, ignore_index, data_dir):
     A negative label equal to `ignore_index` marks a message without a label: it adds nothing to the loss and is
     not counted in an accuracy.
     """
-
-    paths = {split: f"{data_dir}/{split}.csv" for split in SPLITS}
     labels = {split: frame["Label"] for split, frame in splits.items()}
     unlabelled = {split: (column < 0) & (column == ignore_index) for split, column in labels.items()}
     train = labels["train"]
@@ -216,28 +214,19 @@ def count_classes(splits, ignore_index, data_dir):
         raise UsageError(f"every training label is the ignored one, {ignore_index}: nothing to learn from")
     classes = sorted(set(train[~unlabelled["train"]]))
     if classes[0] != 0:
-        refuse_label(
-            paths["train"],
-            splits["train"],
-            train == classes[0],
-            f"but labels start at 0; the training file's start at {classes[0]}",
-        )
+        problem = f"but labels start at 0; the training file's start at {classes[0]}"
+        refuse_label(splits, "train", data_dir, train == classes[0], problem)
     for label, expected in zip(classes, range(len(classes))):
         if label != expected:
-            refuse_label(
-                paths["train"], splits["train"], train == label, f"but no training message has label {expected}"
-            )
+            problem = f"but no training message has label {expected}"
+            refuse_label(splits, "train", data_dir, train == label, problem)
     if len(classes) == 1:
         raise UsageError(f"{data_dir}/train.csv: every label is 0; a classifier needs two classes or more")
     for split in SPLITS:
         unknown = ~labels[split].isin(classes) & ~unlabelled[split]
         if unknown.any():
-            refuse_label(
-                paths[split],
-                splits[split],
-                unknown,
-                f"which no training message has; their labels are 0 to {classes[-1]}",
-            )
+            problem = f"which no training message has; their labels are 0 to {classes[-1]}"
+            refuse_label(splits, split, data_dir, unknown, problem)
     return len(classes)
 
 

@@ -45,7 +45,7 @@ def choose_placement(choice, size, device, reserved=0):
 def compute_features(classifier, messages, placement, progress_bar=None):
     """Messages with what the frozen blocks make of them in place of their token ids, kept on `placement`.
 
-    Each message runs once, together with others of like length.
+    Each message runs once, together with others of similar length.
     """
     stage = classifier.feature_stage
     lengths = torch.ones_like(messages.lengths) if stage is Stage.HEAD_INPUT else messages.lengths

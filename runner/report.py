@@ -31,7 +31,7 @@ def print_report(path, plot_path, rows):
 
 
 def configuration_of(record):
-    """What records must share to be runs of the same configuration: the row, or the options, and the precision."""
+    """What runs of the same configuration share: the row, or the options; the precision; the weights file."""
     what = record.row or record.configuration
     return what, record.settings["precision"], record.weights_sha256
 
@@ -100,13 +100,18 @@ def minutes_and_devices(records):
 
 def group_by_configuration(records, rows):
     """({number of the row: {precision: [Record, ...]}}, {description of other configurations: [Record, ...]})."""
-    of_rows, others = {number: {} for number in rows}, {}
+    of_rows, others, files = {number: {} for number in rows}, {}, {}
+    for record in records:
+        files.setdefault(record.configuration, set()).add(record.weights_sha256)
     for record in records:
         precision = record.settings["precision"]
         if record.row in rows:
             of_rows[record.row].setdefault(precision, []).append(record)
-        else:
-            others.setdefault(record.configuration + in_precision(precision), []).append(record)
+            continue
+        name = record.configuration + in_precision(precision)
+        if len(files[record.configuration]) > 1:  # a weights file that was replaced by another one of its name
+            name += f", weights {record.weights_sha256[:8]}"
+        others.setdefault(name, []).append(record)
     return of_rows, others
 
 

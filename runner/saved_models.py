@@ -20,15 +20,10 @@ def frozen_sha256(classifier):
     return sha256_of_tensors({name: p for name, p in classifier.named_parameters() if not p.requires_grad})
 
 
-def base_sha256(weights, classifier):
-    """What identifies the weights under the trained ones: the file's SHA-256, or that of what was drawn."""
-    return weights.sha256 or frozen_sha256(classifier)
-
-
 def save_classifier(path, experiment, data, base, parameters):
     """Write the trained parameters, {name: tensor}, and what is needed to use them. Raises OSError.
 
-    `base` is their `base_sha256`.
+    `base` is the SHA-256 of the weights file under them, or what `frozen_sha256` gives for weights that were drawn.
     """
     description = dict(
         settings=asdict(experiment),

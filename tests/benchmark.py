@@ -28,7 +28,7 @@ import additional_experiments as ae
 from runner import dataset
 from runner.checkpoints import Checkpointer
 from runner.console import Console
-from runner.devices import describe_device, resolve_device, set_precision
+from runner.devices import describe_device, peak_memory, reset_peak_memory, resolve_device, set_precision
 from runner.features import precompute_features
 
 PLAIN_STEPS, PLAIN_EVALUATIONS = 3, 4
@@ -52,29 +52,6 @@ def product_peak(device, precision):
     n = 2048 if device.type == "cpu" else 8192
     a, b = torch.randn(2, n, n, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
     return 2 * n**3 / min(seconds(device, torch.mm, a, b) for _ in range(10))
-
-
-class PeakMemory:
-    """The highest memory in use since it was made, in bytes; of main memory it is the process's resident set."""
-
-    def __init__(self, device):
-        self.device = device
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        else:
-            try:
-                Path("/proc/self/clear_refs").write_text("5")  # Linux: reset the high-water mark
-            except OSError:
-                pass
-
-    def bytes(self):
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated()
-        try:
-            status = Path("/proc/self/status").read_text()
-            return int(status.split("VmHWM:")[1].split()[0]) * 1024
-        except OSError:  # not Linux
-            return float("nan")
 
 
 # --- operations ---
@@ -263,7 +240,7 @@ def measure(number, arguments):
     slow = time_plain(classifier, replace(experiment, precision="fp32"), token_lists, max_tokens, messages, device)
     classifier = ae.build_classifier(experiment, n_classes=2).to(device)
     ae.optimize_frozen_blocks(classifier)
-    memory = PeakMemory(device)
+    known_above = reset_peak_memory(device)
     fast = time_fast(classifier, experiment, messages, arguments.fast_steps)
 
     needed, plainly = operations(experiment, messages, token_lists, max_tokens, classifier.n_frozen_blocks)
@@ -281,7 +258,7 @@ def measure(number, arguments):
         "fast_tflop": needed / 1e12,
         "peak_gflops": peak / 1e9,
         "share_of_peak": needed / fast / peak,
-        "peak_memory_gb": memory.bytes() / 1e9,
+        "peak_memory_gb": (peak_memory(device, known_above) or float("nan")) / 1e9,
     }
 
 

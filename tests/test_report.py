@@ -68,6 +68,11 @@ def test_runs_from_other_weights_files_are_no_disagreement():
         made_up_record(sha, row=None, weights_sha256=sha, test=Accuracy(n, 300)) for sha, n in (("a", 1), ("b", 2))
     ]
     assert report.one_per_seed(records) == (records, [])
+    lines, _ = report_of(*records)
+    assert [line.split("|")[1:3] for line in lines[-2:]] == [
+        [" last block, last token, weights a ", " 1 "],
+        [" last block, last token, weights b ", " 1 "],
+    ]
 
 
 def test_data_without_labels_has_a_report():
