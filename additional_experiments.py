@@ -41,9 +41,9 @@ from runner.checkpoints import Checkpointer, run_identity
 from runner.console import Console, describe_model, describe_setup, exit_status, prepare_streams
 from runner.dataset import DEFAULT_DATA_DIR, SPLITS
 from runner.devices import describe_device, resolve_device, set_precision
-from runner.features import compute_features, precompute_features, warn_if_memory_is_short
+from runner.features import FrozenFeatures, compute_features, in_memory
 from runner.files import NonFiniteError, UsageError
-from runner.messages import Batch, Messages, Stage, split_into_passes
+from runner.messages import Messages, Stage, cut_and_pad, split_into_passes, tokenize
 from runner.options import DATA, INPUT, MACHINE, MODEL, TRAINING, RunOptions, option
 from runner.parsers import MAX_CONTEXT, number
 from runner.records import Accuracy
@@ -139,9 +139,10 @@ class Experiment:
     features: str = option(
         "auto",
         MACHINE,
-        "where to keep the output of the frozen blocks, which is computed once; auto: the device if it takes half of "
-        "what is free there at most, else host memory likewise, else off: recomputed each time",
-        choices=("auto", "device", "host", "off"),
+        "where to hold the output of the frozen blocks, which is computed once; auto: on the device if it takes half "
+        "of what is free there at most, else in host memory likewise, else on disk likewise, where --feature_cache "
+        "holds it, else off: recomputed each time",
+        choices=("auto", "device", "host", "disk", "off"),
     )
     data_dir: str = option(
         DEFAULT_DATA_DIR,
@@ -192,38 +193,32 @@ def encode(tokenizer, splits, experiment):
     Only the tokens are kept that the classified position can see. Under the causal mask these are the tokens up to
     it: `first` sees one token, `flexible` no pads.
     """
-    # encode_ordinary: "<|endoftext|>" in a message is text like any other
-    encoded = {split: tokenizer.encode_ordinary_batch(list(frame["Text"])) for split, frame in splits.items()}
+    encoded = {split: tokenize(tokenizer, list(frame["Text"])) for split, frame in splits.items()}
     limit = experiment.context_length
     if limit == "model_context_length" or (limit == "longest_training_example" and experiment.no_padding):
         limit = MAX_CONTEXT  # without padding nothing needs to be as long as the longest training message
     elif limit == "longest_training_example":
-        limit = min(max(len(tokens) for tokens in encoded["train"]), MAX_CONTEXT)
-    messages = {split: encode_split(encoded[split], splits[split]["Label"], limit, experiment) for split in splits}
-    longest = max(len(tokens) for split in encoded.values() for tokens in split)
+        _, lengths = encoded["train"]
+        limit = min(int(lengths.max()), MAX_CONTEXT)
+    messages = {split: encode_split(*encoded[split], splits[split]["Label"], limit, experiment) for split in splits}
+    longest = max(int(lengths.max()) for _, lengths in encoded.values())
     return messages, limit, min(longest, limit) if experiment.no_padding else limit
 
 
-def encode_split(token_lists, labels, limit, experiment):
-    """Messages from lists of token ids and labels (n,): cut to `limit`, padded to it, and cut to the visible tokens."""
-    visible, positions = [], []
-    for tokens in token_lists:
-        tokens = tokens[:limit]
-        n_real = len(tokens)
-        if not experiment.no_padding:
-            tokens = tokens + [PAD_TOKEN] * (limit - n_real)
-        match experiment.trainable_token_pos:
-            case "last":
-                position = len(tokens) - 1
-            case "first":
-                position = 0
-            case "flexible":
-                position = n_real - 1
-        n_visible = len(tokens) if experiment.disable_causal_mask else position + 1
-        visible.append(torch.tensor(tokens[:n_visible]))
-        positions.append(position)
-    lengths = torch.tensor([len(tokens) for tokens in visible])
-    return Messages(Stage.TOKEN_IDS, torch.cat(visible), lengths, torch.tensor(positions), torch.tensor(list(labels)))
+def encode_split(token_ids, lengths, labels, limit, experiment):
+    """Messages from what `tokenize` gives, and labels (n,): cut to `limit`, padded to it, cut to what is visible."""
+    n_real = lengths.clamp(max=limit)
+    n_tokens = n_real if experiment.no_padding else torch.full_like(n_real, limit)  # pads included
+    match experiment.trainable_token_pos:
+        case "last":
+            positions = n_tokens - 1
+        case "first":
+            positions = torch.zeros_like(n_tokens)
+        case "flexible":
+            positions = n_real - 1
+    n_visible = n_tokens if experiment.disable_causal_mask else positions + 1
+    visible = cut_and_pad(token_ids, lengths, n_visible, PAD_TOKEN)
+    return Messages(Stage.TOKEN_IDS, visible, n_visible, positions, torch.tensor(labels.to_numpy()))
 
 
 def prepare_data(experiment, quiet=False):
@@ -318,47 +313,57 @@ class Classifier(nn.Module):
             return Stage.STANDARDIZED
         return Stage.HIDDEN_STATES
 
+    @property
+    def n_full_blocks(self):
+        """How many of the frozen blocks run at all positions: all, but for the last of the model with one query."""
+        is_one_query = self.n_frozen_blocks == len(self.gpt.trf_blocks) and not self.average
+        return self.n_frozen_blocks - is_one_query
+
     def forward(self, batch):
         """A Batch to logits (B, K)."""
         return self.trained_part(self.frozen_part(batch))
 
     @torch.no_grad()
     def frozen_part(self, batch):
-        """A Batch of token ids to one at `feature_stage`; a Batch that is there already is returned as it is."""
+        """A Batch, however far it is, to one at `feature_stage`; one that is there already is returned as it is."""
         stage = self.feature_stage
-        if batch.stage is stage:
+        if batch.stage is stage and batch.n_blocks == self.n_frozen_blocks:
             return batch
-        with self.autocast():
-            x = self.gpt.embed(batch.x)  # (B, T, D)
-            x = self.gpt.blocks(x, 0, self.n_frozen_blocks, batch.key_mask, self.query_positions(batch))
+        batch = self.run_blocks(batch, self.n_frozen_blocks)
         match stage:
             case Stage.HIDDEN_STATES:
-                return replace(batch, stage=stage, x=x)
+                return batch
             case Stage.STANDARDIZED:
-                residual = select_positions(x, batch.positions)  # (B, 1, D)
+                residual = select_positions(batch.x, batch.positions)  # (B, 1, D)
                 # The standardized input goes into products only, so with bf16 it may be kept in bfloat16.
-                x_hat = self.gpt.trf_blocks[-1].standardize(x).to(torch.bfloat16 if self.bf16 else x.dtype)
+                x_hat = self.gpt.trf_blocks[-1].standardize(batch.x).to(torch.bfloat16 if self.bf16 else batch.x.dtype)
                 return replace(batch, stage=stage, x=x_hat, residual=residual)
             case Stage.HEAD_INPUT:
-                return Batch(stage, self.pool(x, batch), torch.zeros_like(batch.positions), key_mask=None)
+                positions = torch.zeros_like(batch.positions)
+                return replace(batch, stage=stage, x=self.pool(batch.x, batch), positions=positions, key_mask=None)
 
     def trained_part(self, batch):
         """A Batch at `feature_stage` to logits (B, K), the head in full precision."""
-        x = batch.x
-        if batch.stage is not Stage.HEAD_INPUT:
-            with self.autocast():
-                if batch.stage is Stage.STANDARDIZED:
-                    x = self.gpt.trf_blocks[-1].forward_normalized(batch.residual, x, batch.key_mask)
-                else:
-                    x = self.gpt.embed(x) if batch.stage is Stage.TOKEN_IDS else x
-                    end = len(self.gpt.trf_blocks)
-                    x = self.gpt.blocks(x, self.n_frozen_blocks, end, batch.key_mask, self.query_positions(batch))
-            x = self.pool(x, batch)
-        return self.out_head(x.squeeze(1))
+        match batch.stage:
+            case Stage.HEAD_INPUT:
+                return self.out_head(batch.x.squeeze(1))
+            case Stage.STANDARDIZED:
+                with self.autocast():
+                    x = self.gpt.trf_blocks[-1].forward_normalized(batch.residual, batch.x, batch.key_mask)
+            case _:
+                x = self.run_blocks(batch, len(self.gpt.trf_blocks)).x
+        return self.out_head(self.pool(x, batch).squeeze(1))
 
-    def query_positions(self, batch):
-        """The one position (B,) whose output the last block is asked for; None: all, for their mean."""
-        return None if self.average else batch.positions
+    def run_blocks(self, batch, end):
+        """A Batch of token ids or hidden states to the hidden states after `end` blocks.
+
+        The model's very last block is asked for one position, unless the mean over all is wanted.
+        """
+        query_positions = None if self.average else batch.positions
+        with self.autocast():
+            x = self.gpt.embed(batch.x) if batch.stage is Stage.TOKEN_IDS else batch.x
+            x = self.gpt.blocks(x, batch.n_blocks, end, batch.key_mask, query_positions)
+        return replace(batch, stage=Stage.HIDDEN_STATES, x=x, n_blocks=end)
 
     def pool(self, x, batch):
         """What the last block gave, (B, 1, D) or for the mean (B, T, D), to the head's input (B, 1, D)."""
@@ -655,24 +660,21 @@ def run(experiment, run_options=None):
     device = resolve_device(experiment.device)
     set_precision(experiment.precision, device)
     weights = find_weights(experiment.weights, experiment.model_size)
+    features = FrozenFeatures(experiment, run_options, weights, console)
     data = prepare_data(experiment, console.quiet)
     console.info(describe_setup(experiment, data, device))
     with Checkpointer(run_options, run_identity(experiment, data, weights, device), console) as checkpointer:
         with torch.device("meta"):
             sizes = optimize_frozen_blocks(build_classifier(experiment, len(data.class_names)))
-        warn_if_memory_is_short(sizes, data.messages, experiment.features, device, console)
+        features.warn_if_memory_is_short(sizes, data.messages, device)
         weights.open(console.quiet)
 
         finished = checkpointer.checkpoint.finished[: run_options.repeats]
         for record in finished:
             publish_again(record, experiment, run_options, data, weights, checkpointer, console)
-        inputs = None
         for seed in range(experiment.seed + len(finished), experiment.seed + run_options.repeats):
-            if weights.is_random:  # they change with the seed, and the features with them
-                inputs = None
             with_seed = replace(experiment, seed=seed)
-            record, inputs = run_seed(with_seed, run_options, data, weights, inputs, device, checkpointer, console)
-            finished.append(record)
+            finished.append(run_seed(with_seed, run_options, data, weights, features, device, checkpointer, console))
     outputs.publish_all(finished, run_options, data, ROWS, DEFAULTS, console)
     console.close()
     return finished
@@ -690,21 +692,16 @@ def publish_again(record, experiment, run_options, data, weights, checkpointer, 
     outputs.publish(record, experiment, run_options, data, base, parameters, ROWS, DEFAULTS, console)
 
 
-def run_seed(experiment, run_options, data, weights, inputs, device, checkpointer, console):
-    """One seed from its weights to its printed row: (Record, inputs).
-
-    `inputs` are the Messages of each split with their frozen features, as an earlier seed with the same weights
-    returned them; None: still to be computed.
-    """
+def run_seed(experiment, run_options, data, weights, features, device, checkpointer, console):
+    """One seed from its weights to its printed row: its Record."""
     usage = Usage(device)
     classifier = build_classifier(experiment, len(data.class_names), weights.tensors)
     base = (weights.sha256 or saved_models.frozen_sha256(classifier)) if run_options.save_model else None
     optimize_frozen_blocks(classifier.to(device))
     console.info(describe_model(experiment, classifier))
     state = make_training_state(classifier, experiment, usage)
-    if inputs is None:
-        inputs = precompute_features(classifier, data.messages, experiment.features, console)
-    is_kept = inputs["train"].stage is classifier.feature_stage
+    inputs = features.of(classifier, data.messages, experiment.seed)
+    is_kept = inputs["train"].stage is not Stage.TOKEN_IDS
     checkpointer.set_environment(
         dict(device=describe_device(device), PyTorch=torch.__version__, features="kept" if is_kept else "recomputed")
     )
@@ -715,7 +712,7 @@ def run_seed(experiment, run_options, data, weights, inputs, device, checkpointe
     record = records.make_record(run_id, row, name, experiment, data, weights, accuracies, minutes, state)
     outputs.publish(record, experiment, run_options, data, base, state.parameters, ROWS, DEFAULTS, console)
     checkpointer.finish(record, state.parameters)
-    return record, inputs
+    return record
 
 
 # --- using a trained classifier ---
@@ -746,7 +743,7 @@ def predict_texts(classifier, experiment, texts):
     frame = pd.DataFrame(dict(Text=texts, Label=0))
     messages = encode(load_vocabulary(), {"texts": frame}, experiment)[0]["texts"]
     if classifier.n_frozen_blocks > 0:
-        messages = compute_features(classifier, messages, classifier.device)
+        messages = compute_features(classifier, messages, classifier.frozen_part, in_memory(classifier.device))
     return predict(classifier, messages, torch.arange(len(messages)))
 
 

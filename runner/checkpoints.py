@@ -8,10 +8,11 @@ from pathlib import Path
 
 import torch
 
-from .files import FileError, NonFiniteError, UsageError, read_tensors, require_finite, write_tensors
-from .locks import LockFile
+from .files import FileError, NonFiniteError, UsageError, require_finite
+from .locks import LockFile, lock_path
 from .records import Record
 from .signals import DeferredSignals
+from .tensor_files import read_tensors, write_tensors
 
 KIND, VERSION = "checkpoint", 2
 
@@ -84,12 +85,6 @@ class Checkpoint:
     def from_dict(cls, content):
         """What `to_dict` gave, also after it was written and read."""
         return cls(**content | dict(finished=[Record.from_dict(record) for record in content["finished"]]))
-
-
-def lock_path(path):
-    """The lock of a checkpoint, whatever links lead to it: `.NAME.lock` next to it."""
-    path = Path(path).resolve()
-    return path.with_name(f".{path.name}.lock")
 
 
 class Checkpointer:

@@ -4,10 +4,12 @@ import csv
 import hashlib
 import json
 import re
+from array import array
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 import gpt_download
@@ -23,6 +25,7 @@ DATASET_NAMES = {
 }
 
 DEFAULT_DATA_DIR = "sms_spam_collection"
+FEATURES = "features"  # in that folder: what earlier runs have kept
 
 # Of the splits of the collection as they are written to --data_dir; other files are the user's own data.
 UCI_SPLITS_SHA256 = {
@@ -84,6 +87,7 @@ def check_data_dir(data_dir, paths):
         return
     ours = {*(path.name for path in paths.values()), *gpt_download.COLLECTION_NAMES}
     names = {path.name for path in data_dir.iterdir() if not path.name.startswith(".") and path.suffix != ".part"}
+    names -= {FEATURES}
     if names and not names & ours:
         raise UsageError(f"--data_dir {data_dir} holds neither the three files nor the collection; {advice}")
 
@@ -138,58 +142,70 @@ def read_labelled_csv(path):
     Raises UsageError that names file and line. (Not pandas: it takes a message "NA" for a missing one, and knows
     no line numbers.)
     """
-    records = []
+    labels, texts, lines = array("q"), [], array("q")
     csv.field_size_limit(2**31 - 1)
     if Path(path).exists() and not Path(path).is_file():  # a pipe would be waited for
         raise UsageError(f"{path}: not a regular file")
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, strict=True)
-            if reader.fieldnames is None:
-                raise UsageError(f"{path}: the file is empty")
-            for column in reader.fieldnames:
-                if reader.fieldnames.count(column) > 1:
-                    raise UsageError(f"{path}: there are {reader.fieldnames.count(column)} columns {column}")
-            for column in ("Label", "Text"):
-                if column not in reader.fieldnames:
-                    columns = ", ".join(reader.fieldnames)
-                    raise UsageError(f"{path}: column {column} is missing; the columns are {columns}")
-            for record in reader:
-                if problem := problem_of(record):
+            reader = csv.reader(file, strict=True)
+            columns = next(reader, None)
+            check_columns(path, columns)
+            label_at, text_at = columns.index("Label"), columns.index("Text")
+            for fields in reader:
+                if not fields:  # an empty line
+                    continue
+                if len(fields) < len(columns):
+                    fields += [""] * (len(columns) - len(fields))
+                label, text = fields[label_at], fields[text_at]
+                if problem := problem_of(label, text, len(fields) > len(columns)):
                     raise UsageError(f"{path}, line {reader.line_num}: {problem}")
-                records.append((int(record["Label"]), record["Text"], reader.line_num))
+                labels.append(int(label))
+                texts.append(text)
+                lines.append(reader.line_num)
     except UnicodeDecodeError as error:
         raise UsageError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
     except csv.Error as error:
         raise UsageError(f"{path}, line {reader.line_num}: {error}") from None
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}") from None
-    if not records:
+    if not texts:
         raise UsageError(f"{path}: no messages below the header")
-    return pd.DataFrame(records, columns=["Label", "Text", "line"])
+    return pd.DataFrame({"Label": np.asarray(labels), "Text": texts, "line": np.asarray(lines)})
+
+
+def check_columns(path, columns):
+    """Raises UsageError for a header, a list of names or None, without the columns that are read."""
+    if columns is None:
+        raise UsageError(f"{path}: the file is empty")
+    for column in columns:
+        if columns.count(column) > 1:
+            raise UsageError(f"{path}: there are {columns.count(column)} columns {column}")
+    for column in ("Label", "Text"):
+        if column not in columns:
+            raise UsageError(f"{path}: column {column} is missing; the columns are {', '.join(columns)}")
 
 
 MAX_DIGITS = 18  # of a label: what is longer does not fit PyTorch's integers
 MAX_SPACES = 100_000  # or other whitespace, in a row; the tokenizer fails somewhere above 300,000
 
 
-def problem_of(record):
-    """Why a row of a CSV file, as csv.DictReader gives it, is no labelled message; None if it is one."""
-    label, text = record["Label"] or "", record["Text"] or ""
+def problem_of(label, text, is_longer):
+    """Why a row of a CSV file, longer than its header or not, is no labelled message; None if it is one."""
     if not re.fullmatch(r"\s*-?\d+\s*", label):
         return f'label "{label[:50]}" is not a whole number'
     if len(label.strip()) > MAX_DIGITS:
         return f"a label of {len(label.strip())} digits is too large"
     if not text.strip():
         return "the text is empty"
-    if None in record:
+    if is_longer:
         return "more fields than columns; a text with a comma needs quotes"
     return problem_of_text(text)
 
 
 def problem_of_text(text):
     """Why the tokenizer cannot take a message; None if it can."""
-    if re.search("[\ud800-\udfff]", text):  # how Python shows what it could not decode
+    if not text.isascii() and re.search("[\ud800-\udfff]", text):  # how Python shows what it could not decode
         return "not UTF-8 text"
     if len(text) > MAX_SPACES and re.search(rf"\s{{{MAX_SPACES + 1}}}", text):
         return f"the text has more than {MAX_SPACES:,} whitespace characters in a row"
@@ -212,7 +228,7 @@ def count_classes(splits, ignore_index, data_dir):
     train = labels["train"]
     if (train == ignore_index).all():
         raise UsageError(f"every training label is the ignored one, {ignore_index}: nothing to learn from")
-    classes = sorted(set(train[~unlabelled["train"]]))
+    classes = sorted(train[~unlabelled["train"]].unique().tolist())
     if classes[0] != 0:
         problem = f"but labels start at 0; the training file's start at {classes[0]}"
         refuse_label(splits, "train", data_dir, train == classes[0], problem)

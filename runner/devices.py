@@ -34,6 +34,14 @@ def describe_device(device):
             return f"CPU, {torch.get_num_threads()} threads"
 
 
+def describe_processor():
+    """The processor and the instructions that PyTorch uses: on others, the last digits of a product differ."""
+    model = platform.processor()
+    with suppress(OSError, TypeError):  # Linux
+        model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
+    return f"{platform.machine()}, {model}, {torch.backends.cpu.get_cpu_capability()}"
+
+
 def set_precision(precision, device):
     """Allow or forbid TF32 in float32 products. Raises UsageError for `tf32` on a device without it."""
     if precision == "tf32" and device.type != "cuda":

@@ -1,4 +1,4 @@
-"""Errors that a user sees, checksums, atomic writes, files of tensors.
+"""Errors that a user sees, checksums, atomic writes.
 
 The lowest module of the project: it imports no other.
 """
@@ -17,8 +17,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 # --- errors that a user sees, as one line and without a traceback ---
 
@@ -85,7 +83,7 @@ def atomic_write(path):
     path = Path(path).resolve()  # of a link the file that it points to is replaced
     if path.exists() and not path.is_file():
         raise OSError(errno.EINVAL, "not a regular file")
-    remove_left_overs(path)
+    remove_left_overs(path.parent, path.name)
     folder = path.with_name(f"{path.name}.{host_name()}.{os.getpid()}.{secrets.token_hex(4)}.part")
     try:
         folder.mkdir()
@@ -108,12 +106,13 @@ def atomic_write(path):
 LEFT_OVER_AFTER = 24 * 3600  # seconds after which no writer can still be at work
 
 
-def remove_left_overs(path):
-    """Remove the folders that killed writers of `path` left: those of this host, and those that are a day old.
+def remove_left_overs(parent, name=None):
+    """Remove the folders that killed writers of `name` in a folder left, or of any name: those of this host, and those
+    that are a day old.
 
     A process number means nothing on another host, nor in another container of this one.
     """
-    for folder in path.parent.glob(f"{glob.escape(path.name)}.*.part"):
+    for folder in parent.glob(f"{'*' if name is None else glob.escape(name)}.*.part"):
         if not re.search(r"\.\d+(\.[0-9a-f]{8})?\.part$", folder.name):
             continue  # somebody else's
         *_, host, process_number, _ = ["", "", *folder.name.removesuffix(".part").split(".")]
@@ -167,41 +166,3 @@ def append_bytes(descriptor, content, size):
         with suppress(OSError):
             os.ftruncate(descriptor, size)
         raise
-
-
-# --- files of tensors: checkpoints and saved classifiers ---
-
-
-def write_tensors(path, kind, version, description, tensors):
-    """Write named tensors and a description (anything JSON can hold) as a .safetensors file, whole or not at all.
-
-    `kind` says what the file is, `version` the version of that kind's format. Raises OSError.
-    """
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    metadata = dict(kind=kind, format=str(version), description=json.dumps(description))
-    metadata["sha256"] = sha256_of_tensors(tensors, *metadata.values())
-    with atomic_write(path) as temporary:
-        try:
-            save_file(tensors, temporary, metadata)
-        except SafetensorError as error:  # raised for a full disk and the like
-            raise OSError(str(error)) from error
-
-
-def read_tensors(path, kind, version):
-    """(description, tensors) of a file that `write_tensors` wrote. Nothing in it can run code.
-
-    Raises FileError for a file that is damaged, of another kind or of another version of the format.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except (SafetensorError, OSError) as error:
-        raise FileError(f"{path} cannot be read as a {kind}: {error}") from None
-    if metadata.get("kind") != kind:
-        raise FileError(f"{path} is not a {kind} of this program")
-    if metadata.get("format") != str(version):
-        raise FileError(f"{path} is a {kind} in format {metadata.get('format')}; this program reads format {version}")
-    if sha256_of_tensors(tensors, kind, str(version), metadata.get("description")) != metadata.get("sha256"):
-        raise FileError(f"{path} is damaged: its SHA-256 differs from the one that it was written with")
-    return json.loads(metadata["description"]), tensors

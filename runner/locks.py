@@ -16,14 +16,16 @@ except ImportError:  # Windows
 NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)  # what file systems without locks answer
 
 
-def try_lock(file, wait):
-    """Take an exclusive lock on an open file, which ends with the process, however that ends.
+def try_lock(file, wait, shared=False):
+    """Take a lock on an open file, exclusive or `shared`, which ends with the process, however that ends.
 
     Returns whether the file system knows locks. Raises BlockingIOError where another process has it and not `wait`.
     """
+    if shared and not fcntl:  # Windows removes no file that is open, which is all that readers ask for
+        return False
     try:
         if fcntl:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
         else:
             file.seek(0)
             msvcrt.locking(file.fileno(), msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)
@@ -54,6 +56,12 @@ def locked(file):
     finally:
         if is_locked:
             unlock(file)
+
+
+def lock_path(path):
+    """The lock of whoever writes `path`, whatever links lead to it: `.NAME.lock` next to it."""
+    path = Path(path).resolve()
+    return path.with_name(f".{path.name}.lock")
 
 
 class LockFile:

@@ -6,6 +6,7 @@ In the shapes B is messages in a batch, T tokens in a message, D the embedding w
 from dataclasses import dataclass
 from enum import Enum
 
+import numpy as np
 import torch
 
 
@@ -27,6 +28,7 @@ class Batch:
     positions: torch.Tensor  # (B,) the position that is classified, or the last one that is averaged over
     key_mask: torch.Tensor | None  # (B, 1, 1, T) True where there is something to attend to; None: everywhere
     residual: torch.Tensor | None = None  # (B, 1, D) with standardized x: the hidden states at `positions`
+    n_blocks: int = 0  # that x has been through
 
 
 @dataclass
@@ -34,11 +36,12 @@ class Messages:
     """The n messages of a split, of unequal lengths, concatenated."""
 
     stage: Stage
-    x: torch.Tensor  # (N,) token ids, or (N, D) what the frozen blocks made of them
+    x: torch.Tensor  # (N,) token ids, or (N, D) what the frozen blocks made of them, perhaps as FileRows
     lengths: torch.Tensor  # (n,) tokens of each message in x
     positions: torch.Tensor  # (n,) as in Batch
     labels: torch.Tensor  # (n,)
     residual: torch.Tensor | None = None  # (n, D) as in Batch
+    n_blocks: int = 0  # as in Batch
 
     def __post_init__(self):
         self.starts = self.lengths.cumsum(0) - self.lengths
@@ -64,8 +67,56 @@ class Messages:
             self.positions[indices].to(device),
             None if is_real.all() else is_real[:, None, None].to(device),
             None if self.residual is None else self.residual[indices.to(self.x.device), None].to(device),
+            self.n_blocks,
         )
 
+
+# --- from texts to tokens ---
+
+TEXTS_PER_CALL = 1000
+
+
+def tokenize(tokenizer, texts):
+    """The token ids of n texts, one after the other (N,), and how many each has (n,).
+
+    Many texts are one call of the tokenizer, which splits them at a special token; and there is no Python object for
+    each token.
+    """
+    separator, separator_id = tokenizer.decode([tokenizer.eot_token]), tokenizer.eot_token
+    parts = []
+    for start in range(0, len(texts), TEXTS_PER_CALL):
+        chunk = texts[start : start + TEXTS_PER_CALL]
+        joined = separator.join(chunk)
+        if joined.count(separator) < len(chunk):
+            parts.append(tokenizer.encode_to_numpy(joined, allowed_special={separator}))
+            parts.append([separator_id])
+        else:  # in a message it is text like any other
+            for text in chunk:
+                parts.append(tokenizer.encode_ordinary(text))
+                parts.append([separator_id])
+    token_ids = torch.cat([torch.from_numpy(np.asarray(part, dtype=np.int32)) for part in parts])
+    is_separator = token_ids == separator_id
+    ends = is_separator.nonzero().flatten()
+    return token_ids[~is_separator], ends.diff(prepend=torch.tensor([-1])) - 1
+
+
+def cut_and_pad(x, lengths, new_lengths, pad):
+    """n messages of these lengths (n,), one after the other in x (N,), cut or padded to their `new_lengths` (n,).
+
+    Where one is padded, all new lengths must be the same.
+    """
+    n_kept = lengths.minimum(new_lengths)
+    if not n_kept.equal(lengths):
+        offsets = torch.arange(len(x)) - (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
+        x = x[offsets < n_kept.repeat_interleave(lengths)]
+    if n_kept.equal(new_lengths):
+        return x
+    length = int(new_lengths[0])
+    padded = torch.full((len(lengths), length), pad, dtype=x.dtype)
+    return padded.masked_scatter_(torch.arange(length) < n_kept[:, None], x).flatten()
+
+
+# --- passes ---
 
 # Tokens in a forward pass without gradients: enough to keep the device busy; more cost memory and gain nothing.
 TOKENS_PER_PASS = {"cpu": 1024, "mps": 4096, "cuda": 16384}

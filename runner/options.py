@@ -53,6 +53,16 @@ class RunOptions:
         metavar="FILE",
     )
     report_plot: str | None = option(None, RESULTS, "with --report: draw it too", type=image, metavar="FILE")
+    feature_cache: str | None = option(
+        None,
+        MACHINE,
+        "folder in which hidden states after the frozen blocks are kept for later runs (default: features in "
+        '--data_dir); "" for none; to empty it, delete it',
+        metavar="DIR",
+    )
+    feature_cache_gb: float = option(
+        5.0, MACHINE, "what that folder may hold, in GB; the least recently used go first", type=number(float, above=0)
+    )
     checkpoint: str | None = option(
         None,
         INTERRUPTION,
@@ -94,6 +104,8 @@ class RunOptions:
 
     def check_paths(self):
         """Each file that is to be written or read has a name of its own, in a folder that exists."""
+        if self.feature_cache and Path(self.feature_cache).exists() and not Path(self.feature_cache).is_dir():
+            raise UsageError(f"--feature_cache {self.feature_cache} is not a folder")
         names = {}
         for name in ("report", "plot", "report_plot", "checkpoint", "save_model", "load_model", "results_file"):
             if (path := getattr(self, name)) is None:

@@ -10,7 +10,8 @@ import torch
 
 from .dataset import problem_of_text
 from .devices import resolve_device
-from .files import FileError, NonFiniteError, UsageError, read_tensors, require_finite, sha256_of_tensors, write_tensors
+from .files import FileError, NonFiniteError, UsageError, require_finite, sha256_of_tensors
+from .tensor_files import read_tensors, write_tensors
 
 KIND, VERSION = "saved classifier", 1
 

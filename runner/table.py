@@ -44,15 +44,19 @@ def row_number(experiment, data, weights, rows):
 
 def describe_configuration(experiment, data):
     """What differs from row 1, in words, whatever the seed and the machine; the user's own data are told apart."""
-    options = {
-        setting.name: getattr(experiment, setting.name)
-        for setting in fields(experiment)
-        if setting.name not in FREE_OPTIONS and getattr(experiment, setting.name) != setting.default
-    }
+    options = changed_options(experiment)
+    options = {name: value for name, value in options.items() if name not in FREE_OPTIONS}
     return describe_settings(options) + (f", own data {data.sha256[:8]}" if data.name == "own" else "")
 
 
 # --- settings as text ---
+
+
+def changed_options(experiment):
+    """The options of an experiment that are not the default, {name: value}."""
+    values = {setting.name: (getattr(experiment, setting.name), setting.default) for setting in fields(experiment)}
+    return {name: value for name, (value, default) in values.items() if value != default}
+
 
 # Settings whose value needs a label.
 DESCRIPTIONS = {

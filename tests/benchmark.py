@@ -8,11 +8,17 @@ messages and their evaluation. What is extrapolated is marked with ~.
 Floating-point operations are those of the matrix products: of the plain path all that it does, of the fast path
 what the loss needs. The share is the fast path's operations per second over the machine's own float32 product peak
 (with bf16: bfloat16), measured just before. No number of this file is asserted by a test.
+
+With --sitting, whole commands run one after the other, each row without a cache of frozen features and with one that
+is empty at first, and the first row with it once more at the end.
 """
 
 import argparse
 import json
+import re
+import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -25,11 +31,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import plain
 
 import additional_experiments as ae
+from gpt_download import Weights
 from runner import dataset
 from runner.checkpoints import Checkpointer
 from runner.console import Console
 from runner.devices import describe_device, peak_memory, reset_peak_memory, resolve_device, set_precision
-from runner.features import precompute_features
+from runner.features import FrozenFeatures
 
 PLAIN_STEPS, PLAIN_EVALUATIONS = 3, 4
 
@@ -174,12 +181,20 @@ class StandardError(Console):
         print(f"    {line}", file=sys.stderr, flush=True)
 
 
+def compute_features(classifier, messages, experiment, console):
+    """The frozen features, which an earlier run has not kept."""
+    frozen = FrozenFeatures(
+        experiment, ae.RunOptions(feature_cache=""), Weights(experiment.model_size, "random"), console
+    )
+    return frozen.of(classifier, messages, experiment.seed)
+
+
 def time_fast(classifier, experiment, messages, fast_steps):
     """Seconds of a whole fast run: all of it, or extrapolated from `fast_steps` training steps and their messages."""
     device, console = classifier.device, StandardError()
 
     def whole_run():
-        inputs = precompute_features(classifier, messages, experiment.features, console)
+        inputs = compute_features(classifier, messages, experiment, console)
         state = ae.make_training_state(classifier, experiment)
         ae.fine_tune(classifier, inputs, experiment, state, Checkpointer(ae.RunOptions()), console)
 
@@ -192,7 +207,7 @@ def time_fast(classifier, experiment, messages, fast_steps):
     tokens = [sum(int(split.lengths.sum()) for split in splits.values()) for splits in (messages, part)]
     synchronize(device)
     start = time.perf_counter()
-    part = precompute_features(classifier, part, experiment.features, console)
+    part = compute_features(classifier, part, experiment, console)
     synchronize(device)
     feature_seconds = (time.perf_counter() - start) * tokens[0] / tokens[1] if classifier.n_frozen_blocks else 0.0
 
@@ -262,6 +277,33 @@ def measure(number, arguments):
     }
 
 
+# --- the table in one sitting ---
+
+
+def sitting(rows, arguments):
+    """Print the seconds of whole commands without and with a cache, and what became of the frozen features."""
+    given = [f"--{name}={getattr(arguments, name)}" for name in ("device", "precision", "data_dir", "features")]
+    given += [f"--model_size={arguments.model_size}"] if arguments.model_size else []
+    given += [*arguments.options.split(), "--weights=random", "--results_file="]
+    print("| row | without s | with s | peak GFLOP/s | |\n| --- | --- | --- | --- | --- |")
+    totals = [0.0, 0.0]
+    with tempfile.TemporaryDirectory() as cache:
+        for number, caches in [*((row, ("", cache)) for row in rows), (rows[0], (cache,))]:
+            peak = product_peak(resolve_device(arguments.device), arguments.precision)
+            taken = []
+            for folder in caches:
+                start = time.perf_counter()
+                command = [sys.executable, ae.__file__, f"--row={number}", f"--feature_cache={folder}", *given]
+                out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+                taken.append(time.perf_counter() - start)
+            told = re.search(r"tokens, (.*)", out)[1].replace(f"{cache}/", "")
+            if len(taken) == 2:
+                totals = [total + one for total, one in zip(totals, taken, strict=True)]
+            cells = ["-"] * (2 - len(taken)) + [f"{one:.1f}" for one in taken]
+            print(f"| {number} | {' | '.join(cells)} | {peak / 1e9:.0f} | {told} |", flush=True)
+    print(f"| all | {totals[0]:.1f} | {totals[1]:.1f} | | {totals[0] / totals[1]:.2f} times |")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", default="1", help="row numbers with commas between them (default: 1)")
@@ -269,12 +311,16 @@ def main():
     parser.add_argument("--options", default="", help="further options of the program, in one string, for every row")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16", "tf32"))
-    parser.add_argument("--features", default="auto", choices=("auto", "device", "host", "off"))
+    parser.add_argument("--features", default="auto", choices=("auto", "device", "host", "disk", "off"))
     parser.add_argument("--dataset", default="uci", choices=("uci", "sample"))
     parser.add_argument("--data_dir", default="sms_spam_collection")
     parser.add_argument("--fast_steps", type=int, help="extrapolate the fast path too, from this many training steps")
+    parser.add_argument("--sitting", action="store_true", help="whole commands, without and with a cache of features")
     parser.add_argument("--json", type=Path, help="write the figures to this file as well")
     arguments = parser.parse_args()
+    if arguments.sitting:
+        sitting([int(number) for number in arguments.rows.split(",")], arguments)
+        return
 
     columns = [
         "row",

@@ -18,7 +18,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import additional_experiments as ae
 import gpt_download
 from additional_experiments import ROWS, build_classifier, main, parse_args
-from previous_chapters import THIRD_OF_C_ATTN, checkpoint_name
+from previous_chapters import THIRD_OF_C_ATTN, TransformerBlock, checkpoint_name
 from runner import dataset, features
 from runner.files import sha256_of
 from runner.records import mean_and_deviation
@@ -195,8 +195,10 @@ def test_memory_that_cannot_be_enough_is_told_item_by_item(nano, monkeypatch, ca
 def test_repeats_share_what_does_not_depend_on_the_seed(options, tmp_path, monkeypatch, capfd):
     options[options.index("random")] = save_random_weights(tmp_path / "weights", emb_dim=16)
     blocks = []
-    forward = ae.GPTModel.blocks
-    monkeypatch.setattr(ae.GPTModel, "blocks", lambda self, x, *rest: blocks.append(len(x)) or forward(self, x, *rest))
+    forward = TransformerBlock.forward
+    monkeypatch.setattr(
+        TransformerBlock, "forward", lambda self, x, *rest: blocks.append(len(x)) or forward(self, x, *rest)
+    )
 
     alone = []
     for seed in range(123, 128):
@@ -204,7 +206,7 @@ def test_repeats_share_what_does_not_depend_on_the_seed(options, tmp_path, monke
         assert ae.main([*options, "--seed", str(seed)]) == 0
         alone.append(records_in()[-1])
     of_one_run = list(blocks)
-    assert sum(of_one_run) == 69  # messages, each once
+    assert sum(of_one_run) == 3 * 69  # frozen blocks and messages, each once
     Path("results.csv").unlink()
     capfd.readouterr()
 

@@ -26,6 +26,7 @@ from runner import checkpoints, features, locks, outputs, training_state
 from runner.files import FileError, NonFiniteError
 from runner.locks import LockFile
 from runner.signals import DeferredSignals
+from runner.tensor_files import read_tensors
 from runner.training_state import TrainingState
 
 CONFIGURATIONS = {
@@ -431,7 +432,7 @@ def test_further_signals_lose_nothing(options, monkeypatch, capfd):
             assert ae.main([*options, "--restart"]) == 143
         assert capfd.readouterr().err.startswith("interrupted; the same command without --restart resumes")
         assert [signal.getsignal(number) for number in DeferredSignals.NUMBERS] == before
-        tree = checkpoints.unflatten(checkpoints.read_tensors("run.ckpt", checkpoints.KIND, checkpoints.VERSION)[0])
+        tree = checkpoints.unflatten(read_tensors("run.ckpt", checkpoints.KIND, checkpoints.VERSION)[0])
         assert tree["content"]["training_state"]["batches_done"] == 19
 
 
@@ -554,14 +555,14 @@ def test_a_loss_that_is_not_finite_ends_the_run(options, capfd, layers):
     assert err.endswith("Try: a smaller --learning_rate; --precision fp32\n") and "Test accuracy" not in out
     assert not Path("results.csv").exists() and not Path("trained.safetensors").exists()
     if Path("run.ckpt").exists():
-        _, tensors = checkpoints.read_tensors("run.ckpt", checkpoints.KIND, checkpoints.VERSION)
+        _, tensors = read_tensors("run.ckpt", checkpoints.KIND, checkpoints.VERSION)
         assert all(tensor.isfinite().all() for name, tensor in tensors.items() if "parameters" in name)
 
 
 @pytest.mark.parametrize("value", [float("nan"), 3e38])
 def test_the_checkpoint_before_it_is_kept(interrupted, monkeypatch, capfd, value):
     """Not overwritten, neither with values that are not finite nor with values that lead to them again."""
-    before = checkpoints.read_tensors("run.ckpt", checkpoints.KIND, checkpoints.VERSION)[1]
+    before = read_tensors("run.ckpt", checkpoints.KIND, checkpoints.VERSION)[1]
     step, calls = torch.optim.AdamW.step, []
 
     def diverge(optimizer, *arguments):
@@ -575,7 +576,7 @@ def test_the_checkpoint_before_it_is_kept(interrupted, monkeypatch, capfd, value
         patch.setattr(torch.optim.AdamW, "step", diverge)
         assert ae.main(interrupted) == 1
     assert "error: training diverged, at step 000054: a training loss is not finite\n" in capfd.readouterr().err
-    after = checkpoints.read_tensors("run.ckpt", checkpoints.KIND, checkpoints.VERSION)[1]
+    after = read_tensors("run.ckpt", checkpoints.KIND, checkpoints.VERSION)[1]
     assert all(before[name].equal(after[name]) for name in before) and not Path("results.csv").exists()
     assert ae.main(interrupted) == 0
 

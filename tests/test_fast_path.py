@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pandas as pd
 import plain
 import pytest
@@ -27,10 +28,17 @@ def tiny_models(monkeypatch):
 
 
 class Tokenizer:
-    """Texts are lists of token ids in disguise, so that hypothesis chooses the ids."""
+    """Texts are token ids in disguise, so that hypothesis chooses the ids."""
 
-    def encode_ordinary_batch(self, texts):
-        return texts
+    eot_token = ae.PAD_TOKEN
+
+    def decode(self, token_ids):
+        return " ".join(map(str, token_ids))
+
+    def encode_to_numpy(self, text, allowed_special):
+        return np.array(
+            [int(word) for word in text.replace(self.decode([self.eot_token]), f" {self.eot_token} ").split()]
+        )
 
 
 @st.composite
@@ -54,7 +62,7 @@ def experiments(draw):
     )
 
 
-token_lists = st.lists(st.lists(st.integers(0, 50256), min_size=1, max_size=12), min_size=2, max_size=7)
+token_lists = st.lists(st.lists(st.integers(0, 9999), min_size=1, max_size=12), min_size=2, max_size=7)
 
 
 def prepared(experiment, tokens):
@@ -66,8 +74,9 @@ def prepared(experiment, tokens):
     for name, parameter in classifier.named_parameters():
         if name.endswith(".B") or "norm" in name:
             parameter.data += torch.randn_like(parameter)
-    frames = {"train": {"Text": tokens, "Label": torch.arange(len(tokens)) % 3}}
-    messages, limit, _ = ae.encode(Tokenizer(), frames, experiment)
+    tokenizer = Tokenizer()
+    frame = pd.DataFrame({"Text": map(tokenizer.decode, tokens), "Label": [i % 3 for i in range(len(tokens))]})
+    messages, limit, _ = ae.encode(tokenizer, {"train": frame}, experiment)
     return classifier, messages["train"], limit
 
 
@@ -92,7 +101,7 @@ def test_logits_loss_and_gradients_equal_the_plain_path(experiment, tokens, orde
 
     ae.optimize_frozen_blocks(classifier)
     if kept and classifier.n_frozen_blocks:
-        messages = features.compute_features(classifier, messages, CPU)
+        messages = features.compute_features(classifier, messages, classifier.frozen_part, features.in_memory(CPU))
     logits = classifier(messages.batch(indices, CPU))
     torch.testing.assert_close(logits, expected, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(ae.predict(classifier, messages, indices), expected, rtol=1e-9, atol=1e-9)
@@ -166,9 +175,11 @@ def test_features_go_where_there_is_room(monkeypatch):
     free = {gpu: 1000, cpu: 3000}
     monkeypatch.setattr(features, "free_memory", lambda device: free[device])
     placements = [features.choose_placement("auto", size, gpu) for size in (500, 501, 1500, 1501)]
-    assert placements == [gpu, cpu, cpu, None]
-    for name, placement in (("device", gpu), ("host", cpu), ("off", None)):
-        assert features.choose_placement(name, 10**12, gpu) == placement
+    assert placements == ["device", "host", "host", "off"]
+    assert features.choose_placement("auto", 1501, gpu, is_room_on_disk=True) == "disk"
+    assert features.choose_placement("auto", 400, gpu, reserved=201) == "host"
+    for name in ("device", "host", "disk", "off"):
+        assert features.choose_placement(name, 10**12, gpu) == name
 
 
 @pytest.mark.parametrize("layers", ["last_layer", "last_block", "last_two_blocks"])
@@ -178,7 +189,9 @@ def test_size_of_features_is_foreseen(nano, layers):
     for bf16 in (False, True):
         classifier = build_classifier(replace(experiment, precision="bf16" if bf16 else "fp32"), 2)
         ae.optimize_frozen_blocks(classifier)
-        computed = features.compute_features(classifier, messages["train"], CPU)
+        computed = features.compute_features(
+            classifier, messages["train"], classifier.frozen_part, features.in_memory(CPU)
+        )
         parts = [part for part in (computed.x, computed.residual) if part is not None]
         assert features.feature_bytes(classifier, {"train": messages["train"]}) == sum(part.nbytes for part in parts)
 

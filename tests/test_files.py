@@ -9,7 +9,8 @@ from helpers import damaged_at, no_file_above
 from safetensors.torch import save_file
 
 from runner import files
-from runner.files import FileError, read_tensors, write_tensors
+from runner.files import FileError
+from runner.tensor_files import read_tensors, write_tensors
 
 TENSORS = {"a": torch.arange(6.0).reshape(2, 3).T, "step": torch.tensor(3.0), "rng": torch.get_rng_state()}
 TENSORS |= {"half": torch.ones(3, dtype=torch.bfloat16), "none": torch.empty(0, dtype=torch.long)}

@@ -12,7 +12,7 @@ from helpers import damaged_at, save_random_weights
 
 import additional_experiments as ae
 from runner import saved_models
-from runner.files import read_tensors, write_tensors
+from runner.tensor_files import read_tensors, write_tensors
 
 
 @pytest.mark.parametrize(

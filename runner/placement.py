@@ -1,0 +1,64 @@
+"""Where frozen features are to be: what they take, and what there is.
+
+In all functions `messages` maps each split to its Messages, and of `classifier` only sizes are read: it may be on the
+meta device.
+"""
+
+import torch
+
+from .devices import free_memory
+from .messages import Stage
+
+CPU = torch.device("cpu")
+
+
+def count_tokens(messages):
+    """Tokens of all splits."""
+    return sum(int(split.lengths.sum()) for split in messages.values())
+
+
+def feature_bytes(classifier, messages):
+    """Bytes that the features of all splits take."""
+    n_messages = sum(len(split) for split in messages.values())
+    n_tokens = count_tokens(messages)
+    emb_dim = classifier.gpt.cfg.emb_dim
+    match classifier.feature_stage:
+        case Stage.TOKEN_IDS:
+            return 0
+        case Stage.HIDDEN_STATES:
+            return 4 * n_tokens * emb_dim
+        case Stage.STANDARDIZED:
+            return (2 if classifier.bf16 else 4) * n_tokens * emb_dim + 4 * n_messages * emb_dim
+        case Stage.HEAD_INPUT:
+            return 4 * n_messages * emb_dim
+
+
+def hidden_state_bytes(classifier, messages):
+    """Bytes that the hidden states of all tokens take."""
+    return 4 * count_tokens(messages) * classifier.gpt.cfg.emb_dim
+
+
+def choose_placement(choice, size, device, reserved=0, is_room_on_disk=False):
+    """Where `size` bytes of features are to be: "device", "host", "disk", or "off", recomputed each time.
+
+    `choice` is the value of --features. `reserved` bytes of `device` will be needed for something else.
+    """
+    if choice != "auto":
+        return choice
+    for placement, holder in (("device", device), ("host", CPU)):
+        if size <= (free_memory(holder) - (reserved if holder == device else 0)) / 2:
+            return placement
+    return "disk" if is_room_on_disk else "off"
+
+
+def memory_needs(classifier, messages, placement, device):
+    """Bytes on `device` that a run needs at least, item by item; activations are not included."""
+    weights = sum(p.numel() * p.element_size() for p in classifier.parameters())
+    trained = sum(p.numel() * p.element_size() for p in classifier.parameters() if p.requires_grad)
+    is_there = placement == "device" or (placement == "host" and device == CPU)
+    return {
+        "weights": weights,
+        "gradients": trained,
+        "optimizer": 2 * trained,  # two moments of each parameter
+        "frozen features": feature_bytes(classifier, messages) if is_there else 0,
+    }
