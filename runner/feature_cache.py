@@ -26,7 +26,7 @@ from .messages import Stage
 from .tensor_files import FileRows, create_rows, open_rows
 
 KIND, VERSION = "file of hidden states", 1
-FILE_NAME = re.compile(r"[0-9a-f]{16}-(\d+)-blocks\.safetensors")  # what the cache may remove
+FILE_NAME = re.compile(r"[0-9a-f]{16}-\d+-blocks\.safetensors")  # what the cache may remove
 
 # --- the key ---
 
@@ -189,7 +189,7 @@ class FeatureCache:
     @contextmanager
     def create(self, path, shapes):
         """Yields tensor_files.NewRows for a file at `path`, and removes others to make room if it is kept."""
-        remove_left_overs(self.folder)
+        remove_left_overs(self.folder, "*-blocks.safetensors")
         with create_rows(path, KIND, VERSION, shapes) as new:
             yield new
             if new.description is not None:

@@ -83,7 +83,7 @@ def atomic_write(path):
     path = Path(path).resolve()  # of a link the file that it points to is replaced
     if path.exists() and not path.is_file():
         raise OSError(errno.EINVAL, "not a regular file")
-    remove_left_overs(path.parent, path.name)
+    remove_left_overs(path.parent, glob.escape(path.name))
     folder = path.with_name(f"{path.name}.{host_name()}.{os.getpid()}.{secrets.token_hex(4)}.part")
     try:
         folder.mkdir()
@@ -103,23 +103,23 @@ def atomic_write(path):
         shutil.rmtree(folder, ignore_errors=True)
 
 
-LEFT_OVER_AFTER = 24 * 3600  # seconds after which no writer can still be at work
+LEFT_OVER_AFTER = 24 * 3600  # seconds without a write after which no writer can still be at work
 
 
-def remove_left_overs(parent, name=None):
-    """Remove the folders that killed writers of `name` in a folder left, or of any name: those of this host, and those
-    that are a day old.
+def remove_left_overs(parent, names):
+    """Remove the folders that killed writers left in the folder `parent`; `names` is a pattern of what they wrote.
 
-    A process number means nothing on another host, nor in another container of this one.
+    They are those of this host, and those to which nothing was written for a day. A process number means nothing on
+    another host, nor in another container of this one.
     """
-    for folder in parent.glob(f"{'*' if name is None else glob.escape(name)}.*.part"):
+    for folder in parent.glob(f"{names}.*.part"):
         if not re.search(r"\.\d+(\.[0-9a-f]{8})?\.part$", folder.name):
             continue  # somebody else's
         *_, host, process_number, _ = ["", "", *folder.name.removesuffix(".part").split(".")]
         is_ours = host == host_name() and process_number.isdigit()
         with suppress(OSError):  # another one may be removing it too
-            is_old = time.time() - folder.stat().st_mtime > LEFT_OVER_AFTER
-            if is_old or is_ours and not is_running(int(process_number)):
+            last_write = max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
+            if time.time() - last_write > LEFT_OVER_AFTER or is_ours and not is_running(int(process_number)):
                 shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -65,7 +65,7 @@ def check_sha256(path, metadata, sha256):
 # --- rows as they come: kept hidden states ---
 
 # The header of a file of rows has a fixed length, so that it can be written last. (The format allows spaces in it.)
-HEADER_BYTES = 8192
+HEADER_BYTES = 65536
 
 
 class FileRows:
@@ -130,16 +130,10 @@ def create_rows(path, kind, version, shapes):
         if new.description is None:
             raise NotKept
         metadata = dict(kind=kind, format=str(version), description=json.dumps(new.description))
-        metadata["sha256"] = sha256_of_rows(file, metadata, shapes)
-        header = dict(__metadata__=metadata)
-        for name, rows in new.rows.items():
-            start = rows.offset - HEADER_BYTES
-            header[name] = dict(dtype="F32", shape=rows.shape, data_offsets=(start, start + rows.nbytes))
-        text = json.dumps(header).encode().ljust(HEADER_BYTES - 8)
-        if len(text) > HEADER_BYTES - 8:
-            raise ValueError("the description is too long")
+        metadata["sha256"] = sha256_of_rows(file, metadata)
+        header = header_of(metadata, new.rows)
         file.seek(0)
-        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(header)
 
 
 def open_rows(file, kind, version):
@@ -148,17 +142,17 @@ def open_rows(file, kind, version):
     Raises FileError for a file that is damaged, of another kind or of another version of the format.
     """
     try:
-        text = file.read(HEADER_BYTES)
-        if int.from_bytes(text[:8], "little") != HEADER_BYTES - 8:
-            raise ValueError("not its header")
-        header = json.loads(text[8:])
-        metadata = header.pop("__metadata__")
-        shapes = {name: entry["shape"] for name, entry in header.items()}
+        header = file.read(HEADER_BYTES)
+        entries = json.loads(header[8:])
+        metadata = entries.pop("__metadata__")
+        rows = place_rows(file, {name: entry["shape"] for name, entry in entries.items()})
+        if header_of(metadata, rows) != header:
+            raise ValueError("its header is not one of this program")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise FileError(f"{file.name} cannot be read as a {kind}: {error}") from None
     check_kind(file.name, metadata, kind, version)
-    check_sha256(file.name, metadata, sha256_of_rows(file, metadata, shapes))
-    return json.loads(metadata["description"]), place_rows(file, shapes)
+    check_sha256(file.name, metadata, sha256_of_rows(file, metadata))
+    return json.loads(metadata["description"]), rows
 
 
 def place_rows(file, shapes):
@@ -170,11 +164,22 @@ def place_rows(file, shapes):
     return rows
 
 
-def sha256_of_rows(file, metadata, shapes):
-    """SHA-256 of what follows the header, of the shapes, {name: (N, D)}, and of the other metadata."""
-    texts = [metadata.get(name) for name in ("kind", "format", "description")]
+def header_of(metadata, rows):
+    """The first HEADER_BYTES of a file of {name: FileRows}, in the format of `.safetensors`."""
+    header = dict(__metadata__=metadata)
+    for name, matrix in rows.items():
+        start = matrix.offset - HEADER_BYTES
+        header[name] = dict(dtype="F32", shape=matrix.shape, data_offsets=(start, start + matrix.nbytes))
+    text = json.dumps(header).encode().ljust(HEADER_BYTES - 8)
+    if len(text) > HEADER_BYTES - 8:
+        raise OSError(errno.EFBIG, "the description is too long")
+    return len(text).to_bytes(8, "little") + text
+
+
+def sha256_of_rows(file, metadata):
+    """SHA-256 of what follows the header, and of the other metadata."""
+    described = hashlib.sha256(json.dumps([metadata.get(name) for name in ("kind", "format", "description")]).encode())
     file.seek(HEADER_BYTES)
-    described = hashlib.sha256(json.dumps([texts, {name: list(shape) for name, shape in shapes.items()}]).encode())
     return hashlib.file_digest(file, lambda: described).hexdigest()
 
 

@@ -92,9 +92,20 @@ def test_what_a_killed_process_left_is_removed(tmp_path, name, age, is_removed):
     folder = tmp_path / name
     folder.mkdir()
     (folder / ".tmp123").write_bytes(bytes(100))
-    os.utime(folder, (time.time() - age,) * 2)
+    for path in (folder / ".tmp123", folder):
+        os.utime(path, (time.time() - age,) * 2)
     write_tensors(tmp_path / "file", "checkpoint", 1, {}, TENSORS)
     assert {path.name for path in tmp_path.iterdir()} == {"file", *([] if is_removed else [name])}
+
+
+def test_a_writer_that_takes_days_is_left_alone(tmp_path):
+    """A folder is as old as the last write to what is in it."""
+    folder = tmp_path / "file.elsewhere.1.0123abcd.part"
+    folder.mkdir()
+    (folder / "file").write_bytes(bytes(100))
+    os.utime(folder, (time.time() - 7 * 24 * 3600,) * 2)
+    write_tensors(tmp_path / "file", "checkpoint", 1, {}, TENSORS)
+    assert folder.exists()
 
 
 def test_two_writers_of_one_process_do_not_meet(tmp_path):
