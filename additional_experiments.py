@@ -36,7 +36,8 @@ from torch.utils.data import DataLoader
 
 from gpt_download import PRETRAINED, find_weights, load_vocabulary
 from previous_chapters import GPT_SIZES, GPTConfig, GPTModel, load_gpt2_weights, select_positions
-from runner import dataset, options, outputs, parsers, records, report, saved_models, table
+from runner import baseline, dataset, options, outputs, parsers, records, report, saved_models, table
+from runner.accuracy import Accuracy, Confusion, describe_mistakes
 from runner.checkpoints import Checkpointer, run_identity
 from runner.console import Console, describe_model, describe_setup, exit_status, prepare_streams
 from runner.dataset import DEFAULT_DATA_DIR, SPLITS
@@ -46,8 +47,7 @@ from runner.files import NonFiniteError, UsageError
 from runner.messages import Messages, Stage, cut_and_pad, split_into_passes, tokenize
 from runner.options import DATA, INPUT, MACHINE, MODEL, TRAINING, RunOptions, option
 from runner.parsers import MAX_CONTEXT, number
-from runner.records import Accuracy
-from runner.table import Row
+from runner.table import Question, Row
 from runner.training_state import TrainingState, Usage
 
 # --- the 19 rows ---
@@ -76,6 +76,27 @@ ROWS = {
     18: Row(96.63, 99.33, 95.00, 0.28, dict(ignore_index=50256)),
     19: Row(97.79, 99.33, 96.33, 0.32, dict(average_embeddings=True)),
 }
+
+# What the table is asked: two of its rows, of which the second is to be judged by the first.
+QUESTIONS = (
+    Question(1, 2, "Does the first token serve as well as the last?"),
+    Question(1, 3, "Is it enough to train the head?"),
+    Question(1, 4, "Does it help to train a second block?"),
+    Question(1, 5, "Does it help to train all layers?"),
+    Question(1, 6, "Is a model of 355M better than one of 124M?"),
+    Question(1, 7, "And one of 774M?"),
+    Question(1, 8, "And one of 1558M?"),
+    Question(5, 10, "Do random weights serve as well as pretrained ones, if all layers are trained?"),
+    Question(5, 11, "Does LoRA do what training all layers does?"),
+    Question(9, 12, "Does it at 1558M?"),
+    Question(1, 13, "Does it harm to pad to the length of the model's context?"),
+    Question(1, 14, "Does it help not to pad, with single messages as batches?"),
+    Question(1, 15, "And with the gradients of eight of them accumulated?"),
+    Question(1, 16, "Does it help to classify the last token that is not padding?"),
+    Question(1, 17, "Does it help to lift the causal mask?"),
+    Question(1, 18, "Does the label that the loss ignores matter?"),
+    Question(1, 19, "Does it help to average over all positions?"),
+)
 
 DEMO = dict(model_size=NANO, weights="random", trainable_layers="all", dataset="sample", learning_rate=5e-4)
 
@@ -228,8 +249,9 @@ def prepare_data(experiment, quiet=False):
     if experiment.batch_size > (n := len(splits["train"])):
         raise UsageError(f"--batch_size {experiment.batch_size}: there are only {n} training messages")
     messages, limit, longest = encode(load_vocabulary(), splits, experiment)
-    class_names = [str(label) for label in range(n_classes)] if name == "own" else ["ham", "spam"]
-    return dataset.Dataset(messages, limit, longest, name, class_names, sha256=dataset.sha256_of_splits(splits))
+    class_names = dataset.class_names(name, n_classes)
+    sha256, test_texts = dataset.sha256_of_splits(splits), list(splits["test"]["Text"])
+    return dataset.Dataset(messages, limit, longest, name, class_names, sha256, test_texts)
 
 
 # --- classifier ---
@@ -599,11 +621,12 @@ def predict(classifier, messages, indices):
 
 
 class Predictions(NamedTuple):
-    """What one pass over a loader gave: logits (n, K) and labels (n,), batch after batch of these sizes."""
+    """What one pass over a loader gave, batch after batch of these sizes."""
 
-    logits: torch.Tensor
-    labels: torch.Tensor
+    logits: torch.Tensor  # (n, K)
+    labels: torch.Tensor  # (n,)
     batch_sizes: list
+    indices: torch.Tensor  # (n,) of the messages
 
 
 def predict_batches(classifier, messages, loader, n_batches=None):
@@ -611,7 +634,7 @@ def predict_batches(classifier, messages, loader, n_batches=None):
     batches = list(islice(loader, n_batches))
     indices = torch.cat(batches)
     logits = predict(classifier, messages, indices)
-    return Predictions(logits, messages.labels[indices].to(logits.device), [len(batch) for batch in batches])
+    return Predictions(logits, messages.labels[indices].to(logits.device), [len(batch) for batch in batches], indices)
 
 
 def mean_loss(predictions, ignore_index):
@@ -626,28 +649,37 @@ def accuracy(predictions):
     return Accuracy(correct=int(is_correct.sum()), total=int((predictions.labels >= 0).sum()))
 
 
+def confusion(predictions):
+    """Which of the labelled messages were not classified as labelled, and as what: a Confusion."""
+    logits = predictions.logits.double()  # in float32, probabilities near one are all the same
+    called = logits.argmax(-1)
+    confidences = logits.softmax(-1).gather(-1, called[:, None]).squeeze(-1)
+    columns = (predictions.indices, predictions.labels, called, confidences)
+    return Confusion.of(*(column.tolist() for column in columns), n_classes=logits.shape[1])
+
+
 # --- one run ---
 
 
 def fine_tune(classifier, messages, experiment, state, checkpointer, console):
-    """Train and evaluate one seed: ({split: Accuracy}, minutes of training). Resumes it if it was interrupted."""
+    """Train and evaluate one seed: ({split: Confusion}, minutes of training). Resumes it if it was interrupted."""
     torch.manual_seed(experiment.seed)
     if checkpointer.resume(state):
         console.info(f"Resuming from {checkpointer.path} after {state.batches_done:,} batches; printed before:")
         for line in state.history.lines:
             console.info(line)
-    accuracies = {}
+    confusions = {}
     try:
         train(classifier, messages, experiment, state, checkpointer, console)
         minutes = state.usage.so_far()["training"] / 60
         console.info(state.history.add_line(f"Training completed in {minutes:.2f} minutes."))
         for split, loader in make_loaders(messages, experiment.batch_size).items():
-            accuracies[split] = accuracy(predict_batches(classifier, messages[split], loader))
-            console.info(state.history.add_line(f"{SPLITS[split]} accuracy: {accuracies[split].in_full}"))
+            confusions[split] = confusion(predict_batches(classifier, messages[split], loader))
+            console.info(state.history.add_line(f"{SPLITS[split]} accuracy: {confusions[split].accuracy.in_full}"))
     except NonFiniteError as error:
         advice = "Try: a smaller --learning_rate; --precision fp32"
         raise NonFiniteError(f"training diverged, at step {state.batches_done:06d}: {error}\n{advice}") from None
-    return accuracies, minutes
+    return confusions, minutes
 
 
 def run(experiment, run_options=None):
@@ -705,11 +737,13 @@ def run_seed(experiment, run_options, data, weights, features, device, checkpoin
     checkpointer.set_environment(
         dict(device=describe_device(device), PyTorch=torch.__version__, features="kept" if is_kept else "recomputed")
     )
-    accuracies, minutes = fine_tune(classifier, inputs, experiment, state, checkpointer, console)
+    confusions, minutes = fine_tune(classifier, inputs, experiment, state, checkpointer, console)
+    for line in describe_mistakes(confusions["test"], data.class_names, data.test_texts):
+        console.info(state.history.add_line(line))
     run_id = f"{checkpointer.checkpoint.run_id}-{experiment.seed}"
     row = table.row_number(experiment, data, weights, ROWS)
     name = table.describe_configuration(experiment, data)
-    record = records.make_record(run_id, row, name, experiment, data, weights, accuracies, minutes, state)
+    record = records.make_record(run_id, row, name, experiment, data, weights, confusions, minutes, state)
     outputs.publish(record, experiment, run_options, data, base, state.parameters, ROWS, DEFAULTS, console)
     checkpointer.finish(record, state.parameters)
     return record
@@ -772,7 +806,9 @@ def main(argv=None):
 def execute(experiment, run_options, given):
     """What the command line asks for; the arguments are what `parse_args` returns."""
     if run_options.report is not None:
-        report.print_report(run_options.report, run_options.report_plot, ROWS)
+        report.print_report(run_options, ROWS, DEFAULTS, QUESTIONS)
+    elif run_options.baseline:
+        baseline.run_baselines(experiment, run_options)
     elif run_options.load_model is not None:
         classify(run_options, given)
     else:

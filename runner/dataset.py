@@ -45,6 +45,7 @@ class Dataset:
     name: str  # "uci", "sample" or "own"
     class_names: list  # of the K classes
     sha256: str  # of all labels and texts
+    test_texts: list  # of the test messages
 
 
 # --- splits ---
@@ -244,6 +245,11 @@ def count_classes(splits, ignore_index, data_dir):
             problem = f"which no training message has; their labels are 0 to {classes[-1]}"
             refuse_label(splits, split, data_dir, unknown, problem)
     return len(classes)
+
+
+def class_names(name, n_classes):
+    """The names of the K classes of the data that `load_splits` calls by this name."""
+    return [str(label) for label in range(n_classes)] if name == "own" else ["ham", "spam"]
 
 
 def sha256_of_splits(splits):

@@ -189,11 +189,12 @@ class FeatureCache:
     @contextmanager
     def create(self, path, shapes):
         """Yields tensor_files.NewRows for a file at `path`, and removes others to make room if it is kept."""
+        self.folder.mkdir(parents=True, exist_ok=True)
         remove_left_overs(self.folder, "*-blocks.safetensors")
         with create_rows(path, KIND, VERSION, shapes) as new:
             yield new
             if new.description is not None:
-                self.make_room(sum(rows.nbytes for rows in new.rows.values()), path)
+                self.make_room(new.file_size, path)
 
     def make_room(self, size, new_path):
         """Remove the least recently used files until there is room for `size` bytes, but none that is in use."""

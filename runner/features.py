@@ -122,6 +122,7 @@ class FrozenFeatures:
         elif self.cache is None or hidden_state_bytes(classifier, messages) > self.cache.max_bytes:
             features = self.finish(classifier, messages, placement)
             how = f"computed in {time.perf_counter() - start:.0f} s ({size / 1e9:.2f} GB)"
+            how += "" if self.cache is None else ", more than --feature_cache_gb to keep"
         else:
             features, how = self.make_with_cache(classifier, messages, placement, seed)
         blocks = f"{classifier.n_frozen_blocks} of {len(classifier.gpt.trf_blocks)} blocks"
@@ -148,7 +149,7 @@ class FrozenFeatures:
         if kept.n_blocks == classifier.n_frozen_blocks:
             return features, f"read from {kept}"
         how = f"{begun_from(kept)} in {time.perf_counter() - start:.0f} s"
-        if kept.n_blocks == depth:
+        if 0 < kept.n_blocks == depth:
             return features, f"{how}, read from {kept}"
         return features, f"{how} ({feature_bytes(classifier, messages) / 1e9:.2f} GB)"
 

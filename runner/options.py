@@ -1,6 +1,7 @@
 """From dataclass fields to the command line: what a call does, and which options can be combined."""
 
 import argparse
+import importlib.util
 import os
 import sys
 from dataclasses import dataclass, field, fields
@@ -10,7 +11,7 @@ from gpt_download import COLLECTION_NAMES
 
 from .dataset import SPLITS
 from .files import UsageError
-from .parsers import image, number
+from .parsers import image, number, page
 
 # --- options as fields ---
 
@@ -52,7 +53,13 @@ class RunOptions:
         const="results.csv",
         metavar="FILE",
     )
+    report_page: str | None = option(
+        None, RESULTS, "with --report: write it as a page for a browser too (.html)", type=page, metavar="FILE"
+    )
     report_plot: str | None = option(None, RESULTS, "with --report: draw it too", type=image, metavar="FILE")
+    baseline: bool = option(
+        False, RESULTS, "instead of GPT-2 train two linear models on words and letters (needs scikit-learn)"
+    )
     feature_cache: str | None = option(
         None,
         MACHINE,
@@ -93,7 +100,12 @@ class RunOptions:
     )
 
     def __post_init__(self):
-        for name, needed in (("report_plot", "report"), ("classify", "load_model"), ("restart", "checkpoint")):
+        for name, needed in (
+            ("report_plot", "report"),
+            ("report_page", "report"),
+            ("classify", "load_model"),
+            ("restart", "checkpoint"),
+        ):
             if getattr(self, name) and getattr(self, needed) is None:
                 raise UsageError(f"--{name} needs --{needed}")
         if self.load_model is not None and not self.classify:
@@ -107,7 +119,16 @@ class RunOptions:
         if self.feature_cache and Path(self.feature_cache).exists() and not Path(self.feature_cache).is_dir():
             raise UsageError(f"--feature_cache {self.feature_cache} is not a folder")
         names = {}
-        for name in ("report", "plot", "report_plot", "checkpoint", "save_model", "load_model", "results_file"):
+        for name in (
+            "report",
+            "plot",
+            "report_page",
+            "report_plot",
+            "checkpoint",
+            "save_model",
+            "load_model",
+            "results_file",
+        ):
             if (path := getattr(self, name)) is None:
                 continue
             if name == "results_file" and (path == "" or self.report is not None):
@@ -135,7 +156,11 @@ def is_special(path):
 # --- the command line ---
 
 # The options that can be combined with one that trains nothing.
-COMPANIONS = {"report": ("report_plot",), "load_model": ("classify", "model_size", "weights", "device")}
+COMPANIONS = {
+    "report": ("report_page", "report_plot"),
+    "baseline": ("data_dir", "dataset", "ignore_index", "results_file", "quiet"),
+    "load_model": ("classify", "model_size", "weights", "device"),
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -218,8 +243,11 @@ def parse(argv, description, experiment_type, rows, demo):
     for mode, companions in COMPANIONS.items():
         refused = sorted((given.keys() | run_options.keys()) - {mode, *companions})
         if mode in run_options and refused:
-            raise UsageError(f"--{refused[0]} cannot be combined with --{mode}, which trains nothing")
+            what = "trains no GPT-2" if mode == "baseline" else "trains nothing"
+            raise UsageError(f"--{refused[0]} cannot be combined with --{mode}, which {what}")
     run_options = RunOptions(**run_options)
+    if run_options.baseline and not importlib.util.find_spec("sklearn"):
+        raise UsageError("--baseline needs scikit-learn, which is not installed: pip install scikit-learn")
     if run_options.report is not None or run_options.load_model is not None:
         return None, run_options, given
     presets = demo if given.pop("demo", False) else {}

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from .report import plot_histories
+from .pictures import plot_histories
 from .results_file import append_record
 from .saved_models import save_classifier
 from .table import mean_row_cells, row_cells
@@ -14,17 +14,19 @@ def publish(record, experiment, run_options, data, base, parameters, rows, defau
     `base` and `parameters` are those of `save_classifier`, `rows` and `defaults` those of `row_cells`.
     """
     console.table_row(row_cells(record, rows, defaults))
-    if path := run_options.results_file:
-        if written := console.write_output("the record", path, append_record, record):
-            destination, is_locked = written
-            if destination != Path(path):
-                console.warning(f"{path} has other columns and was left as it is; the record is in {destination}")
-            if not is_locked:
-                console.warning(
-                    f"{destination} could not be locked: runs that end at the same time may mix their lines"
-                )
+    publish_record(record, run_options.results_file, console)
     if path := run_options.save_model:
         console.write_output("the classifier", path, save_classifier, experiment, data, base, parameters)
+
+
+def publish_record(record, path, console):
+    """Append a record to the results file at `path`; "" is none."""
+    if path and (written := console.write_output("the record", path, append_record, record)):
+        destination, is_locked = written
+        if destination != Path(path):
+            console.warning(f"{path} has other columns and was left as it is; the record is in {destination}")
+        if not is_locked:
+            console.warning(f"{destination} could not be locked: runs that end at the same time may mix their lines")
 
 
 def publish_all(records, run_options, data, rows, defaults, console):

@@ -70,6 +70,13 @@ def context_length(text):
         raise argparse.ArgumentTypeError(f"{error}; use {', '.join(names)} or 1 to {MAX_CONTEXT}") from None
 
 
+def page(text):
+    """The path of a page for a browser."""
+    if Path(text).suffix not in (".html", ".htm"):
+        raise argparse.ArgumentTypeError(f'"{text}" does not end in .html')
+    return text
+
+
 IMAGE_FORMATS = (".png", ".pdf", ".svg")
 
 

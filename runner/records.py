@@ -1,8 +1,6 @@
-"""One finished run: its accuracies with their intervals, and its history."""
+"""One finished run: its results and its history."""
 
-import math
 import platform
-import statistics
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 
@@ -10,63 +8,9 @@ import pandas as pd
 import tiktoken
 import torch
 
+from .accuracy import Accuracy, Confusion, Mistake
 from .dataset import SPLITS
 from .devices import describe_device
-
-# --- accuracies ---
-
-Z95 = 1.959963984540054  # the normal distribution has 95% of its mass within this many standard deviations
-
-
-@dataclass(frozen=True)
-class Accuracy:
-    """`correct` of `total` messages classified as labelled; prints as a percentage."""
-
-    correct: float  # a whole number; the mean of several runs need not be
-    total: int
-
-    @property
-    def fraction(self):
-        """correct / total; NaN where nothing was measured."""
-        return self.correct / self.total if self.total else math.nan
-
-    @property
-    def interval(self):
-        """The 95% score interval (low, high) of the fraction (Wilson 1927).
-
-        Unlike p ± 1.96 sqrt(p (1 - p) / n) it stays within 0 and 1, and has a width also where all or none are right.
-        """
-        if not self.total:
-            return 0.0, 1.0
-        n, p = self.total, self.fraction
-        center = p + Z95**2 / (2 * n)
-        half = Z95 * math.sqrt(p * (1 - p) / n + Z95**2 / (4 * n**2))
-        low, high = (bound / (1 + Z95**2 / n) for bound in (center - half, center + half))
-        return low if p > 0 else 0.0, high if p < 1 else 1.0  # rounding would miss these
-
-    def __str__(self):
-        return f"{self.fraction * 100:.2f}%"
-
-    @property
-    def bounds(self):
-        """The interval in percent: `91.9–96.9`."""
-        low, high = self.interval
-        return f"{low * 100:.1f}–{high * 100:.1f}"
-
-    @property
-    def in_full(self):
-        """`95.00% (285/300, 95% interval 91.9–96.9)`."""
-        return f"{self} ({self.correct}/{self.total}, 95% interval {self.bounds})"
-
-
-def mean_and_deviation(values):
-    """Mean and sample standard deviation, which of a single value is NaN; both are, where a value is NaN."""
-    if any(math.isnan(value) for value in values):
-        return math.nan, math.nan
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else math.nan
-
-
-# --- one finished run ---
 
 
 @dataclass
@@ -141,7 +85,8 @@ class Record:
     torch: str
     tiktoken: str
     pandas: str
-    history: History | None = None  # None: read from a results file, which does not hold it
+    confusions: dict | None = None  # of each split, a Confusion; None: not known, in files of earlier versions
+    history: History | None = None  # None: not known, as before; of a results file without its lines
 
     @property
     def seed(self):
@@ -156,10 +101,17 @@ class Record:
     def from_dict(cls, entries):
         """What `to_dict` gave, also after a round trip through JSON."""
         accuracies = {split: Accuracy(**entries[split]) for split in SPLITS}
-        return cls(**entries | accuracies | dict(history=History.from_dict(entries["history"])))
+        confusions = entries.get("confusions")  # a checkpoint of an earlier version has none
+        if confusions is not None:
+            confusions = {
+                split: Confusion(tuple(found["totals"]), tuple(Mistake(**mistake) for mistake in found["mistakes"]))
+                for split, found in confusions.items()
+            }
+        history = History.from_dict(entries["history"])
+        return cls(**entries | accuracies | dict(confusions=confusions, history=history))
 
 
-def make_record(run, row, configuration, experiment, data, weights, accuracies, minutes, state):
+def make_record(run, row, configuration, experiment, data, weights, confusions, minutes, state):
     """The Record of a run that finishes now, `state` being its TrainingState."""
     usage = state.usage.so_far()
     return Record(
@@ -172,7 +124,7 @@ def make_record(run, row, configuration, experiment, data, weights, accuracies, 
         data=data.name,
         data_sha256=data.sha256,
         tokens_per_message=data.longest,
-        **accuracies,
+        **{split: confusion.accuracy for split, confusion in confusions.items()},
         minutes=minutes,
         seconds=usage["total"],
         peak_memory_gb=usage["peak_memory"] / 1e9 or None,
@@ -181,5 +133,6 @@ def make_record(run, row, configuration, experiment, data, weights, accuracies, 
         torch=torch.__version__,
         tiktoken=tiktoken.__version__,
         pandas=pd.__version__,
+        confusions=confusions,
         history=state.history,
     )

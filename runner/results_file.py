@@ -3,88 +3,16 @@
 import codecs
 import csv
 import io
-import re
-from dataclasses import fields
 from pathlib import Path
 
 from .dataset import SPLITS
 from .files import FileError, append_bytes
 from .locks import locked
-from .records import Accuracy, Record
+from .results_cells import from_cells, to_cells
 
-ACCURACY_PARTS = ("correct", "total", "fraction")
 # What the report cannot do without; a file may lack other columns.
 NEEDED = ["row", "configuration", "seed", "minutes", "device_name"]
 NEEDED += [f"{split}_{part}" for split in SPLITS for part in ("correct", "total")]
-
-
-DECIMALS = {"minutes": 4, "seconds": 2, "peak_memory_gb": 3}
-
-
-def to_cells(record):
-    """A Record's line of the file: {column: value}."""
-    cells = {}
-    for name, value in vars(record).items():
-        if name == "settings":
-            cells |= value
-        elif isinstance(value, Accuracy):
-            cells |= {f"{name}_{part}": getattr(value, part) for part in ACCURACY_PARTS}
-        elif name != "history":
-            cells[name] = round(value, DECIMALS[name]) if name in DECIMALS and value is not None else value
-    return {column: one_line(value) if isinstance(value, str) else value for column, value in cells.items()}
-
-
-# Text that begins with one of these is a formula to a spreadsheet; after an apostrophe it is text.
-FORMULA = re.compile(r"'*[=+\-@]")
-
-
-def one_line(text):
-    """A text without line breaks, and such that no spreadsheet runs it."""
-    text = re.sub(r"[\r\n\t]+", " ", text)
-    return f"'{text}" if FORMULA.match(text) else text
-
-
-def without_apostrophe(text):
-    """The text of which `one_line` made a cell."""
-    return text[1:] if text.startswith("'") and FORMULA.match(text[1:]) else text
-
-
-MAX_MINUTES = 1e9  # two thousand years
-
-
-def from_cells(cells):
-    """The Record of a line, {column: text}; of the settings it has seed and precision. Raises ValueError."""
-    texts = {field.name: without_apostrophe(cells.get(field.name, "")) for field in fields(Record)}
-    minutes = float(cells["minutes"])
-    if not 0 <= minutes < MAX_MINUTES:
-        raise ValueError(f"{minutes} minutes")
-    return Record(
-        **texts
-        | {split: accuracy_from(cells[f"{split}_correct"], cells[f"{split}_total"]) for split in SPLITS}
-        | dict(
-            row=whole_number(cells["row"]) if cells["row"] else None,
-            settings=dict(seed=whole_number(cells["seed"]), precision=cells.get("precision", "fp32")),
-            minutes=minutes,
-            history=None,
-            **{name: float(texts[name]) if texts[name] else None for name in ("seconds", "peak_memory_gb")},
-            tokens_per_message=whole_number(texts["tokens_per_message"]) if texts["tokens_per_message"] else None,
-        )
-    )
-
-
-def accuracy_from(correct, total):
-    """The Accuracy of two cells. Raises ValueError."""
-    accuracy = Accuracy(whole_number(correct), whole_number(total))
-    if accuracy.correct > accuracy.total:
-        raise ValueError(f"{correct} of {total}")
-    return accuracy
-
-
-def whole_number(text):
-    """The number of a cell, of at most 19 digits. Raises ValueError."""
-    if not re.fullmatch(r"\d{1,19}", text):
-        raise ValueError(f"{text[:20]} is not a whole number")
-    return int(text)
 
 
 def csv_line(cells):

@@ -3,8 +3,8 @@
 import re
 from dataclasses import dataclass, field, fields, replace
 
+from .accuracy import mean_and_deviation
 from .dataset import DATASET_NAMES, SPLITS
-from .records import mean_and_deviation
 
 # --- its rows ---
 
@@ -23,6 +23,15 @@ class Row:
     def published(self):
         """The published figures in one cell."""
         return f"{self.train:.2f}% / {self.validation:.2f}% / {self.test:.2f}%, {self.minutes:.2f} min (A100)"
+
+
+@dataclass(frozen=True)
+class Question:
+    """What the comparison of row `b` with row `a` asks."""
+
+    a: int
+    b: int
+    asks: str
 
 
 # Options that are free in a row: the row stays the same with any value of these.

@@ -112,6 +112,11 @@ class NewRows:
     rows: dict  # {name: FileRows}
     description: dict | None = None  # anything JSON can hold
 
+    @property
+    def file_size(self):
+        """Bytes of the file."""
+        return HEADER_BYTES + sum(matrix.nbytes for matrix in self.rows.values())
+
 
 class NotKept(Exception):
     """Ends `atomic_write` without a file."""
@@ -125,12 +130,12 @@ def create_rows(path, kind, version, shapes):
     """
     with suppress(NotKept), atomic_write(path) as temporary, open(temporary, "wb+", buffering=0) as file:
         new = NewRows(place_rows(file, shapes))
-        reserve(file, HEADER_BYTES + sum(rows.nbytes for rows in new.rows.values()))
+        reserve(file, new.file_size)
         yield new
         if new.description is None:
             raise NotKept
         metadata = dict(kind=kind, format=str(version), description=json.dumps(new.description))
-        metadata["sha256"] = sha256_of_rows(file, metadata)
+        metadata["sha256"] = sha256_of_rows(file, metadata, new.rows)
         header = header_of(metadata, new.rows)
         file.seek(0)
         file.write(header)
@@ -151,7 +156,7 @@ def open_rows(file, kind, version):
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise FileError(f"{file.name} cannot be read as a {kind}: {error}") from None
     check_kind(file.name, metadata, kind, version)
-    check_sha256(file.name, metadata, sha256_of_rows(file, metadata))
+    check_sha256(file.name, metadata, sha256_of_rows(file, metadata, rows))
     return json.loads(metadata["description"]), rows
 
 
@@ -176,9 +181,10 @@ def header_of(metadata, rows):
     return len(text).to_bytes(8, "little") + text
 
 
-def sha256_of_rows(file, metadata):
-    """SHA-256 of what follows the header, and of the other metadata."""
-    described = hashlib.sha256(json.dumps([metadata.get(name) for name in ("kind", "format", "description")]).encode())
+def sha256_of_rows(file, metadata, rows):
+    """SHA-256 of what follows the header, of the names and shapes in it, and of the other metadata."""
+    texts = [metadata.get(name) for name in ("kind", "format", "description")]
+    described = hashlib.sha256(json.dumps([texts, {name: matrix.shape for name, matrix in rows.items()}]).encode())
     file.seek(HEADER_BYTES)
     return hashlib.file_digest(file, lambda: described).hexdigest()
 

@@ -11,10 +11,11 @@ import torch
 
 import additional_experiments as ae
 from runner import dataset
+from runner.accuracy import Accuracy, Confusion, Mistake
 from runner.checkpoints import Checkpointer
 from runner.console import Console
 from runner.options import RunOptions
-from runner.records import Accuracy, Record
+from runner.records import Record
 
 CPU = torch.device("cpu")
 QUIET = Console(quiet=True)
@@ -79,6 +80,20 @@ def made_up_record(run, **changes):
         pandas="3.1.1",
     )
     return Record(**fields | changes)
+
+
+def made_up_confusion(wrong, totals=(150, 150)):
+    """A Confusion of two classes, in turns; `wrong` maps numbers of messages to how certain the mistake was."""
+    mistakes = [Mistake(number, number % 2, 1 - number % 2, confidence) for number, confidence in sorted(wrong.items())]
+    return Confusion(totals, tuple(mistakes))
+
+
+def made_up_run(run, wrong, **changes):
+    """A Record of row 1 with these mistakes in the test, numbers of messages, and none in the other splits."""
+    confusions = {split: made_up_confusion({}) for split in ("train", "validation")}
+    confusions["test"] = made_up_confusion({number: 0.9 for number in wrong})
+    accuracies = {split: confusion.accuracy for split, confusion in confusions.items()}
+    return made_up_record(run, **accuracies | dict(confusions=confusions) | changes)
 
 
 def processes():

@@ -20,8 +20,8 @@ import gpt_download
 from additional_experiments import ROWS, build_classifier, main, parse_args
 from previous_chapters import THIRD_OF_C_ATTN, TransformerBlock, checkpoint_name
 from runner import dataset, features
+from runner.accuracy import mean_and_deviation
 from runner.files import sha256_of
-from runner.records import mean_and_deviation
 
 SCRIPT = Path(ae.__file__)
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import additional_experiments as ae
 from additional_experiments import Experiment, build_classifier
 from previous_chapters import TransformerBlock
-from runner import features
+from runner import features, placement
 
 TINY = {"tiny-1": (12, 3, 2), "tiny-2": (8, 2, 1), "tiny-3": (16, 5, 8)}  # width, layers, heads
 
@@ -106,7 +106,7 @@ def test_logits_loss_and_gradients_equal_the_plain_path(experiment, tokens, orde
     torch.testing.assert_close(logits, expected, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(ae.predict(classifier, messages, indices), expected, rtol=1e-9, atol=1e-9)
 
-    loss = ae.mean_loss(ae.Predictions(logits.detach(), labels, [len(indices)]), experiment.ignore_index)
+    loss = ae.mean_loss(ae.Predictions(logits.detach(), labels, [len(indices)], indices), experiment.ignore_index)
     assert loss == pytest.approx(F.cross_entropy(expected, labels).item(), abs=1e-9)
     found = gradients(classifier, lambda: ae.accumulate_gradients(classifier, messages, [indices], experiment))
     for name, gradient in expected_gradients.items():
@@ -173,13 +173,13 @@ def test_features_give_the_same_run_wherever_they_are_kept(nano, changes, device
 def test_features_go_where_there_is_room(monkeypatch):
     gpu, cpu = torch.device("cuda"), torch.device("cpu")
     free = {gpu: 1000, cpu: 3000}
-    monkeypatch.setattr(features, "free_memory", lambda device: free[device])
-    placements = [features.choose_placement("auto", size, gpu) for size in (500, 501, 1500, 1501)]
+    monkeypatch.setattr(placement, "free_memory", lambda device: free[device])
+    placements = [placement.choose_placement("auto", size, gpu) for size in (500, 501, 1500, 1501)]
     assert placements == ["device", "host", "host", "off"]
-    assert features.choose_placement("auto", 1501, gpu, is_room_on_disk=True) == "disk"
-    assert features.choose_placement("auto", 400, gpu, reserved=201) == "host"
+    assert placement.choose_placement("auto", 1501, gpu, is_room_on_disk=True) == "disk"
+    assert placement.choose_placement("auto", 400, gpu, reserved=201) == "host"
     for name in ("device", "host", "disk", "off"):
-        assert features.choose_placement(name, 10**12, gpu) == name
+        assert placement.choose_placement(name, 10**12, gpu) == name
 
 
 @pytest.mark.parametrize("layers", ["last_layer", "last_block", "last_two_blocks"])
@@ -193,7 +193,7 @@ def test_size_of_features_is_foreseen(nano, layers):
             classifier, messages["train"], classifier.frozen_part, features.in_memory(CPU)
         )
         parts = [part for part in (computed.x, computed.residual) if part is not None]
-        assert features.feature_bytes(classifier, {"train": messages["train"]}) == sum(part.nbytes for part in parts)
+        assert placement.feature_bytes(classifier, {"train": messages["train"]}) == sum(part.nbytes for part in parts)
 
 
 def test_windows_run_as_one_batch_with_the_same_losses(nano, monkeypatch):
@@ -270,8 +270,8 @@ def test_ignored_labels_add_nothing():
     assert ae.loss_weights(labels[3:], [3], ignore_index=7).tolist() == [0, 0, 0]
 
     expected = F.cross_entropy(logits[[0, 2]], labels[[0, 2]]).item()
-    assert ae.mean_loss(ae.Predictions(logits, labels, [2, 2, 2]), ignore_index=7) == pytest.approx(expected)
-    assert ae.mean_loss(ae.Predictions(logits[3:], labels[3:], [3]), ignore_index=7) == 0
+    assert ae.mean_loss(ae.Predictions(logits, labels, [2, 2, 2], None), ignore_index=7) == pytest.approx(expected)
+    assert ae.mean_loss(ae.Predictions(logits[3:], labels[3:], [3], None), ignore_index=7) == 0
 
 
 @pytest.mark.parametrize("layers", ["last_layer", "last_block", "all"])

@@ -8,8 +8,8 @@ import pytest
 from helpers import made_up_record, no_file_above, processes
 
 from runner import locks
+from runner.accuracy import Accuracy
 from runner.files import FileError
-from runner.records import Accuracy
 from runner.results_file import append_record, read_records
 
 
@@ -176,7 +176,7 @@ def test_where_there_are_no_locks(tmp_path, monkeypatch):
     assert [line["run"] for line in lines_of(path)] == ["x", "y"]
 
 
-# The columns of the first version, 1,829 lines in one script: its files must stay readable, and get further lines.
+# The columns of the first version, 1,829 lines in one script: its files must stay readable.
 COLUMNS = (
     "run,date,row,configuration,model_size,weights,trainable_layers,lora_rank,lora_alpha,trainable_token_pos,"
     "average_embeddings,context_length,no_padding,disable_causal_mask,ignore_index,batch_size,accumulation_steps,"
@@ -187,7 +187,8 @@ COLUMNS = (
 )
 
 
-def test_a_file_of_the_first_version_is_read_and_appended_to(tmp_path):
+def test_a_file_of_the_first_version_is_read_and_left_as_it_is(tmp_path):
+    """What comes after it stands beside it, and the report reads both."""
     path = tmp_path / "results.csv"
     line = (
         'old-124,2026-11-20T12:00:00+00:00,1,"last block, last token",gpt2-small (124M),pretrained,last_block,8,8.0,'
@@ -195,7 +196,9 @@ def test_a_file_of_the_first_version_is_read_and_appended_to(tmp_path):
         "248dfc39,uci,0123,120,1005,1040,0.966,148,149,0.993,285,300,0.95,0.28,30.1,1.5,A100,3.11.7,2.13.0,0.14.0,3.1.1"
     )
     path.write_text(f"{COLUMNS}\n{line}\n")
-    assert append_record(path, made_up_record("x")) == (path, True)
-    [old, new], damaged = read_records(path)
+    assert append_record(path, made_up_record("x")) == (tmp_path / "results-2.csv", True)
+    assert path.read_text() == f"{COLUMNS}\n{line}\n"
+    [old], damaged = read_records(path)
     assert (old.row, old.seed, old.test, old.minutes, old.device_name) == (1, 124, Accuracy(285, 300), 0.28, "A100")
-    assert (new.row, new.seed) == (1, 123) and damaged == []
+    assert old.settings["lora_alpha"] == 8 and old.settings["no_padding"] is False and damaged == []
+    assert old.confusions is None and old.history is None

@@ -10,7 +10,7 @@ from helpers import made_up_record
 from additional_experiments import DEFAULTS, ROWS, Experiment, parse_args
 from gpt_download import find_weights
 from runner import table
-from runner.records import Accuracy
+from runner.accuracy import Accuracy
 
 UCI = SimpleNamespace(name="uci", sha256="")
 

@@ -1,0 +1,153 @@
+"""What a classifier got right and wrong: accuracies with their intervals, and the single mistakes."""
+
+import math
+import statistics
+from dataclasses import dataclass
+
+from .dataset import SPLITS
+
+# --- accuracies ---
+
+Z95 = 1.959963984540054  # the normal distribution has 95% of its mass within this many standard deviations
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """`correct` of `total` messages classified as labelled; prints as a percentage."""
+
+    correct: float  # a whole number; the mean of several runs need not be
+    total: int
+
+    @property
+    def fraction(self):
+        """correct / total; NaN where nothing was measured."""
+        return self.correct / self.total if self.total else math.nan
+
+    @property
+    def interval(self):
+        """The 95% score interval (low, high) of the fraction (Wilson 1927).
+
+        Unlike p ± 1.96 sqrt(p (1 - p) / n) it stays within 0 and 1, and has a width also where all or none are right.
+        """
+        if not self.total:
+            return 0.0, 1.0
+        n, p = self.total, self.fraction
+        center = p + Z95**2 / (2 * n)
+        half = Z95 * math.sqrt(p * (1 - p) / n + Z95**2 / (4 * n**2))
+        low, high = (bound / (1 + Z95**2 / n) for bound in (center - half, center + half))
+        return low if p > 0 else 0.0, high if p < 1 else 1.0  # rounding would miss these
+
+    def __str__(self):
+        return f"{self.fraction * 100:.2f}%"
+
+    @property
+    def bounds(self):
+        """The interval in percent: `91.9–96.9`."""
+        low, high = self.interval
+        return f"{low * 100:.1f}–{high * 100:.1f}"
+
+    @property
+    def in_full(self):
+        """`95.00% (285/300, 95% interval 91.9–96.9)`."""
+        return f"{self} ({self.correct}/{self.total}, 95% interval {self.bounds})"
+
+
+def mean_and_deviation(values):
+    """Mean and sample standard deviation, which of a single value is NaN; both are, where a value is NaN."""
+    if any(math.isnan(value) for value in values):
+        return math.nan, math.nan
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else math.nan
+
+
+# --- mistakes ---
+
+MAX_COLUMNS = 10  # of a table of classes on a terminal
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """A message that was not classified as labelled."""
+
+    number: int  # of the message in its split, from 0
+    label: int
+    called: int
+    confidence: float  # the probability of the class it was called; of a classifier without, the margin
+
+
+@dataclass(frozen=True)
+class Confusion:
+    """What became of the labelled messages of a split."""
+
+    totals: tuple  # how many there are of each class
+    mistakes: tuple  # of Mistake, by number
+
+    @classmethod
+    def of(cls, numbers, labels, called, confidences, n_classes):
+        """The Confusion of n messages, described by lists (n,); a negative label is none and does not count."""
+        totals, mistakes = [0] * n_classes, []
+        for number, label, called_class, confidence in zip(numbers, labels, called, confidences, strict=True):
+            if label >= 0:
+                totals[label] += 1
+                if label != called_class:
+                    mistakes.append(Mistake(number, label, called_class, confidence))
+        return cls(tuple(totals), tuple(sorted(mistakes, key=lambda mistake: mistake.number)))
+
+    @property
+    def accuracy(self):
+        """How many were classified as labelled: an Accuracy."""
+        return Accuracy(sum(self.totals) - len(self.mistakes), sum(self.totals))
+
+    @property
+    def counts(self):
+        """(K, K) of lists: how many of each class (row) were called each class (column)."""
+        counts = [[0] * len(self.totals) for _ in self.totals]
+        for label, total in enumerate(self.totals):
+            counts[label][label] = total
+        for mistake in self.mistakes:
+            counts[mistake.label][mistake.label] -= 1
+            counts[mistake.label][mistake.called] += 1
+        return counts
+
+    def describe(self, class_names):
+        """The errors of each class: for two a line in words, else a small table, for many classes without columns."""
+        counts = self.counts
+        if len(self.totals) == 2:
+            words = [
+                f"{counts[label][1 - label]} of {total} {class_names[label]} called {class_names[1 - label]}"
+                for label, total in enumerate(self.totals)
+            ]
+            return ["errors: " + ", ".join(words)]
+        wrong = [total - counts[label][label] for label, total in enumerate(self.totals)]
+        sums = [f"{n} of {total}" for n, total in zip(wrong, self.totals, strict=True)]
+        if len(self.totals) > MAX_COLUMNS:
+            return ["errors: " + ", ".join(f"{name}: {n}" for name, n in zip(class_names, sums, strict=True))]
+        table = [["label", *(f"called {name}" for name in class_names), "errors"]]
+        table += [[name, *row, n] for name, row, n in zip(class_names, counts, sums, strict=True)]
+        widths = [max(len(str(cell)) for cell in column) for column in zip(*table, strict=True)]
+        lines = ["  ".join(str(cell).rjust(width) for cell, width in zip(row, widths, strict=True)) for row in table]
+        return ["errors:", *(f"  {line}" for line in lines)]
+
+    def most_confident(self, n):
+        """The n mistakes of which the classifier was most certain."""
+        return sorted(self.mistakes, key=lambda mistake: -mistake.confidence)[:n]
+
+
+def describe_mistakes(confusion, class_names, texts):
+    """Lines on the test messages: the errors of each class, and the three mistakes made with most confidence."""
+    lines = confusion.describe(class_names)
+    lines[0] = f"{SPLITS['test']} {lines[0]}"
+    worst = confusion.most_confident(3)
+    if worst:
+        lines.append("Most confident test mistakes:")
+    for mistake in worst:
+        text = shown(texts[mistake.number])
+        lines.append(
+            f"  {mistake.confidence:.3f} {class_names[mistake.called]}, labelled {class_names[mistake.label]}: "
+            f"{text[:60]}{'…' if len(text) > 60 else ''}"
+        )
+    return lines
+
+
+def shown(text):
+    """A text in one line, in which what a terminal would obey or hide is escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -1,0 +1,54 @@
+"""What was measured, in words: for the report as text and for its page."""
+
+
+def in_ranges(numbers):
+    """[1, 2, 3, 5] as `1–3, 5`."""
+    parts = []
+    for number in numbers:
+        if parts and parts[-1][1] == number - 1:
+            parts[-1][1] = number
+        else:
+            parts.append([number, number])
+    return ", ".join(f"{first}" if first == last else f"{first}–{last}" for first, last in parts)
+
+
+def where(mean, published):
+    """Whether a published figure in percent lies inside the interval of an Accuracy."""
+    low, high = mean.interval
+    return "inside" if low <= published / 100 <= high else "outside"
+
+
+def against_published(mean, published):
+    """The published figure, the difference from it in points, and whether it lies inside the measured interval."""
+    difference = round(mean.fraction * 100 - published, 2) + 0.0  # never -0.00
+    return f"{published:.2f}, {difference:+.2f}, {where(mean, published)}"
+
+
+def minutes_cell(group):
+    """Mean minutes ± standard deviation."""
+    minutes, deviation = group.minutes
+    return f"{minutes:.2f}{f' ± {deviation:.2f}' if len(group.records) > 1 else ''} min"
+
+
+def describe(answer):
+    """What was measured, in a sentence."""
+    comparison, question = answer.comparison, answer.question
+    low, high = (100 * end for end in comparison.interval)
+    sentence = f"Row {question.b}: {comparison.verdict}"
+    if not comparison.is_identical:
+        sentence += (
+            f": {100 * comparison.difference:+.2f} points (95% {low:+.1f} to {high:+.1f}), p {p_value(comparison)}"
+        )
+        if comparison.only:
+            sentence += (
+                f"; only row {question.a} right: {comparison.only[0]}, only row {question.b}: {comparison.only[1]}"
+            )
+        else:
+            sentence += f"; {comparison.runs[0]} and {comparison.runs[1]} seeds"
+    return f"{sentence}{f'; {answer.remark}' if answer.remark else ''}."
+
+
+def p_value(comparison):
+    """The corrected p-value as text."""
+    p = comparison.p if comparison.p_corrected is None else comparison.p_corrected
+    return "< 0.001" if p < 0.001 else f"= {p:.3f}" if p < 0.1 else f"= {p:.2f}"
