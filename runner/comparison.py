@@ -180,19 +180,15 @@ def resampled(a, b):
         deviations = (resampling_weights(n) @ by_message.astype(np.float32) / n).astype(float)
     else:
         deviations = generator.standard_normal(RESAMPLES) * (variance / n) ** 0.5
-    peculiar = sum(residual_variance(side) / len(side) for side in sides if len(side) > 1)
-    if variance > 0:
-        deviations *= max(1 - peculiar / variance, 0.0) ** 0.5
-    squared = [(seed_variance(side) / len(side), len(side) - 1) for side in sides if len(side) > 1]
+    several = [side for side in sides if len(side) > 1]
+    peculiar = sum(residual_variance(side) / len(side) for side in several)
+    if several and variance > 0:
+        deviations *= max(1 - peculiar / variance, 0.5) ** 0.5  # an estimate: by chance it may be all of it
+    squared = [(side.mean(axis=1).var(ddof=1) / len(side), len(side) - 1) for side in several]
     if total := sum(error for error, _ in squared):
         freedom = total**2 / sum(error**2 / degrees for error, degrees in squared)  # of two sides, Welch's
         deviations += total**0.5 * generator.standard_t(freedom, RESAMPLES)
     return deviations
-
-
-def seed_variance(runs):
-    """The variance of the means of runs (S, n), which by what is peculiar to seeds and messages alone is not less."""
-    return max(runs.mean(axis=1).var(ddof=1), residual_variance(runs) / runs.shape[1])
 
 
 def residual_variance(runs):

@@ -83,13 +83,25 @@ class Standing:
     @property
     def groups(self):
         """Every Group once, by its name: those of rows under their numbers."""
+        return named(self.table) | self.unpublished
+
+    @property
+    def unpublished(self):
+        """The Groups that are none of the published table, by name."""
         found = {}
-        for table in (self.table, *self.variants):
-            for (number, precision), group in sorted(table.groups.items(), key=rank):
-                if id(group) not in {id(other) for other in found.values()}:
-                    title = f" ({table.title})" if table.title else ""
-                    found[f"row {number}{in_precision(precision)}{title}"] = group
+        for table in self.variants:
+            found |= named(table)
         return found | {group.name: group for group in self.others}
+
+
+def named(table):
+    """{name: Group} of a table; rows that are the same there are one Group, under the first number."""
+    found = {}
+    for (number, precision), group in sorted(table.groups.items(), key=rank):
+        if id(group) not in map(id, found.values()):
+            title = f" ({table.title})" if table.title else ""
+            found[f"row {number}{in_precision(precision)}{title}"] = group
+    return found
 
 
 def in_precision(precision):

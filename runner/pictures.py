@@ -66,10 +66,9 @@ def plot_report(path, standing, rows):
     for (number, precision), group in sorted(standing.table.groups.items(), key=rank):
         name = describe_settings(rows[number].options) + in_precision(precision)
         lines.append((name, f"  {number:2}", group, rows[number].test))
-    lines += [
-        (name, "", group, None) for name, group in standing.groups.items() if not name.startswith("row ") or "(" in name
-    ]
-    picture = figure(8, 0.7 + 0.36 * len(lines))
+    lines += [(name, "", group, None) for name, group in standing.unpublished.items()]
+    height_of_lines = max(len(lines), 1)  # also of a file without a run
+    picture = figure(8, 1 + 0.36 * height_of_lines)
     axes = picture.subplots()
     for height, (_, _, group, published) in enumerate(lines):
         if published is not None:
@@ -85,7 +84,7 @@ def plot_report(path, standing, rows):
     axes.plot([], [], "D", color=ORANGE, fillstyle="none", label="published")
     axes.plot([], [], "o-", color=BLUE, linewidth=2, label="measured, 95% interval")
     axes.set_yticks(range(len(lines)), labels, fontsize=8)
-    axes.set(xlabel="Test accuracy (%)", ylim=(len(lines) - 0.5, -0.5))
+    axes.set(xlabel="Test accuracy (%)", ylim=(height_of_lines - 0.5, -0.5))
     axes.margins(x=0.1)
     axes.grid(axis="x", color="0.9")
     axes.spines[["right", "top", "left"]].set_visible(False)

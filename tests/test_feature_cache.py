@@ -602,20 +602,20 @@ def run_limited(folder, allowed, *options):
 @pytest.mark.skipif(sys.platform != "linux", reason="limits on the address space are Linux's")
 @pytest.mark.parametrize("layers", ["last_layer", "last_block"])
 def test_features_may_be_larger_than_memory(tmp_path, sample_splits, layers):
-    """Of 100 MB of hidden states a run that may take 50 MB more gives the same numbers as one in memory."""
+    """Of 56 MB of hidden states, a run that may take 30 MB more gives the same numbers as one in memory."""
     for split, frame in sample_splits.items():
-        frame.head(400).to_csv(tmp_path / f"{split}.csv", index=None)
+        frame.head(160).to_csv(tmp_path / f"{split}.csv", index=None)
     options = f"--model_size gpt2-nano --weights random --device cpu --num_epochs 1 --trainable_layers {layers}"
     options += " --context_length 250"
     status, expected = run_limited(tmp_path, 0, *options.split(), "--features", "host", "--feature_cache", "")
     assert status == 0, expected
-    status, out = run_limited(tmp_path, 50_000_000, *options.split(), "--features", "disk")
+    status, out = run_limited(tmp_path, 30_000_000, *options.split(), "--features", "disk")
     assert status == 0, out
     numbers = [
         [line for line in text.splitlines() if " loss " in line or "accuracy" in line] for text in (expected, out)
     ]
     assert numbers[0] == numbers[1] != []
-    assert sum(path.stat().st_size for path in (tmp_path / "features").iterdir()) > 80_000_000
+    assert sum(path.stat().st_size for path in (tmp_path / "features").iterdir()) > 50_000_000
     if layers == "last_block":
-        status, out = run_limited(tmp_path, 50_000_000, *options.split(), "--features", "host", "--feature_cache", "")
+        status, out = run_limited(tmp_path, 30_000_000, *options.split(), "--features", "host", "--feature_cache", "")
         assert status == 1 and "error: out of memory" in out
