@@ -132,13 +132,16 @@ class Confusion:
         return sorted(self.mistakes, key=lambda mistake: -mistake.confidence)[:n]
 
 
-def describe_mistakes(confusion, class_names, texts):
-    """Lines on the test messages: the errors of each class, and the three mistakes made with most confidence."""
+def describe_mistakes(confusion, class_names, texts, measure=""):
+    """Lines on the test messages: the errors of each class, and the three mistakes made with most confidence.
+
+    `measure` says what the confidence is where it is no probability.
+    """
     lines = confusion.describe(class_names)
     lines[0] = f"{SPLITS['test']} {lines[0]}"
     worst = confusion.most_confident(3)
     if worst:
-        lines.append("Most confident test mistakes:")
+        lines.append(f"Most confident test mistakes{measure}:")
     for mistake in worst:
         text = shown(texts[mistake.number])
         lines.append(

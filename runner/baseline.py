@@ -66,7 +66,8 @@ def run_baselines(experiment, run_options):
         seconds = time.perf_counter() - start
         for split, confusion in confusions.items():
             console.info(f"{SPLITS[split]} accuracy: {confusion.accuracy.in_full}")
-        for line in describe_mistakes(confusions["test"], names, list(splits["test"]["Text"])):
+        measure = "" if hasattr(model, "predict_proba") else " (with their margins)"
+        for line in describe_mistakes(confusions["test"], names, list(splits["test"]["Text"]), measure):
             console.info(line)
         record = make_record(name, experiment, data_name, sha256, confusions, seconds, peak_memory(CPU, known_above))
         cells = {f"{title} acc": getattr(record, split) for split, title in SPLITS.items()}
@@ -101,7 +102,7 @@ def make_record(name, experiment, data_name, sha256, confusions, seconds, peak):
         run=uuid.uuid4().hex,
         date=datetime.now().astimezone().isoformat(timespec="seconds"),
         row=None,
-        configuration=name if data_name == "uci" else f"{name}, {data_name} data {sha256[:8]}",
+        configuration=name + {"uci": "", "sample": ", sample data", "own": f", own data {sha256[:8]}"}[data_name],
         settings=settings | ours | dict(device="cpu", precision="fp32"),
         weights_sha256="",
         data=data_name,

@@ -8,7 +8,7 @@ messages and the variation of training.
 
 import math
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 
@@ -17,7 +17,7 @@ from .accuracy import Z95
 LEVEL = 0.05
 RESAMPLES = 10_000
 SEED = 20_101_123  # of the resampling; no number of an experiment depends on it
-MAX_RESAMPLED = 5_000  # messages; the mean over more of them is normal, and a table of resamples would be too large
+MAX_RESAMPLED = 1_000  # messages; the mean over more of them is normal, and a table of resamples would be too large
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,8 @@ class Sample:
 
     seeds: tuple  # of the S runs
     correct: np.ndarray  # (S, n) bool
+    mistakes: tuple = ()  # of each run, what identical predictions have in common
+    is_trained_by_chance: bool = True  # whether another seed could have given something else
 
 
 @dataclass(frozen=True)
@@ -35,30 +37,46 @@ class Comparison:
     n: int
     runs: tuple  # how many of a, and of b
     difference: float
-    interval: tuple  # 95%, (low, high)
-    p: float
+    interval: tuple  # 95%, (low, high), of this comparison alone
+    p: float  # of this comparison alone
     only: tuple | None  # of one run each: how many messages only a, and only b, got right
-    is_identical: bool  # whether all pairs of runs got the same messages right
-    deviations: np.ndarray | None = field(default=None, compare=False, repr=False)  # of several seeds, see `resampled`
+    is_identical: bool  # whether the runs of each seed called all messages the same
+    deviations: object = field(default=None, compare=False, repr=False)  # of several seeds: Deviations
     p_corrected: float | None = None  # for the number of comparisons, by `holm`
+    among: int = 1  # how many comparisons there are
 
-    @property
+    @cached_property
     def smallest(self):
         """The smallest difference that these runs on these messages could have shown, among so many comparisons."""
-        level = LEVEL if self.p_corrected is None else LEVEL * self.p / self.p_corrected
+        level = LEVEL / self.among
         if self.only is not None:
             return smallest_difference(sum(self.only), self.n, level)
-        low, high = np.quantile(self.deviations, [level / 2, 1 - level / 2])
-        return float(high - low) / 2
+        return self.deviations.exceeded_with(level)
+
+    @property
+    def kind(self):
+        """The verdict on b in one word: better, worse, identical, or open."""
+        if self.is_identical:
+            return "identical"
+        if (self.p if self.p_corrected is None else self.p_corrected) < LEVEL:
+            return "better" if self.difference > 0 else "worse"
+        return "open"
 
     @property
     def verdict(self):
-        """better, worse, or what else can be said of b, in words."""
-        if self.is_identical:
-            return "identical predictions"
-        if (self.p if self.p_corrected is None else self.p_corrected) < LEVEL:
-            return "better" if self.difference > 0 else "worse"
-        return f"no difference that these messages can show (it would have to be {100 * self.smallest:.1f} points)"
+        """The verdict in words."""
+        if self.kind != "open":
+            return {"identical": "identical predictions"}.get(self.kind, self.kind)
+        what = "messages" if self.only is not None else "messages and seeds"
+        return f"no difference that these {what} can show{self.limit}"
+
+    @property
+    def limit(self):
+        """What would have been shown, in brackets."""
+        among = f", among {self.among} comparisons" if self.p < LEVEL else ""
+        if self.smallest >= 1:
+            return f" (they can show none{among})"
+        return f" (it would have to be {100 * self.smallest:.1f} points{among})"
 
 
 def compare(a, b):
@@ -74,21 +92,28 @@ def compare(a, b):
             only=(only_a, only_b),
         )
     else:
-        deviations = resampled(a, b)
         difference = float(b.correct.mean() - a.correct.mean())
-        low, high = np.quantile(deviations, [LEVEL / 2, 1 - LEVEL / 2])
-        below = (deviations >= difference).sum() if difference > 0 else (deviations <= difference).sum()
+        deviations = Deviations(message_deviations(a, b), *training_error(a, b))
+        low, high = deviations.interval
         measured = dict(
             difference=difference,
             interval=(max(difference - high, -1.0), min(difference - low, 1.0)),
-            p=min(1.0, 2 * (int(below) + 1) / (RESAMPLES + 1)),
+            p=deviations.exceeding(difference),
             only=None,
             deviations=deviations,
         )
-    same = sorted(a.seeds) == sorted(b.seeds) and all(
-        np.array_equal(a.correct[a.seeds.index(seed)], b.correct[b.seeds.index(seed)]) for seed in a.seeds
+    return Comparison(n=n, runs=(len(a.seeds), len(b.seeds)), is_identical=are_identical(a, b), **measured)
+
+
+def are_identical(a, b):
+    """Whether both ran the same seeds, and each called all messages the same."""
+    if sorted(a.seeds) != sorted(b.seeds):
+        return False
+    return all(
+        np.array_equal(a.correct[i], b.correct[b.seeds.index(seed)])
+        and (not a.mistakes or a.mistakes[i] == b.mistakes[b.seeds.index(seed)])
+        for i, seed in enumerate(a.seeds)
     )
-    return Comparison(n=n, runs=(len(a.seeds), len(b.seeds)), is_identical=same, **measured)
 
 
 # --- one run each ---
@@ -153,46 +178,111 @@ def smallest_difference(n_discordant, n, level=LEVEL):
 # --- several seeds ---
 
 
-@cache
+@lru_cache(1)  # a report has one test set, as a rule
 def resampling_weights(n):
     """(RESAMPLES, n) how often each of n messages is drawn, of n draws with replacement, less the one of the sample."""
     generator = np.random.default_rng(SEED)
     return generator.multinomial(n, np.full(n, 1 / n), RESAMPLES).astype(np.float32) - 1
 
 
-def resampled(a, b):
-    """(RESAMPLES,) deviations of the mean difference between b and a: by the choice of messages, and by training.
+@lru_cache(16)
+def student(freedom):
+    """(RESAMPLES,) draws from Student's t, in order."""
+    return np.sort(np.random.default_rng(SEED + 1).standard_t(freedom, RESAMPLES))
 
-    The messages are drawn anew with replacement. Two to five seeds drawn anew would vary too little (of two, half the
-    draws are twice the same); their mean instead deviates as Student's t with the seeds' own standard error: of the
-    differences where both ran the same seeds, else of each side. That error holds what is peculiar to single seeds on
-    single messages; it is taken out of the variation between messages, which holds it too (two-way analysis of
-    variance without replication).
-    """
-    generator = np.random.default_rng(SEED + 1)
+
+@dataclass(frozen=True)
+class Deviations:
+    """How far a mean difference may be from the true one: by the choice of messages, and by training."""
+
+    by_messages: np.ndarray  # (RESAMPLES,)
+    error: float  # by training: a standard error
+    freedom: float  # its degrees of freedom
+
+    @property
+    def interval(self):
+        """The ends between which 95% of the deviations lie."""
+        drawn = np.random.default_rng(SEED + 2).permutation(student(self.freedom)) if self.error else 0.0
+        return tuple(np.quantile(self.by_messages + self.error * drawn, [LEVEL / 2, 1 - LEVEL / 2]).tolist())
+
+    def exceeding(self, difference):
+        """The probability of so large a deviation, to either side.
+
+        It is the mean over the draws of Student's t of what remains for the messages, whose mean is normal: counting
+        resamples would tell nothing below one in 10,000.
+        """
+        spread, by_training = float(self.by_messages.std()), 0.0
+        if self.error:
+            by_training = self.error * student(self.freedom)[10::20]  # in order: each stands for twenty
+        distances = abs(difference) + np.array([by_training, -by_training]).ravel()
+        if spread == 0:
+            return float((distances <= 0).mean()) if self.error else float(difference == 0)
+        tails = [math.erfc(distance / spread / 2**0.5) / 2 for distance in distances.tolist()]
+        return min(1.0, 2 * math.fsum(tails) / len(tails))
+
+    def exceeded_with(self, level):
+        """The difference that is exceeded with this probability; 1 where none is that rare."""
+        low, high = 0.0, 1.0
+        if self.exceeding(high) >= level:
+            return 1.0
+        for _ in range(14):
+            middle = (low + high) / 2
+            low, high = (middle, high) if self.exceeding(middle) >= level else (low, middle)
+        return high
+
+
+def sides_of(a, b):
+    """[(S, n) of the differences] where both ran the same seeds, else [(S, n) of a, (S, n) of b]."""
     if sorted(a.seeds) == sorted(b.seeds):
-        sides = [b.correct[np.argsort(b.seeds)].astype(float) - a.correct[np.argsort(a.seeds)]]
-    else:
-        sides = [a.correct.astype(float), b.correct.astype(float)]
+        return [b.correct[np.argsort(b.seeds)].astype(float) - a.correct[np.argsort(a.seeds)]]
+    return [a.correct.astype(float), b.correct.astype(float)]
+
+
+def message_deviations(a, b):
+    """(RESAMPLES,) deviations of the mean difference between b and a when the messages are drawn anew.
+
+    What is peculiar to single seeds on single messages is part of `training_error`, and is taken out here, as far as
+    its estimate from few seeds can be trusted: half of the variance stays in any case.
+    """
     by_message = b.correct.mean(axis=0) - a.correct.mean(axis=0)
-    n, variance = len(by_message), by_message.var()
+    n, variance = len(by_message), float(by_message.var())
     if n <= MAX_RESAMPLED:
         deviations = (resampling_weights(n) @ by_message.astype(np.float32) / n).astype(float)
     else:
-        deviations = generator.standard_normal(RESAMPLES) * (variance / n) ** 0.5
-    several = [side for side in sides if len(side) > 1]
-    peculiar = sum(residual_variance(side) / len(side) for side in several)
-    if several and variance > 0:
-        deviations *= max(1 - peculiar / variance, 0.5) ** 0.5  # an estimate: by chance it may be all of it
-    squared = [(side.mean(axis=1).var(ddof=1) / len(side), len(side) - 1) for side in several]
-    if total := sum(error for error, _ in squared):
-        freedom = total**2 / sum(error**2 / degrees for error, degrees in squared)  # of two sides, Welch's
-        deviations += total**0.5 * generator.standard_t(freedom, RESAMPLES)
-    return deviations
+        deviations = np.random.default_rng(SEED).standard_normal(RESAMPLES) * (variance / n) ** 0.5
+    peculiar = sum(residual_variance(side) / len(side) for side in sides_of(a, b) if len(side) > 1)
+    return deviations * max(1 - peculiar / variance, 0.5) ** 0.5 if variance else deviations
+
+
+def training_error(a, b):
+    """(standard error, degrees of freedom) of the mean difference between b and a when other seeds are trained.
+
+    Two to five seeds drawn anew would vary too little (of two, half the draws are twice the same). So their mean
+    deviates as Student's t with their own standard error: of the differences where both ran the same seeds, else of
+    each side, with Welch's degrees of freedom. A side of one run varies as the other one, unless it is not trained by
+    chance.
+    """
+    sides = sides_of(a, b)
+    variances = [(float(side.mean(axis=1).var(ddof=1)), len(side) - 1) for side in sides if len(side) > 1]
+    squared = []
+    for sample, side in zip((a, b), sides, strict=False):
+        if len(side) > 1:
+            squared.append((float(side.mean(axis=1).var(ddof=1)) / len(side), len(side) - 1))
+        elif sample.is_trained_by_chance and variances:
+            squared.append(variances[0])
+    total = sum(error for error, _ in squared)
+    if total == 0:
+        return 0.0, 1.0
+    if len(sides) == 2 and len(variances) == 1:  # both errors come from the same seeds
+        return total**0.5, float(variances[0][1])
+    return total**0.5, total**2 / sum(error**2 / degrees for error, degrees in squared)
 
 
 def residual_variance(runs):
-    """What varies in runs (S, n) beyond better and worse seeds and easier and harder messages."""
+    """What varies in runs (S, n) beyond better and worse seeds and easier and harder messages.
+
+    That is the residual of a two-way analysis of variance without replication.
+    """
     n_seeds, n = runs.shape
     residual = runs - runs.mean(axis=1, keepdims=True) - runs.mean(axis=0, keepdims=True) + runs.mean()
     return float((residual**2).sum() / ((n_seeds - 1) * max(n - 1, 1)))
@@ -207,5 +297,5 @@ def holm(comparisons):
     corrected, highest = list(comparisons), 0.0
     for rank, i in enumerate(order):
         highest = max(highest, min(1.0, (len(order) - rank) * comparisons[i].p))
-        corrected[i] = replace(comparisons[i], p_corrected=highest)
+        corrected[i] = replace(comparisons[i], p_corrected=highest, among=len(order))
     return corrected

@@ -249,7 +249,7 @@ def count_classes(splits, ignore_index, data_dir):
 
 def class_names(name, n_classes):
     """The names of the K classes of the data that `load_splits` calls by this name."""
-    return [str(label) for label in range(n_classes)] if name == "own" else ["ham", "spam"]
+    return ["ham", "spam"] if name != "own" and n_classes == 2 else [str(label) for label in range(n_classes)]
 
 
 def sha256_of_splits(splits):

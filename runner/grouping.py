@@ -9,7 +9,7 @@ import numpy as np
 from .accuracy import Accuracy, mean_and_deviation
 from .comparison import Sample, compare, holm
 from .dataset import SPLITS
-from .table import FREE_OPTIONS, command_line, describe_settings
+from .table import FREE_OPTIONS, describe_settings
 
 # A table is that of the rows' options with one choice of these, which a row's own are then ignored for.
 TABLE_OPTIONS = ("model_size", "weights", "dataset", "learning_rate")
@@ -45,11 +45,26 @@ class Group:
         """The names of the devices, each once."""
         return list(dict.fromkeys(record.device_name for record in self.records))
 
+    def joined(self, other):
+        """The Group with the seeds of another one that it has not."""
+        seeds = {record.seed for record in self.records}
+        return Group(self.name, self.records + [record for record in other.records if record.seed not in seeds])
+
+    @property
+    def is_baseline(self):
+        """Whether its runs are no GPT-2."""
+        return self.records[0].settings.get("model_size") == ""
+
     @cached_property
     def tested(self):
         """The records that hold their mistakes, on the data of the first of them."""
         known = [record for record in self.records if record.confusions is not None]
         return [record for record in known if record.data_sha256 == known[0].data_sha256]
+
+    @cached_property
+    def called(self):
+        """Of each run that is `tested` its test mistakes: {number of the message: what it was called}."""
+        return tuple({m.number: m.called for m in record.confusions["test"].mistakes} for record in self.tested)
 
 
 @dataclass
@@ -59,10 +74,25 @@ class Table:
     title: str  # "" for the published table's own
     groups: dict = field(default_factory=dict)  # {(number of the row, precision): Group}
 
+    def by_precision(self, number):
+        """{precision: Group} of a row, float32 first."""
+        return {precision: group for (row, precision), group in sorted(self.groups.items(), key=rank) if row == number}
+
     def group(self, number):
         """The Group of a row, in float32 if there is one; None: the row was not run."""
-        found = [group for (row, _), group in sorted(self.groups.items(), key=rank) if row == number]
-        return found[0] if found else None
+        return next(iter(self.by_precision(number).values()), None)
+
+    def pair(self, a, b):
+        """The Groups of two rows, in the same precision if there is one."""
+        groups_a, groups_b = self.by_precision(a), self.by_precision(b)
+        for precision in groups_a:
+            if precision in groups_b:
+                return groups_a[precision], groups_b[precision]
+        return self.group(a), self.group(b)
+
+    def first_with(self, group):
+        """The number of the first row with this Group: rows may differ in nothing but what the table chooses."""
+        return min(number for (number, _), other in self.groups.items() if other is group)
 
 
 def rank(item):
@@ -81,27 +111,20 @@ class Standing:
     disagreements: list  # lines
 
     @property
-    def groups(self):
-        """Every Group once, by its name: those of rows under their numbers."""
-        return named(self.table) | self.unpublished
+    def tables(self):
+        """The tables with runs, the published one first."""
+        return [table for table in (self.table, *self.variants) if table.groups]
 
     @property
-    def unpublished(self):
-        """The Groups that are none of the published table, by name."""
+    def groups(self):
+        """Every Group once, by its name: those of rows under their numbers, with the table where there are several."""
         found = {}
-        for table in self.variants:
-            found |= named(table)
+        for table in self.tables:
+            title = f" ({table.title})" if table.title and len(self.tables) > 1 else ""
+            for (number, precision), group in sorted(table.groups.items(), key=rank):
+                if table.first_with(group) == number:
+                    found[f"row {number}{in_precision(precision)}{title}"] = group
         return found | {group.name: group for group in self.others}
-
-
-def named(table):
-    """{name: Group} of a table; rows that are the same there are one Group, under the first number."""
-    found = {}
-    for (number, precision), group in sorted(table.groups.items(), key=rank):
-        if id(group) not in map(id, found.values()):
-            title = f" ({table.title})" if table.title else ""
-            found[f"row {number}{in_precision(precision)}{title}"] = group
-    return found
 
 
 def in_precision(precision):
@@ -137,7 +160,9 @@ def one_per_seed(records):
             disagreements.append(
                 f"{name}, seed {same[0].seed}: results differ by device or version, the first counts: {found}"
             )
-    return [same[0] for same in by_seed.values()], disagreements
+    # Of equal results one that holds its mistakes is worth more: it may stand in a file beside an old one.
+    first = [next((record for record in same if record.confusions), same[0]) for same in by_seed.values()]
+    return first, disagreements
 
 
 def arrange(records, rows, defaults):
@@ -159,10 +184,21 @@ def arrange(records, rows, defaults):
         numbers = rows_of(same[0], rows, defaults)
         for number in numbers:
             table = variants.setdefault(table_of(same[0]), Table(title_of(same[0], defaults)))
-            table.groups.setdefault((number, precision), group)
+            earlier = table.groups.get((number, precision))  # the same weights under another path
+            table.groups[number, precision] = group if earlier is None else earlier.joined(group)
         if not numbers:
             others.append(group)
-    return Standing(published, list(variants.values()), others, disagreements)
+    tables, titles = [], [table.title for table in variants.values()]
+    for key, table in variants.items():
+        distinct = {id(group): group for group in table.groups.values()}
+        if len(distinct) == 1:  # one row is no table
+            others += distinct.values()
+            continue
+        if titles.count(table.title) > 1:
+            *_, data_sha256, weights_sha256 = key
+            table.title += f", weights {weights_sha256[:8]}" if weights_sha256 else f", data {data_sha256[:8]}"
+        tables.append(table)
+    return Standing(published, tables, others, disagreements)
 
 
 def rows_of(record, rows, defaults):
@@ -192,10 +228,9 @@ def title_of(record, defaults):
     return ", ".join(words) or "the same settings"
 
 
-def options_cell(row, table):
-    """A row's options as of the command line, without those that the table chooses."""
-    options = {name: value for name, value in row.options.items() if not table.title or name not in TABLE_OPTIONS}
-    return command_line(options)
+def options_in(table, row):
+    """A row's options, {name: value}, without those that the table chooses."""
+    return {name: value for name, value in row.options.items() if not table.title or name not in TABLE_OPTIONS}
 
 
 # --- comparisons ---
@@ -214,10 +249,9 @@ class Answer:
 def answer_questions(standing, questions):
     """[Answer, ...] for each table with runs, p-values corrected over all of them."""
     answers = []
-    for table in (standing.table, *standing.variants):
-        for question in questions if table.groups else ():
-            a, b = (table.group(number) for number in (question.a, question.b))
-            answers.append(Answer(question, table, *compare_groups(a, b)))
+    for table in standing.tables:
+        for question in questions:
+            answers.append(Answer(question, table, *compare_groups(*table.pair(question.a, question.b))))
     corrected = iter(holm([answer.comparison for answer in answers if answer.comparison]))
     return [
         Answer(answer.question, answer.table, next(corrected), answer.remark) if answer.comparison else answer
@@ -234,29 +268,35 @@ def compare_groups(a, b):
         return None, "the same configuration here"
     if not a.tested or not b.tested:
         return None, "run by an earlier version, which did not record the single mistakes"
-    if a.tested[0].data_sha256 != b.tested[0].data_sha256:
-        return None, "on other messages"
-    samples = paired_samples(a.tested, b.tested)
+    same_data = a.tested[0].data_sha256 == b.tested[0].data_sha256 != ""
+    samples = paired_samples(a, b) if same_data else None
     if samples is None:
         return None, "on other messages"
-    devices = list(dict.fromkeys([*a.devices, *b.devices]))
-    return compare(*samples), f"on {' and '.join(devices)}" if len(devices) > 1 else ""
+    remarks = []
+    for kind, values in (
+        ("on", [record.device_name for record in (*a.tested, *b.tested)]),
+        ("in", [record.settings["precision"] for record in (*a.tested, *b.tested)]),
+    ):
+        if len(different := list(dict.fromkeys(values))) > 1:
+            remarks.append(f"{kind} {' and '.join(different)}")
+    return compare(*samples), "; ".join(remarks)
 
 
-def paired_samples(a, b, split="test"):
-    """The Samples of two lists of Records on the same data, or None where they were not tested on the same messages.
+def paired_samples(a, b):
+    """The Samples of two Groups on the same data, or None where they were not tested on the same messages.
 
     Messages that all runs got right are alike, and only counted.
     """
-    totals = {record.confusions[split].totals for record in (*a, *b)}
+    totals = {record.confusions["test"].totals for record in (*a.tested, *b.tested)}
     if len(totals) > 1 or sum(next(iter(totals))) == 0:
         return None
-    wrong = [[{m.number for m in record.confusions[split].mistakes} for record in side] for side in (a, b)]
-    columns = {number: i for i, number in enumerate(sorted(set().union(*wrong[0], *wrong[1])))}
+    n = sum(next(iter(totals)))
+    columns = {number: i for i, number in enumerate(sorted(set().union(*a.called, *b.called)))}
     samples = []
-    for side, mistakes in zip((a, b), wrong, strict=True):
-        correct = np.ones((len(side), sum(next(iter(totals)))), dtype=bool)
-        for run, numbers in zip(correct, mistakes, strict=True):
-            run[[columns[number] for number in numbers]] = False
-        samples.append(Sample(tuple(record.seed for record in side), correct))
+    for group in (a, b):
+        correct = np.ones((len(group.tested), n), dtype=bool)
+        for run, called in zip(correct, group.called, strict=True):
+            run[[columns[number] for number in called]] = False
+        seeds = tuple(record.seed for record in group.tested)
+        samples.append(Sample(seeds, correct, group.called, is_trained_by_chance=not group.is_baseline))
     return samples

@@ -1,5 +1,6 @@
 """The report as a page for a browser: one file, nothing fetched, made from `report.html`."""
 
+import math
 from datetime import datetime
 from pathlib import Path
 
@@ -9,9 +10,9 @@ from . import dataset
 from .comparison import holm
 from .dataset import SPLITS
 from .files import FileError, UsageError, write_bytes
-from .grouping import compare_groups, in_precision, options_cell, rank
-from .table import describe_settings
-from .wording import against_published, describe, in_ranges, minutes_cell, p_value
+from .grouping import compare_groups, in_precision, options_in, rank
+from .table import command_line, describe_settings
+from .wording import against_published, describe, in_ranges, minutes_cell, p_value, runs
 
 MAX_GROUPS = 30  # in the matrix: each with each of the others
 MAX_OTHERS = 300  # lines of the table of other runs
@@ -36,23 +37,23 @@ def render(standing, answers, rows):
     template = environment.get_template("report.html")
     groups = standing.groups
     asked = [question_view(answer, rows) for answer in answers if answer.comparison]
-    runs, n_hidden = run_views(groups)
+    shown, n_hidden = run_views(groups)
     return template.render(
         title="What each design choice is worth",
         written=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
         n_runs=sum(len(group.records) for group in groups.values()),
-        tables=[table_view(table, standing, rows) for table in (standing.table, *standing.variants) if table.groups],
+        tables=[table_view(table, standing, rows) for table in standing.tables],
         others=[group_view(group.name, group) for group in standing.others[:MAX_OTHERS]],
         n_others=len(standing.others),
-        questions=asked,
+        conclusions=[(table.title, [view for view in asked if view["table"] is table]) for table in standing.tables],
         spread=max([5.0, *(abs(end) for view in asked for end in (view["low"], view["high"]))]),
         unanswered=unanswered(answers),
-        matrix=matrix_view(dict(list(groups.items())[:MAX_GROUPS])),
+        matrix=matrix_view(dict(sorted(groups.items(), key=lambda item: not item[1].is_baseline)[:MAX_GROUPS])),
         n_groups=len(groups),
-        runs=runs,
+        runs=shown,
         n_hidden=n_hidden,
-        environments=environments(groups),
-        disagreements=standing.disagreements,
+        environments=environments(groups)[:MAX_OTHERS],
+        disagreements=standing.disagreements[:MAX_OTHERS],
         scale=scale(groups, rows if standing.table.groups else {}),
     )
 
@@ -62,7 +63,8 @@ def render(standing, answers, rows):
 
 def scale(groups, rows):
     """(low, high) of the accuracies that are drawn, in percent, with some air."""
-    lows = [100 * group.mean().interval[0] for group in groups.values()] + [row.test for row in rows.values()]
+    lows = [100 * group.mean().interval[0] for group in groups.values() if group.mean().total]
+    lows += [row.test for row in rows.values()]
     return (5 * (min(lows, default=50) // 5), 100)
 
 
@@ -75,7 +77,7 @@ def group_view(name, group):
         accuracies={split: group.mean(split) for split in SPLITS},
         low=100 * mean.interval[0],
         high=100 * mean.interval[1],
-        test=100 * mean.fraction,
+        test=100 * mean.fraction if mean.total else None,
         deviation=group.deviation() if len(group.records) > 1 else None,
         minutes=minutes_cell(group),
         seconds=group.minutes[0],
@@ -87,9 +89,11 @@ def table_view(table, standing, rows):
     """What the page shows of a Table: its lines, the rows that are missing, the baselines on the same data."""
     lines = []
     for (number, precision), group in sorted(table.groups.items(), key=rank):
-        options = options_cell(rows[number], table)
+        options = options_in(table, rows[number])
         line = group_view(f"{number}{in_precision(precision)}", group)
-        line |= dict(number=number, options=options, words=describe_settings(rows[number].options), published=None)
+        line |= dict(number=number, options=command_line(options), words=describe_settings(options), published=None)
+        if (first := table.first_with(group)) != number:
+            line |= dict(options="", words=f"as row {first}")
         if not table.title:
             line |= dict(published=rows[number].test, against=against_published(group.mean(), rows[number].test))
         lines.append(line)
@@ -97,7 +101,7 @@ def table_view(table, standing, rows):
     baselines = [
         dict(name=group.name, test=100 * group.mean().fraction)
         for group in standing.others
-        if group.records[0].data_sha256 == data and not group.records[0].settings.get("model_size")
+        if group.is_baseline and group.records[0].data_sha256 == data
     ]
     missing = [number for number in rows if table.group(number) is None]
     return dict(title=table.title, lines=lines, missing=in_ranges(missing), baselines=baselines)
@@ -110,13 +114,14 @@ def question_view(answer, rows):
     """What the page shows of an Answer that has a comparison."""
     question, comparison = answer.question, answer.comparison
     published = [rows[number].test for number in (question.a, question.b)]
-    kind = {"better": "better", "worse": "worse", "identical predictions": "same"}.get(comparison.verdict, "open")
     return dict(
         pair=f"{question.a}–{question.b}",
         asks=question.asks,
-        table=answer.table.title,
-        kind=kind,
-        verdict=comparison.verdict,
+        table=answer.table,
+        kind=comparison.kind,
+        verdict={"open": "not shown", "identical": "identical predictions"}.get(comparison.kind, comparison.kind),
+        limit=comparison.limit if comparison.kind == "open" else "",
+        runs=runs(answer) + (f"; {answer.remark}" if answer.remark else ""),
         sentence=describe(answer),
         published=f"{published[0]:.2f} → {published[1]:.2f} ({published[1] - published[0]:+.2f})",
         difference=100 * comparison.difference,
@@ -129,10 +134,10 @@ def question_view(answer, rows):
 
 def unanswered(answers):
     """[(why, pairs of rows), ...] of the questions without a comparison."""
-    found = {}
+    found, n_tables = {}, len({id(answer.table) for answer in answers})
     for answer in answers:
         if not answer.comparison:
-            why = answer.remark + (f", with {answer.table.title}" if answer.table.title else "")
+            why = answer.remark + (f", with {answer.table.title}" if answer.table.title and n_tables > 1 else "")
             found.setdefault(why, []).append(f"{answer.question.a}–{answer.question.b}")
     return [(why, ", ".join(pairs)) for why, pairs in found.items()]
 
@@ -154,9 +159,10 @@ def matrix_view(groups):
 def cell_view(comparison, sign):
     """What the page shows of a Comparison in the matrix; with sign -1 the other way round."""
     low, high = sorted(sign * 100 * end for end in comparison.interval)
-    is_shown = comparison.verdict in ("better", "worse")
     difference = sign * 100 * comparison.difference
-    kind = "same" if comparison.is_identical else "open" if not is_shown else "better" if difference > 0 else "worse"
+    kind = comparison.kind
+    if kind in ("better", "worse"):
+        kind = "better" if difference > 0 else "worse"
     return dict(
         text=f"{difference + 0.0:+.1f}", kind=kind, title=f"95% {low:+.1f} to {high:+.1f}, p {p_value(comparison)}"
     )
@@ -199,7 +205,7 @@ def run_view(name, record, texts):
                 confidence=f"{mistake.confidence:.3f}",
                 called=names[mistake.called],
                 label=names[mistake.label],
-                text=messages[mistake.number][:MAX_TEXT] if messages else None,
+                text=messages[mistake.number][:MAX_TEXT] if mistake.number < len(messages) else None,
             )
             for mistake in confusion.most_confident(MAX_MISTAKES)
         ]
@@ -207,10 +213,10 @@ def run_view(name, record, texts):
 
 
 def texts_of(record, known):
-    """The test messages of a run, if its data are still where they were; else None. `known` holds what was read."""
+    """The test messages of a run, if its data are still where they were; else none. `known` holds what was read."""
     place = record.data, record.settings.get("data_dir"), record.data_sha256
     if place not in known:
-        known[place] = None
+        known[place] = []
         try:
             if record.data == "sample":
                 splits, _ = dataset.load_splits("", "sample")
@@ -226,7 +232,7 @@ def texts_of(record, known):
 
 def curves(history, width=300, height=110):
     """Points of the losses in a picture of this size, and what its corners stand for; None: not known."""
-    if history is None or len(history.steps) < 2:
+    if history is None or len(history.steps) < 2 or not math.isfinite(sum(history.train_losses + history.val_losses)):
         return None
     top = max(*history.train_losses, *history.val_losses) or 1.0
     last = history.steps[-1]

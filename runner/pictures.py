@@ -66,7 +66,8 @@ def plot_report(path, standing, rows):
     for (number, precision), group in sorted(standing.table.groups.items(), key=rank):
         name = describe_settings(rows[number].options) + in_precision(precision)
         lines.append((name, f"  {number:2}", group, rows[number].test))
-    lines += [(name, "", group, None) for name, group in standing.unpublished.items()]
+    drawn = list(map(id, standing.table.groups.values()))
+    lines += [(name, "", group, None) for name, group in standing.groups.items() if id(group) not in drawn]
     height_of_lines = max(len(lines), 1)  # also of a file without a run
     picture = figure(8, 1 + 0.36 * height_of_lines)
     axes = picture.subplots()

@@ -2,15 +2,16 @@
 
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 
 from .dataset import SPLITS
 from .files import FileError
-from .grouping import answer_questions, arrange, in_precision, options_cell, rank
+from .grouping import answer_questions, arrange, in_precision, options_in, rank
 from .page import write_page
 from .pictures import plot_report
 from .results_file import read_records
-from .table import markdown_header, markdown_line
+from .table import command_line, markdown_header, markdown_line, plain
 from .wording import against_published, describe, in_ranges, minutes_cell, where
 
 
@@ -65,8 +66,9 @@ def lines_of(standing, answers, rows, is_compact):
         lines += ["", *(compact_others if is_compact else markdown_others)(standing.others)]
     lines += ["", *NOTES[is_compact]]
     if standing.disagreements:
-        lines += ["", *(wrapped(standing.disagreements) if is_compact else standing.disagreements)]
-    return lines
+        disagreements = list(map(plain, standing.disagreements))
+        lines += ["", *(wrapped(disagreements) if is_compact else disagreements)]
+    return lines[1:] if lines[0] == "" else lines
 
 
 NOTES = {
@@ -80,6 +82,13 @@ NOTES = {
         "measured; published, on an A100. A seed counts once, however often and on whatever devices it was run.",
     ],
 }
+
+
+def options_text(table, number, group, rows):
+    """What a row's options are in this table: as of the command line, or those of another row."""
+    if (first := table.first_with(group)) != number:
+        return f"as row {first}"
+    return command_line(options_in(table, rows[number])) or "-"
 
 
 # --- on a terminal ---
@@ -101,7 +110,7 @@ def compact_table(table, rows):
         f"{'row':>9}  {'options':<46}{'n':>3}  {'test accuracy':<21}{'published' if not table.title else ''}".rstrip()
     ]
     for (number, precision), group in sorted(table.groups.items(), key=rank):
-        options = fitted(options_cell(rows[number], table) or "-", 44)
+        options = fitted(options_text(table, number, group, rows), 44)
         line = f"{f'{number}{in_precision(precision)}':>9}  {options:<46}{compact_figures(group)}"
         if not table.title:
             line += f"{rows[number].test:6.2f} {where(group.mean(), rows[number].test)}"
@@ -118,7 +127,7 @@ def compact_figures(group):
 def compact_others(groups):
     """Lines of at most 100 columns for other runs."""
     lines = [f"{'other runs':<57}{'n':>3}  test accuracy"]
-    return lines + [f"{fitted(group.name, 55):<57}{compact_figures(group)}".rstrip() for group in groups]
+    return lines + [f"{fitted(plain(group.name), 55):<57}{compact_figures(group)}".rstrip() for group in groups]
 
 
 # --- in Markdown ---
@@ -144,9 +153,12 @@ def markdown_table(table, rows):
             means = [group.mean(split) for split in SPLITS]
             cells = [f"{c}; {against_published(m, p)}" for c, m, p in zip(cells, means, published, strict=True)]
             minutes += f"; {rows[number].minutes:.2f}"
-        options = options_cell(rows[number], table)
-        name = f"{number}{in_precision(precision)}"
-        first = [name, f"`{options}`" if options else "-", len(group.records)]
+        options = options_text(table, number, group, rows)
+        first = [
+            f"{number}{in_precision(precision)}",
+            f"`{options}`" if options.startswith("--") else options,
+            len(group.records),
+        ]
         lines.append(markdown_line([*first, *cells, minutes, ", ".join(group.devices)]))
     return lines
 
@@ -170,11 +182,19 @@ def comparison_lines(answers, rows, is_compact):
     for answer in answers:
         if answer.comparison:
             a, b = answer.question.a, answer.question.b
-            published = f"published {rows[b].test - rows[a].test:+.2f}"
-            lines.append(f"- {a}–{b}: {answer.question.asks} {describe(answer)} ({published})")
+            published = "" if answer.table.title else f" (published {rows[b].test - rows[a].test:+.2f})"
+            lines.append(
+                f"- {a}–{b}: {answer.question.asks} {describe(replace(answer, remark=plain(answer.remark)))}{published}"
+            )
     if lines:
-        heading = "Conclusions, on the same test messages (p-values corrected for all comparisons of the report, Holm):"
-        lines = [heading, "", *lines, ""]
+        lines = [
+            "Conclusions, on the same test messages. Verdicts and p-values hold for all comparisons of the report "
+            "together (Holm), each interval for its own. Of two runs they speak of these two only, of several seeds of "
+            "others too.",
+            "",
+            *lines,
+            "",
+        ]
     unanswered = {}
     for answer in answers:
         if not answer.comparison:

@@ -1,6 +1,7 @@
 """A record as a line of the results file, and back: one text for each column."""
 
 import re
+from collections import Counter
 from contextlib import suppress
 from dataclasses import fields
 
@@ -39,10 +40,14 @@ def confusion_cells(split, confusion):
     """Two cells: `9/151 6/149`, errors of each class, and `17:0>1:0.981`, number, label, class called, confidence."""
     if confusion is None or len(confusion.mistakes) > MAX_MISTAKES:
         return {f"{split}_errors": "", f"{split}_mistakes": ""}
-    counts = confusion.counts
-    errors = [f"{total - counts[label][label]}/{total}" for label, total in enumerate(confusion.totals)]
     mistakes = [f"{m.number}:{m.label}>{m.called}:{m.confidence:.3f}" for m in confusion.mistakes]
-    return {f"{split}_errors": " ".join(errors), f"{split}_mistakes": " ".join(mistakes)}
+    return {f"{split}_errors": errors_cell(confusion), f"{split}_mistakes": " ".join(mistakes)}
+
+
+def errors_cell(confusion):
+    """`9/151 6/149`, the errors of each class."""
+    wrong = Counter(mistake.label for mistake in confusion.mistakes)
+    return " ".join(f"{wrong[label]}/{total}" for label, total in enumerate(confusion.totals))
 
 
 def confusion_from(cells, split):
@@ -54,14 +59,11 @@ def confusion_from(cells, split):
     for entry in cells[f"{split}_mistakes"].split():
         number, label, called, confidence = re.split("[:>]", entry)
         mistakes.append(Mistake(int(number), int(label), int(called), float(confidence)))
-        if max(int(label), int(called)) >= len(errors):
+        if min(map(int, (number, label, called))) < 0 or max(int(label), int(called)) >= len(errors):
             raise ValueError(f"{entry}, of {len(errors)} classes")
     confusion = Confusion(tuple(int(total) for _, total in errors), tuple(mistakes))
     accuracy = accuracy_from(cells[f"{split}_correct"], cells[f"{split}_total"])
-    if (
-        confusion.accuracy != accuracy
-        or confusion_cells(split, confusion)[f"{split}_errors"] != cells[f"{split}_errors"]
-    ):
+    if confusion.accuracy != accuracy or errors_cell(confusion) != cells[f"{split}_errors"]:
         raise ValueError(f"{len(mistakes)} mistakes, but {cells[f'{split}_errors']} and {accuracy.in_full}")
     return confusion
 
@@ -83,9 +85,12 @@ def history_from(cells):
     losses = [entry.split(":") for entry in cells.get("losses", "").split()]
     if not losses:
         return None
+    steps = [int(step) for step, _, _ in losses]
+    if steps != sorted(set(steps)):
+        raise ValueError("steps that do not grow")
     accuracies = [re.split("[:/]", entry) for entry in cells["epoch_accuracies"].split()]
     return History(
-        steps=[int(step) for step, _, _ in losses],
+        steps=steps,
         train_losses=[float(train) for _, train, _ in losses],
         val_losses=[float(val) for _, _, val in losses],
         train_accuracies=[accuracy_from(correct, total) for correct, total, _, _ in accuracies],

@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass, field, fields, replace
 
-from .accuracy import mean_and_deviation
+from .accuracy import mean_and_deviation, shown
 from .dataset import DATASET_NAMES, SPLITS
 
 # --- its rows ---
@@ -106,7 +106,12 @@ def command_line(settings):
 
 def markdown_line(cells):
     """A line of a Markdown table, whatever is in its cells."""
-    return "| " + " | ".join(re.sub(r"[\r\n]+", " ", str(cell)).replace("|", "\\|") for cell in cells) + " |"
+    return "| " + " | ".join(plain(cell).replace("|", "\\|") for cell in cells) + " |"
+
+
+def plain(text):
+    """A text in one line that neither a terminal nor Markdown takes for more than text."""
+    return shown(re.sub(r"[\r\n]+", " ", str(text))).replace("<", "&lt;")
 
 
 def markdown_header(titles):

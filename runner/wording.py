@@ -33,19 +33,23 @@ def minutes_cell(group):
 def describe(answer):
     """What was measured, in a sentence."""
     comparison, question = answer.comparison, answer.question
-    low, high = (100 * end for end in comparison.interval)
     sentence = f"Row {question.b}: {comparison.verdict}"
     if not comparison.is_identical:
+        low, high = (100 * end for end in comparison.interval)
+        difference = 100 * comparison.difference
         sentence += (
-            f": {100 * comparison.difference:+.2f} points (95% {low:+.1f} to {high:+.1f}), p {p_value(comparison)}"
+            f": {difference:+.2f} points (95% {low:+.1f} to {high:+.1f}), p {p_value(comparison)}; {runs(answer)}"
         )
-        if comparison.only:
-            sentence += (
-                f"; only row {question.a} right: {comparison.only[0]}, only row {question.b}: {comparison.only[1]}"
-            )
-        else:
-            sentence += f"; {comparison.runs[0]} and {comparison.runs[1]} seeds"
     return f"{sentence}{f'; {answer.remark}' if answer.remark else ''}."
+
+
+def runs(answer):
+    """What runs a comparison is of; of one run each it says nothing about the next."""
+    comparison, question = answer.comparison, answer.question
+    if comparison.only is None:
+        return f"{comparison.runs[0]} and {comparison.runs[1]} seeds"
+    only_a, only_b = comparison.only
+    return f"of these two runs; only row {question.a} right: {only_a}, only row {question.b}: {only_b}"
 
 
 def p_value(comparison):

@@ -165,21 +165,30 @@ def true_difference(quality, difficulty):
     return right[1] - right[0]
 
 
-@pytest.mark.parametrize("n_seeds", [1, 2, 3, 5])
-def test_a_95_percent_interval_holds_the_truth_in_95_percent_of_tables(n_seeds, monkeypatch):
-    """Of one run each the truth is that of these two classifiers, of several seeds that of all seeds."""
-    monkeypatch.setattr(comparison, "RESAMPLES", 2000)
+def clear_caches():
     comparison.resampling_weights.cache_clear()
-    rng = np.random.default_rng(n_seeds)
+    comparison.student.cache_clear()
+
+
+@pytest.mark.parametrize("seeds", [(1, 1), (2, 2), (3, 3), (5, 5), "3 and 3 others", (2, 3), (1, 3), (1, 5)], ids=str)
+def test_a_95_percent_interval_holds_the_truth_in_95_percent_of_tables(seeds, monkeypatch):
+    """Of one run each the truth is that of these two classifiers, of several seeds that of all seeds."""
+    first, is_paired = (3, False) if isinstance(seeds, str) else (0, True)
+    n_a, n_b = (3, 3) if isinstance(seeds, str) else seeds
+    monkeypatch.setattr(comparison, "RESAMPLES", 2000)
+    clear_caches()
+    rng = np.random.default_rng(n_a + 10 * n_b + first)
     shift, spread, n_tables = 0.5, 0.3, 1000
     everything = rng.normal(2.5, 2, 20_000)
     all_seeds = rng.normal(0, spread, 300)
     truth, held = true_difference(np.stack([all_seeds, all_seeds + shift]), everything), 0
     for _ in range(n_tables):
-        correct, quality = simulated(rng, n_seeds, 300, shift, spread)
-        if n_seeds == 1:
+        correct, quality = simulated(rng, max(n_a, n_b), 300, shift, spread)
+        if n_a == n_b == 1:
             truth = true_difference(quality, everything[:2000])
-        low, high = compare(*(Sample(tuple(range(n_seeds)), side) for side in correct)).interval
+        a = Sample(tuple(range(n_a)), correct[0][:n_a])
+        b = Sample(tuple(range(n_b)) if is_paired else tuple(range(10, 10 + n_b)), correct[1][:n_b])
+        low, high = compare(a, b).interval
         held += low <= truth <= high
-    comparison.resampling_weights.cache_clear()
+    clear_caches()
     assert 0.92 <= held / n_tables <= 0.98

@@ -5,7 +5,8 @@ import pytest
 from helpers import made_up_confusion, made_up_record, made_up_run
 
 from additional_experiments import DEFAULTS, QUESTIONS, ROWS
-from runner.grouping import answer_questions, arrange, compare_groups, paired_samples
+from runner.accuracy import Confusion, Mistake
+from runner.grouping import Group, answer_questions, arrange, compare_groups, paired_samples
 from runner.results_file import append_record, read_records
 
 
@@ -32,10 +33,53 @@ def test_the_rows_at_another_size_are_a_table_of_their_own(tmp_path):
 
 
 def test_other_sizes_rates_and_data_are_other_tables():
-    records = [nano("a", 1), nano("b", 1, learning_rate=1e-3), nano("c", 1, data_sha256="other"), nano("d", 1, seed=7)]
+    changes = (dict(), dict(learning_rate=1e-3), dict(data_sha256="other"), dict(seed=7))
+    records = []
+    for number, change in enumerate(changes):
+        for row in (1, 2):
+            records.append(nano(f"{number} {row}", row, **change))
+            object.__setattr__(records[-1], "configuration", f"{number} {row}")
+    tables = arrange(records, ROWS, DEFAULTS).variants
+    title = "gpt2-nano (7M), random weights, sample data, learning rate 0.0"
+    assert [table.title for table in tables] == [f"{title}005, data 0123", f"{title}01", f"{title}005, data other"]
+    assert [record.seed for record in tables[0].group(1).records] == [123, 7]
+
+
+def test_one_row_is_no_table():
+    """Else a sweep of learning rates would be a table for each."""
+    records = [nano(f"{n}", 1, learning_rate=n / 1000) for n in range(1, 9)]
     for number, record in enumerate(records):
         object.__setattr__(record, "configuration", f"{number}")
-    assert len(arrange(records, ROWS, DEFAULTS).variants) == 3
+    standing = arrange(records, ROWS, DEFAULTS)
+    assert standing.tables == [] and len(standing.others) == 8
+
+
+def test_a_run_of_an_earlier_version_is_healed_by_the_same_run():
+    old, new = made_up_record("old"), made_up_run("new", range(15))
+    [group] = arrange([old, new], ROWS, DEFAULTS).groups.values()
+    assert group.records == [new] and group.tested == [new]
+
+
+def test_rows_are_compared_in_the_same_precision():
+    records = [made_up_run(f"{row} {p}", range(row), row=row, precision=p) for row in (1, 2) for p in ("fp32", "bf16")]
+    standing = arrange([records[0], records[1], records[3]], ROWS, DEFAULTS)
+    a, b = standing.table.pair(1, 2)
+    assert a.records == [records[1]] and b.records == [records[3]]
+    standing = arrange([records[0], records[3]], ROWS, DEFAULTS)
+    assert compare_groups(*standing.table.pair(1, 2))[1] == "in fp32 and bf16"
+
+
+def test_other_mistakes_on_the_same_messages_are_not_identical():
+    """Of three classes: wrong in another way."""
+    records = []
+    for row, called in ((1, 1), (18, 2)):
+        record = made_up_run(f"{row}", [], row=row)
+        record.confusions["test"] = Confusion((100, 100, 100), (Mistake(0, 0, called, 0.9),))
+        object.__setattr__(record, "test", record.confusions["test"].accuracy)
+        records.append(record)
+    standing = arrange(records, ROWS, DEFAULTS)
+    found, _ = compare_groups(*standing.table.pair(1, 18))
+    assert found.difference == 0 and not found.is_identical
 
 
 def test_other_options_are_other_runs():
@@ -77,7 +121,7 @@ def test_runs_on_other_devices_are_compared_and_it_is_said():
 def test_samples_are_made_from_mistakes():
     """Also of messages of which some have no label: the numbers go further than their count."""
     a, b = made_up_run("a", [0, 301]), made_up_run("b", [301, 302])
-    first, second = paired_samples([a], [b])
+    first, second = paired_samples(Group("a", [a]), Group("b", [b]))
     assert first.correct.shape == second.correct.shape == (1, 300)
     assert (first.correct & ~second.correct).sum() == (second.correct & ~first.correct).sum() == 1
     assert np.array_equal(first.correct.sum(axis=1), [298])

@@ -76,7 +76,7 @@ def test_the_page_holds_everything():
     summaries = [t for _, t in parsed.all("summary")]
     assert len(summaries) == 7 and summaries[0].startswith("row 1, seed 1: 93.00% (279/300")
     cells = [t for _, t in parsed.all("td")]
-    assert "▼ worse" in cells and "96.63% ± 0.24" not in cells
+    assert any(cell.startswith("▼ worse") for cell in cells)
     paragraphs = [t for _, t in parsed.all("p")]
     assert any(t.startswith("Not compared (not yet run): 1–4, 1–5, 1–6,") for t in paragraphs)
     assert "The course of training was not recorded." in paragraphs

@@ -126,7 +126,7 @@ def test_comparisons_are_told():
     [line] = [line for line in lines if line.startswith("- 1–2: ")]
     assert line == (
         "- 1–2: Does the first token serve as well as the last? Row 2: worse: -13.33 points (95% -17.6 to -9.9), "
-        "p < 0.001; only row 1 right: 40, only row 2: 0. (published -20.00)"
+        "p < 0.001; of these two runs; only row 1 right: 40, only row 2: 0. (published -20.00)"
     )
     assert any("Holm" in line for line in lines) and "Not compared (not yet run): 1–3." in lines
 
@@ -184,9 +184,9 @@ def test_a_report_takes_less_than_two_seconds(tmp_path, n, capsys):
             cells = dict(run=str(run), seed=str(run // 19))
             lines.append(renamed(lines[1 + run % 19], columns, cells))
         path.write_text("\n".join(lines) + "\n")
-    begin = time.perf_counter()
+    begin = time.process_time()  # whatever else the machine does
     assert main(["--report", str(path), "--report_page", str(tmp_path / "page.html")]) == 0
-    assert time.perf_counter() - begin < 2
+    assert time.process_time() - begin < 2
     assert (tmp_path / "page.html").stat().st_size < 1_000_000
     assert capsys.readouterr().err == ""
 
