@@ -36,10 +36,11 @@ def describe_device(device):
 
 def describe_processor():
     """The processor and the instructions that PyTorch uses: on others, the last digits of a product differ."""
-    model = platform.processor()
-    with suppress(OSError, TypeError):  # Linux
-        model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
-    return f"{platform.machine()}, {model}, {torch.backends.cpu.get_cpu_capability()}"
+    facts = [platform.machine(), platform.processor(), torch.backends.cpu.get_cpu_capability()]
+    with suppress(OSError):  # Linux, of the first processor
+        first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
+        facts += re.findall(r"^(?:model|model name|cpu family|CPU part|flags|Features)\s*: (.*)", first, re.M)
+    return ", ".join(facts)
 
 
 def set_precision(precision, device):

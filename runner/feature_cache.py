@@ -5,13 +5,15 @@ could depend on. So what is read is, bit for bit, what computing it would give, 
 nothing.
 """
 
+import errno
 import hashlib
 import inspect
 import json
+import math
 import os
 import re
+import secrets
 import shutil
-import tempfile
 import time
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -23,7 +25,7 @@ from .devices import describe_device, describe_processor
 from .files import FileError, remove_left_overs, sha256_of, sha256_of_tensors
 from .locks import LockFile, lock_path, try_lock
 from .messages import Stage
-from .tensor_files import FileRows, create_rows, open_rows
+from .tensor_files import HEADER_BYTES, create_rows, open_rows
 
 KIND, VERSION = "file of hidden states", 1
 FILE_NAME = re.compile(r"[0-9a-f]{16}-\d+-blocks\.safetensors")  # what the cache may remove
@@ -50,8 +52,6 @@ def circumstances(classifier, messages, experiment, weights):
     device = classifier.device
     tensors = {f"{split}/x": part.x for split, part in messages.items()}
     tensors |= {f"{split}/lengths": part.lengths for split, part in messages.items()}
-    code = {inspect.getsourcefile(type(part)) for part in (classifier, classifier.gpt)}  # a reader may have changed it
-    code |= {Path(__file__).with_name(name) for name in ("features.py", "messages.py")}
     return {
         "weights": weights.sha256 or f"random, seed {experiment.seed}",
         "model size": experiment.model_size,
@@ -62,10 +62,24 @@ def circumstances(classifier, messages, experiment, weights):
         "processor": describe_processor(),
         "threads": torch.get_num_threads(),
         "PyTorch": torch.__version__,
+        "libraries": [torch.__config__.show(), torch.backends.cudnn.version() if device.type == "cuda" else None],
         "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith(NUMERICAL)},
-        "code": sorted(map(sha256_of, code)),
+        "code": sorted(code_of(classifier)),
         "format": VERSION,
     }
+
+
+def code_of(classifier):
+    """SHA-256 of each file with code that computes: a reader may have changed it."""
+    classes = {parent for module in classifier.modules() for parent in type(module).__mro__}
+    paths = {Path(__file__).with_name(name) for name in ("features.py", "messages.py")}
+    for one in classes:
+        if one.__module__.split(".")[0] not in ("torch", "builtins"):
+            try:
+                paths.add(Path(inspect.getsourcefile(one)))
+            except TypeError:  # typed into a notebook, say: never the same again
+                return {secrets.token_hex()}
+    return set(map(sha256_of, paths))
 
 
 def key_of(circumstances):
@@ -79,7 +93,7 @@ def key_of(circumstances):
 class NothingKept:
     """What stands for HiddenStates where there are none."""
 
-    n_blocks, seconds = 0, 0.0
+    n_blocks, seconds, path, n_before = 0, 0.0, None, None
 
     def continue_from(self, messages):
         """The messages as they are."""
@@ -97,6 +111,7 @@ class HiddenStates:
 
     def __init__(self, path, circumstances, n_blocks):
         self.path, self.n_blocks = path, n_blocks
+        self.n_before = None  # of states that this run has written: from how many blocks it went on
         self.file = open(path, "rb", buffering=0)
         try:
             with suppress(BlockingIOError):  # it is being removed, and will be gone below
@@ -128,9 +143,13 @@ class HiddenStates:
         """How long computing them took, from the first block on."""
         return self.description["seconds"]
 
+    @property
+    def size(self):
+        """Bytes of the states."""
+        return sum(rows.nbytes for rows in self.rows.values())
+
     def __str__(self):
-        size = sum(rows.nbytes for rows in self.rows.values())
-        return f"{self.path} ({size / 1e9:.2f} GB, computed on {self.description['date']} in {self.seconds:.0f} s)"
+        return f"{self.path} ({self.size / 1e9:.2f} GB, computed on {self.description['date']} in {self.seconds:.0f} s)"
 
 
 class FeatureCache:
@@ -138,6 +157,7 @@ class FeatureCache:
 
     def __init__(self, folder, max_bytes, console):
         self.folder, self.max_bytes, self.console = Path(folder), max_bytes, console
+        self.told = set()  # warnings
 
     def path(self, circumstances, n_blocks):
         """The path of the file with the states after `n_blocks`, whether or not it is there."""
@@ -145,27 +165,36 @@ class FeatureCache:
 
     def room(self):
         """Bytes that may be written: half of what is free on the disk, and no more than the cache may hold."""
-        folder = next(path for path in (self.folder.resolve(), *self.folder.resolve().parents) if path.exists())
-        return min(self.max_bytes, shutil.disk_usage(folder).free // 2)
+        folder = Path(os.path.abspath(self.folder))
+        for path in (folder, *folder.parents):
+            if exists(path):
+                return min(self.max_bytes, shutil.disk_usage(path).free // 2)
+        return 0
 
     def open_deepest(self, circumstances, n_blocks):
         """The HiddenStates after `n_blocks`, or after as many of them as there are, or NothingKept.
 
-        A file that cannot be used is told, and removed.
+        A file that cannot be used is told, and removed if it is damaged.
         """
         for depth in range(n_blocks, 0, -1):
             path = self.path(circumstances, depth)
             try:
-                if path.exists():
+                if exists(path):
                     return HiddenStates(path, circumstances, depth)
             except FileNotFoundError:
                 continue
-            except (FileError, OSError) as error:
-                self.console.warning(f"frozen features: {error}; they are computed again")
-                if isinstance(error, FileError):
-                    with suppress(OSError):
-                        path.unlink()
+            except FileError as error:
+                self.warn(f"frozen features: {error}; they are computed again")
+                remove_if_unused(path)
+            except OSError as error:
+                self.warn(f"frozen features: {error}; they are computed again")
         return NothingKept()
+
+    def warn(self, text):
+        """Print a warning, once."""
+        if text not in self.told:
+            self.console.warning(text)
+        self.told.add(text)
 
     @contextmanager
     def turn(self, path):
@@ -173,55 +202,77 @@ class FeatureCache:
 
         Where no lock can be written, nothing can, which `create` will find.
         """
-        lock, is_told = LockFile(lock_path(path)), False
-        with suppress(OSError):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            while holder := lock.acquire():
-                if not is_told:
-                    self.console.info(f"Frozen features: waiting for {holder}, which computes them")
-                is_told = True
-                time.sleep(0.2)
+        lock, is_told = None, False
         try:
+            with suppress(OSError, RuntimeError):  # which Python 3.11 and 3.12 raise for links in a circle
+                self.folder.mkdir(parents=True, exist_ok=True)
+                lock = LockFile(lock_path(path))
+                while holder := lock.acquire():
+                    if not is_told:
+                        self.console.info(f"Frozen features: waiting for {holder}, which computes them")
+                    is_told = True
+                    time.sleep(0.2)
             yield
         finally:
-            lock.release()
+            if lock is not None:
+                lock.release()
 
     @contextmanager
-    def create(self, path, shapes):
-        """Yields tensor_files.NewRows for a file at `path`, and removes others to make room if it is kept."""
+    def create(self, path, shapes, is_needed=False):
+        """Yields tensor_files.NewRows for a file at `path`, for which others make room.
+
+        Raises OSError, also where those are in use, unless the file `is_needed`.
+        """
+        try:
+            self.folder.resolve()
+        except RuntimeError as error:
+            raise OSError(errno.ELOOP, str(error)) from None
         self.folder.mkdir(parents=True, exist_ok=True)
         remove_left_overs(self.folder, "*-blocks.safetensors")
+        for left in self.folder.glob(".*-blocks.safetensors.lock"):  # of killed runs
+            lock = LockFile(left)
+            with suppress(OSError):
+                if lock.acquire() is None:
+                    lock.release()
+        size = HEADER_BYTES + sum(4 * math.prod(shape) for shape in shapes.values())
+        if not self.make_room(size, path) and not is_needed:
+            raise OSError(f"{self.folder} is full of features in use")
         with create_rows(path, KIND, VERSION, shapes) as new:
             yield new
-            if new.description is not None:
-                self.make_room(new.file_size, path)
 
     def make_room(self, size, new_path):
-        """Remove the least recently used files until there is room for `size` bytes, but none that is in use."""
+        """Remove the least recently used files, but none that is in use; whether there is room for `size` bytes now."""
         files = []
-        with suppress(OSError):  # another process removes some too
-            for path in self.folder.iterdir():
-                if FILE_NAME.fullmatch(path.name) and path != new_path:
+        for path in self.folder.iterdir():
+            if FILE_NAME.fullmatch(path.name) and path != new_path:
+                with suppress(OSError):  # another process has removed it
                     files.append((path.stat().st_mtime, path.stat().st_size, path))
         total = size + sum(file_size for _, file_size, _ in files)
         for _, file_size, path in sorted(files):
-            if total <= self.max_bytes:
-                break
-            if remove_if_unused(path):
+            if total > self.max_bytes and remove_if_unused(path):
                 total -= file_size
+        return total <= self.max_bytes
 
-    def scratch_rows(self, n_rows, like):
-        """FileRows (n_rows, D) of a file that is gone when they are; D is that of the tensor `like` (..., D)."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        return FileRows(tempfile.TemporaryFile(dir=self.folder, buffering=0), 0, (n_rows, like.shape[-1]))
+
+def exists(path):
+    """Whether there is something at a path, as far as that can be known."""
+    try:
+        return Path(path).exists()
+    except (OSError, RuntimeError):
+        return False
 
 
 def remove_if_unused(path):
     """Remove a file unless a process reads it; whether it is gone."""
     try:
+        if os.name == "nt":  # which removes nothing that is open
+            path.unlink()
+            return True
         with open(path, "rb+", buffering=0) as file:  # some network file systems lock only what is open for writing
             try_lock(file, wait=False)
-            path.unlink()
-        return True
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):  # and no other process has just replaced it
+                path.unlink()
+                return True
     except OSError:  # in use, or somebody else's
-        return False
+        pass
+    return False

@@ -15,13 +15,13 @@ import torch
 
 from .dataset import FEATURES
 from .devices import free_memory
-from .feature_cache import FeatureCache, circumstances
+from .feature_cache import FeatureCache, NothingKept, circumstances, exists
 from .files import UsageError
 from .messages import Stage, split_into_passes
 from .placement import CPU, choose_placement, count_tokens, feature_bytes, hidden_state_bytes, memory_needs
 from .table import changed_options, command_line
 
-MIN_SECONDS = 5  # features that took less are not kept between runs
+MIN_SECONDS = 5  # features that take less are not kept between runs
 
 
 # --- computing ---
@@ -69,7 +69,7 @@ class FrozenFeatures:
 
     def __init__(self, experiment, run_options, weights, console):
         self.experiment, self.weights, self.console = experiment, weights, console
-        self.features, self.n_computed = None, 0
+        self.features = None
         folder, self.cache = run_options.feature_cache, None
         if folder is None:
             folder = Path(experiment.data_dir, FEATURES)
@@ -78,16 +78,14 @@ class FrozenFeatures:
         elif experiment.features == "disk":
             raise UsageError('--features disk needs a --feature_cache; "" is none')
 
-    def placement(self, classifier, messages, device, reserved=0):
+    def placement(self, classifier, messages, device, reserved=0, is_on_disk=False):
         """`choose_placement` for these messages. Raises UsageError where the disk is chosen and the cache too small."""
-        size = hidden_state_bytes(classifier, messages)
-        is_room = self.cache is not None and self.experiment.features == "auto" and size <= self.cache.room()
-        choice = self.experiment.features
-        if choice == "disk" and size > self.cache.max_bytes:
-            raise UsageError(
-                f"--features disk: they take {size / 1e9:.2f} GB, and --feature_cache_gb allows "
-                f"{self.cache.max_bytes / 1e9:g}"
-            )
+        choice, size = self.experiment.features, hidden_state_bytes(classifier, messages)
+        is_frozen = classifier.feature_stage is not Stage.TOKEN_IDS
+        if choice == "disk" and is_frozen and size > self.cache.max_bytes:
+            allowed = f"--feature_cache_gb allows {self.cache.max_bytes / 1e9:g}"
+            raise UsageError(f"--features disk: they take {size / 1e9:.2f} GB, and {allowed}")
+        is_room = is_on_disk or (choice == "auto" and self.cache is not None and size <= self.cache.room())
         return choose_placement(choice, feature_bytes(classifier, messages), device, reserved, is_room)
 
     def warn_if_memory_is_short(self, classifier, messages, device):
@@ -115,96 +113,101 @@ class FrozenFeatures:
 
     def make(self, classifier, messages, seed):
         """What `of` returns; a line on the console says how it came about."""
-        placement = self.placement(classifier, messages, classifier.device)
-        start, size = time.perf_counter(), feature_bytes(classifier, messages)
-        if placement == "off":
-            features, how = messages, f"recomputed each time (they would take {size / 1e9:.2f} GB)"
-        elif self.cache is None or hidden_state_bytes(classifier, messages) > self.cache.max_bytes:
-            features = self.finish(classifier, messages, placement)
-            how = f"computed in {time.perf_counter() - start:.0f} s ({size / 1e9:.2f} GB)"
-            how += "" if self.cache is None else ", more than --feature_cache_gb to keep"
-        else:
-            features, how = self.make_with_cache(classifier, messages, placement, seed)
+        start, facts, is_on_disk = time.perf_counter(), None, False
+        if self.cache is not None and hidden_state_bytes(classifier, messages) <= self.cache.max_bytes:
+            facts = circumstances(classifier, messages, replace(self.experiment, seed=seed), self.weights)
+            is_on_disk = exists(self.cache.path(facts, classifier.n_full_blocks))
+        placement = self.placement(classifier, messages, classifier.device, is_on_disk=is_on_disk)
+        states, features = NothingKept(), messages
+        if placement != "off":
+            if facts is not None:
+                states = self.hidden_states(classifier, messages, placement, facts, seed)
+            try:
+                features = self.finish(classifier, states.continue_from(messages), placement)
+            except OSError as error:
+                self.console.warning(f"frozen features: {states.path} cannot be read: {error}; they are computed again")
+                states = NothingKept()
+                features = self.finish(classifier, messages, placement)
+        how = self.describe(classifier, messages, features, states, time.perf_counter() - start)
         blocks = f"{classifier.n_frozen_blocks} of {len(classifier.gpt.trf_blocks)} blocks"
         counts = f"{sum(map(len, messages.values())):,} messages, {count_tokens(messages):,} tokens"
         self.console.info(f"Frozen features: {blocks}, {counts}, {how}")
+        if placement != "disk":
+            states.close()
         return features
 
-    def make_with_cache(self, classifier, messages, placement, seed):
-        """({split: Messages}, how they came about): read, continued from fewer blocks, or computed, and kept."""
-        start, depth = time.perf_counter(), classifier.n_full_blocks
-        facts = circumstances(classifier, messages, replace(self.experiment, seed=seed), self.weights)
-        is_to_keep = seed == self.experiment.seed or not self.weights.is_random  # a later run may ask for them
-        kept = self.cache.open_deepest(facts, depth)
-        if kept.n_blocks < depth and (is_to_keep or placement == "disk"):
-            path = self.cache.path(facts, depth)
-            with self.cache.turn(path):
-                if path.exists():  # another process has computed them meanwhile
-                    kept = self.cache.open_deepest(facts, depth)
-                if kept.n_blocks < depth:
-                    return self.compute_and_keep(classifier, messages, kept, placement, facts, is_to_keep)
-        features = self.finish(classifier, kept.continue_from(messages), placement)
-        if placement != "disk":
-            kept.close()
-        if kept.n_blocks == classifier.n_frozen_blocks:
-            return features, f"read from {kept}"
-        how = f"{begun_from(kept)} in {time.perf_counter() - start:.0f} s"
-        if 0 < kept.n_blocks == depth:
-            return features, f"{how}, read from {kept}"
-        return features, f"{how} ({feature_bytes(classifier, messages) / 1e9:.2f} GB)"
+    def describe(self, classifier, messages, features, states, seconds):
+        """How the features came about, in words."""
+        size = feature_bytes(classifier, messages)
+        if features is messages:
+            return f"recomputed each time (they would take {size / 1e9:.2f} GB)"
+        took = f"in {seconds:.0f} s"
+        if states.n_blocks == 0:
+            too_large = self.cache is not None and hidden_state_bytes(classifier, messages) > self.cache.max_bytes
+            why = ", more than --feature_cache_gb to keep" if too_large else ""
+            return f"computed {took} ({size / 1e9:.2f} GB){why}"
+        if states.n_before is not None:
+            begun = f"continued from {states.n_before} blocks" if states.n_before else "computed"
+            where = f"kept in {states.path}" if exists(states.path) else "on disk"
+            return f"{begun} {took} and {where} ({states.size / 1e9:.2f} GB)"
+        if states.n_blocks == classifier.n_frozen_blocks:
+            return f"read from {states}"
+        return f"continued from {states.n_blocks} blocks {took}, read from {states}"
 
-    def compute_and_keep(self, classifier, messages, kept, placement, facts, is_to_keep):
-        """What `make_with_cache` returns; the hidden states are written to the cache, or a warning says why not."""
-        start, depth, features = time.perf_counter(), classifier.n_full_blocks, None
-        path, source = self.cache.path(facts, depth), kept.continue_from(messages)
+    def hidden_states(self, classifier, messages, placement, facts, seed):
+        """The HiddenStates after all full blocks, read, or written if they take long; else those there are."""
+        depth, path = classifier.n_full_blocks, self.cache.path(facts, classifier.n_full_blocks)
+        is_to_keep = seed == self.experiment.seed or not self.weights.is_random  # a later run may ask for them
+        states = self.cache.open_deepest(facts, depth)
+        if states.n_blocks == depth:
+            return states
+        is_slow = is_to_keep and expected_seconds(classifier, states.continue_from(messages)) >= MIN_SECONDS
+        if is_slow or placement == "disk":
+            with self.cache.turn(path):
+                if exists(path):  # another process has computed them meanwhile
+                    states = self.cache.open_deepest(facts, depth)
+                if states.n_blocks < depth:
+                    states = self.write(classifier, messages, states, facts, is_needed=placement == "disk")
+            if not is_to_keep:
+                with suppress(OSError):
+                    path.unlink()
+        return states
+
+    def write(self, classifier, messages, states, facts, is_needed):
+        """From HiddenStates to those after all full blocks, in a new file; after a warning, the same ones."""
+        start, depth = time.perf_counter(), classifier.n_full_blocks
         shapes = {split: (int(part.lengths.sum()), classifier.gpt.cfg.emb_dim) for split, part in messages.items()}
         try:
-            with self.cache.create(path, shapes) as new:
-                states = self.run(
+            with self.cache.create(self.cache.path(facts, depth), shapes, is_needed) as new:
+                self.run(
                     classifier,
-                    source,
+                    states.continue_from(messages),
                     lambda batch: classifier.run_blocks(batch, depth),
                     lambda split: lambda *_: new.rows[split],
                 )
-                if placement != "disk":
-                    features = self.finish(classifier, states, placement)
-                seconds = time.perf_counter() - start
-                if placement == "disk" or (is_to_keep and seconds >= MIN_SECONDS):
-                    new.description = dict(
-                        options=command_line(changed_options(self.experiment)),
-                        date=date.today().isoformat(),
-                        seconds=round(kept.seconds + seconds, 1),
-                        blocks=depth,
-                        circumstances=facts,
-                    )
-            if placement == "disk":
-                written = self.cache.open_deepest(facts, depth)
-                features = self.finish(classifier, written.continue_from(messages), placement)
-                if not is_to_keep:
-                    with suppress(OSError):
-                        path.unlink()
+                new.description = dict(
+                    options=command_line(changed_options(self.experiment)),
+                    date=date.today().isoformat(),
+                    seconds=round(states.seconds + time.perf_counter() - start, 1),
+                    blocks=depth,
+                    circumstances=facts,
+                )
         except OSError as error:
-            if placement == "disk" or time.perf_counter() - start >= MIN_SECONDS:
-                self.console.warning(f"frozen features are not kept: {error}")
-        if features is None and placement == "disk":
-            return source, "recomputed each time"
-        if features is None:
-            features = self.finish(classifier, source, placement)
-        how = f"{begun_from(kept)} in {time.perf_counter() - start:.0f} s"
-        if path.exists():
-            return features, f"{how} and kept in {path} ({hidden_state_bytes(classifier, messages) / 1e9:.2f} GB)"
-        return features, f"{how} ({feature_bytes(classifier, messages) / 1e9:.2f} GB)"
+            self.console.warning(f"frozen features are not kept: {error}")
+            return states
+        written = self.cache.open_deepest(facts, depth)
+        written.n_before = states.n_blocks
+        return written
 
     def finish(self, classifier, messages, placement):
         """The features of messages with token ids or hidden states, at `placement`.
 
-        On the disk hidden states stay where they are, and what little is to be made of them is made for each batch.
+        On the disk hidden states stay where they are, and what little is to be made of them is made for each batch;
+        inputs of the head are no larger than token ids, and always in memory.
         """
-        allocate = in_memory(CPU if placement == "host" else classifier.device)
-        if placement == "disk":
-            allocate = self.cache.scratch_rows
-            if classifier.feature_stage is not Stage.HEAD_INPUT:
-                return messages
+        if placement == "disk" and classifier.feature_stage is not Stage.HEAD_INPUT:
+            return messages
+        allocate = in_memory(classifier.device if placement == "device" else CPU)
         return self.run(classifier, messages, classifier.frozen_part, lambda split: allocate)
 
     def run(self, classifier, messages, compute, allocate):
@@ -216,6 +219,12 @@ class FrozenFeatures:
             }
 
 
-def begun_from(kept):
-    """With what computing began, in words."""
-    return f"continued from {kept.n_blocks} blocks" if kept.n_blocks else "computed"
+def expected_seconds(classifier, messages):
+    """How long the full blocks will take, from one pass in the middle."""
+    passes = list(split_into_passes(messages["train"].lengths, classifier.device))
+    indices = passes[len(passes) // 2]
+    start = time.perf_counter()
+    with torch.no_grad():
+        x = classifier.run_blocks(messages["train"].batch(indices, classifier.device), classifier.n_full_blocks).x
+    float(x.sum())  # an accelerator answers when it has finished
+    return (time.perf_counter() - start) * count_tokens(messages) / int(messages["train"].lengths[indices].sum())

@@ -88,18 +88,21 @@ class LockFile:
                 if os.path.samestat(os.fstat(file.fileno()), self.path.stat()):
                     break
             file.close()
+        self.file = file
         file.seek(0)
         if not re.fullmatch(r"(process \d+ on .*\n)?", file.read()):
             file.close()
+            self.file = None
             raise FileExistsError(errno.EEXIST, "a file of this name exists and is not a lock", str(self.path))
         file.truncate(0)
         file.write(f"process {os.getpid()} on {platform.node()}\n")
         file.flush()
-        self.file = file
 
     def release(self):
         """Remove the file and end the lock, if it is held."""
         if self.file is not None:
+            if not fcntl:  # Windows removes nothing that is open
+                self.file.close()
             with suppress(OSError):
                 self.path.unlink()
             self.file.close()

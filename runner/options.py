@@ -116,7 +116,7 @@ class RunOptions:
 
     def check_paths(self):
         """Each file that is to be written or read has a name of its own, in a folder that exists."""
-        if self.feature_cache and Path(self.feature_cache).exists() and not Path(self.feature_cache).is_dir():
+        if self.feature_cache and os.path.exists(self.feature_cache) and not os.path.isdir(self.feature_cache):
             raise UsageError(f"--feature_cache {self.feature_cache} is not a folder")
         names = {}
         for name in (

@@ -86,15 +86,22 @@ class FileRows:
         rows, inverse = indices.unique(return_inverse=True)
         found = torch.empty(len(rows), self.shape[1])
         for part in self.runs(rows, found):
-            if self.file.readinto(part) < part.nbytes:
-                raise OSError(errno.EIO, "the file has become shorter", self.file.name)
+            self.transfer(self.file.readinto, part, OSError(errno.EIO, "the file has become shorter"))
         return found[inverse]
 
     def __setitem__(self, indices, values):
         """Write `values` (n, D) to the rows `indices` (n,). Raises OSError."""
         for part in self.runs(indices, values):
-            if self.file.write(part) < part.nbytes:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self.transfer(self.file.write, part, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+
+    def transfer(self, call, part, error):
+        """Have `call` read or write all of an array, in as many pieces as the file system wants. Raises `error`."""
+        rest = memoryview(part).cast("B")
+        while rest:
+            done = call(rest)
+            if not done:
+                raise error
+            rest = rest[done:]
 
     def runs(self, indices, values):
         """The parts of `values` (n, D) whose rows `indices` (n,) follow each other; the file is moved to each."""

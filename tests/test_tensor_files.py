@@ -64,12 +64,12 @@ def test_only_the_rows_asked_for_are_read(tmp_path):
             seek = file.seek
 
             def readinto(self, buffer):
-                reads.append(buffer.shape)
-                return file.readinto(buffer)
+                reads.append(buffer.nbytes)
+                return file.readinto(buffer[:50])  # as some file systems do
 
         rows.file = Counting()
         rows[torch.tensor([[2, 3, 4, 4], [0, 1, 1, 1]])]
-        assert reads == [(5, 3)]  # in one piece, pads once
+        assert reads == [60, 10]  # five rows in a run, pads once; and what was missing
 
 
 def test_a_file_without_description_is_not_kept(tmp_path):
