@@ -56,11 +56,12 @@ def confusion_from(cells, split):
     if not errors:
         return None
     mistakes = []
-    for entry in cells[f"{split}_mistakes"].split():
-        number, label, called, confidence = re.split("[:>]", entry)
-        mistakes.append(Mistake(int(number), int(label), int(called), float(confidence)))
-        if min(map(int, (number, label, called))) < 0 or max(int(label), int(called)) >= len(errors):
+    for entry in cells[f"{split}_mistakes"].replace(">", ":").split():
+        number, label, called, confidence = entry.split(":")
+        mistake = Mistake(int(number), int(label), int(called), float(confidence))
+        if min(mistake.number, mistake.label, mistake.called) < 0 or max(mistake.label, mistake.called) >= len(errors):
             raise ValueError(f"{entry}, of {len(errors)} classes")
+        mistakes.append(mistake)
     confusion = Confusion(tuple(int(total) for _, total in errors), tuple(mistakes))
     accuracy = accuracy_from(cells[f"{split}_correct"], cells[f"{split}_total"])
     if confusion.accuracy != accuracy or errors_cell(confusion) != cells[f"{split}_errors"]:

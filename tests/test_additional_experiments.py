@@ -194,6 +194,7 @@ def test_memory_that_cannot_be_enough_is_told_item_by_item(nano, monkeypatch, ca
 
 def test_repeats_share_what_does_not_depend_on_the_seed(options, tmp_path, monkeypatch, capfd):
     options[options.index("random")] = save_random_weights(tmp_path / "weights", emb_dim=16)
+    options += ["--feature_cache", ""]  # for which a run foresees how long the blocks take
     blocks = []
     forward = TransformerBlock.forward
     monkeypatch.setattr(

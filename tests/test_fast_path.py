@@ -115,7 +115,7 @@ def test_logits_loss_and_gradients_equal_the_plain_path(experiment, tokens, orde
 
 def run_nano(options, **changes):
     experiment, *_ = ae.parse_args(options)
-    [record] = ae.run(replace(experiment, **changes), ae.RunOptions(quiet=True))
+    [record] = ae.run(replace(experiment, **changes), ae.RunOptions(quiet=True, feature_cache=""))
     return record.history, (record.train, record.validation, record.test)
 
 

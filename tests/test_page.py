@@ -82,6 +82,41 @@ def test_the_page_holds_everything():
     assert "The course of training was not recorded." in paragraphs
 
 
+def cell(parsed, line, column):
+    """The text of a cell of the matrix, by the names of its line and its column."""
+    matrix = next(i for i, (tag, attributes, _) in enumerate(parsed.elements) if attributes.get("class") == "matrix")
+    names, cells, found = [], [], {}
+    for tag, attributes, text in parsed.elements[matrix:]:
+        if tag == "section":
+            break
+        if tag == "th" and attributes["scope"] == "col":
+            names.append(" ".join(text.split()))
+        elif tag == "th":
+            cells = found.setdefault(" ".join(text.split()), [])
+        elif tag == "td":
+            cells.append((text.strip(), attributes.get("class", ""), attributes.get("title", "")))
+    return found[line][names.index(column)]
+
+
+def test_the_matrix_says_who_is_better():
+    """Row 2 gets 60 messages wrong that row 1 gets right, and no other way round: 13.3 points worse."""
+    parsed = Parsed(page_of(made_up_run("a", range(20)), made_up_run("b", range(60), row=2)))
+    text, kind, title = cell(parsed, "row 2", "row 1")
+    assert (text, kind) == ("-13.3", "number worse") and title.startswith("95% -17.6 to -9.9, p < 0.001")
+    text, kind, title = cell(parsed, "row 1", "row 2")
+    assert (text, kind) == ("+13.3", "number better") and title.startswith("95% +9.9 to +17.6, p < 0.001")
+    assert cell(parsed, "row 1", "row 1")[0] == "·"
+
+
+def test_an_interval_is_drawn_from_its_lower_to_its_upper_end():
+    parsed = Parsed(page_of(made_up_run("a", range(20)), made_up_run("b", range(60), row=2)))
+    svg = next(i for i, (tag, attributes, _) in enumerate(parsed.elements) if attributes.get("role") == "img")
+    _, interval, mean = [attributes for tag, attributes, _ in parsed.elements[svg + 1 : svg + 4]]
+    low, middle, high = float(interval["x1"]), float(mean["cx"]), float(interval["x2"])
+    assert low == pytest.approx(-110, abs=0.1)  # of the widest interval, the farther end
+    assert low < middle < high < 0 and middle / low == pytest.approx(13.33 / 17.6, abs=0.01)
+
+
 def test_the_page_needs_nothing_from_elsewhere():
     text = page_of(*everything())
     assert not re.search(r"""(src|href)\s*=\s*["'](?!#)""", text) and "url(" not in text and "@import" not in text
@@ -177,9 +212,9 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 PROBE = """
 <script>
 addEventListener("load", () => {
-  const table = document.querySelector("table.sortable"), button = table.querySelectorAll("th button")[3];
+  const table = document.querySelector("table.sortable"), button = table.querySelectorAll("th button")[2];
   button.click();
-  const column = [...table.tBodies[0].rows].map(row => Number(row.cells[3].dataset.value));
+  const column = [...table.tBodies[0].rows].map(row => Number(row.cells[2].dataset.value));
   button.click();
   const wide = document.documentElement.scrollWidth - document.documentElement.clientWidth;
   document.body.innerHTML = "";
