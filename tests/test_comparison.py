@@ -175,7 +175,7 @@ def test_a_95_percent_interval_holds_the_truth_in_95_percent_of_tables(seeds, mo
     """Of one run each the truth is that of these two classifiers, of several seeds that of all seeds."""
     first, is_paired = (3, False) if isinstance(seeds, str) else (0, True)
     n_a, n_b = (3, 3) if isinstance(seeds, str) else seeds
-    monkeypatch.setattr(comparison, "RESAMPLES", 2000)
+    monkeypatch.setattr(comparison, "RESAMPLES", 500)
     clear_caches()
     rng = np.random.default_rng(n_a + 10 * n_b + first)
     shift, spread, n_tables = 0.5, 0.3, 1000

@@ -716,12 +716,11 @@ def run_limited(folder, allowed, *options):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits on the address space are Linux's")
-@pytest.mark.parametrize("layers", ["last_layer", "last_block"])
-def test_features_may_be_larger_than_memory(tmp_path, sample_splits, layers):
+def test_features_may_be_larger_than_memory(tmp_path, sample_splits):
     """Of 77 MB of hidden states, a run that may take 45 MB more gives the same numbers as one in memory."""
     for split, frame in sample_splits.items():
         frame.head(240).to_csv(tmp_path / f"{split}.csv", index=None)
-    options = f"--model_size gpt2-nano --weights random --device cpu --num_epochs 1 --trainable_layers {layers}"
+    options = "--model_size gpt2-nano --weights random --device cpu --num_epochs 1 --trainable_layers last_block"
     options += " --context_length 250"
     status, expected = run_limited(tmp_path, 0, *options.split(), "--features", "host", "--feature_cache", "")
     assert status == 0, expected
@@ -732,6 +731,8 @@ def test_features_may_be_larger_than_memory(tmp_path, sample_splits, layers):
     ]
     assert numbers[0] == numbers[1] != []
     assert sum(path.stat().st_size for path in (tmp_path / "features").iterdir()) > 70_000_000
-    if layers == "last_block":
-        status, out = run_limited(tmp_path, 45_000_000, *options.split(), "--features", "host", "--feature_cache", "")
-        assert status == 1 and "error: out of memory" in out
+    status, out = run_limited(tmp_path, 45_000_000, *options.split(), "--features", "host", "--feature_cache", "")
+    assert status == 1 and "error: out of memory" in out
+    last_layer = [*options.split(), "--trainable_layers", "last_layer", "--features", "disk"]
+    status, out = run_limited(tmp_path, 45_000_000, *last_layer)
+    assert status == 0 and "continued from 3 blocks" in out, out
