@@ -3,26 +3,20 @@
 scikit-learn is imported only here.
 """
 
-import platform
 import time
 import uuid
 from dataclasses import asdict
-from datetime import datetime
 
 import numpy as np
-import pandas as pd
-import tiktoken
-import torch
 
 from .accuracy import Confusion, describe_mistakes
-from .console import Console
-from .dataset import DATASET_NAMES, SPLITS, class_names, count_classes, load_splits, sha256_of_splits
+from .console import Console, describe_data
+from .dataset import SPLITS, class_names, count_classes, load_splits, sha256_of_splits
 from .devices import peak_memory, reset_peak_memory
 from .files import UsageError
 from .outputs import publish_record
-from .records import Record
-
-CPU = torch.device("cpu")
+from .placement import CPU
+from .records import Record, made_now
 
 
 def baselines():
@@ -56,8 +50,7 @@ def run_baselines(experiment, run_options):
     splits, data_name = load_splits(experiment.data_dir, experiment.dataset, console.quiet)
     n_classes = count_classes(splits, experiment.ignore_index, experiment.data_dir)
     names, sha256 = class_names(data_name, n_classes), sha256_of_splits(splits)
-    counts = ", ".join(f"{len(frame):,} {split}" for split, frame in splits.items())
-    console.info(f"Data: {DATASET_NAMES[data_name]}; messages: {counts}")
+    console.info(describe_data(data_name, splits))
     finished = []
     for name, model in baselines().items():
         console.info(f"\n{name}")
@@ -100,7 +93,7 @@ def make_record(name, experiment, data_name, sha256, confusions, seconds, peak):
     ours = {name: getattr(experiment, name) for name in ("seed", "ignore_index", "data_dir", "dataset")}
     return Record(
         run=uuid.uuid4().hex,
-        date=datetime.now().astimezone().isoformat(timespec="seconds"),
+        **made_now(),
         row=None,
         configuration=name + {"uci": "", "sample": ", sample data", "own": f", own data {sha256[:8]}"}[data_name],
         settings=settings | ours | dict(device="cpu", precision="fp32"),
@@ -113,9 +106,5 @@ def make_record(name, experiment, data_name, sha256, confusions, seconds, peak):
         seconds=seconds,
         peak_memory_gb=peak / 1e9 if peak else None,
         device_name="CPU",
-        python=platform.python_version(),
-        torch=torch.__version__,
-        tiktoken=tiktoken.__version__,
-        pandas=pd.__version__,
         confusions=confusions,
     )

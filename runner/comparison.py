@@ -93,7 +93,8 @@ def compare(a, b):
         )
     else:
         difference = float(b.correct.mean() - a.correct.mean())
-        deviations = Deviations(message_deviations(a, b), *training_error(a, b))
+        sides = sides_of(a, b)
+        deviations = Deviations(message_deviations(a, b, sides), *training_error(a, b, sides))
         low, high = deviations.interval
         measured = dict(
             difference=difference,
@@ -238,8 +239,8 @@ def sides_of(a, b):
     return [a.correct.astype(float), b.correct.astype(float)]
 
 
-def message_deviations(a, b):
-    """(RESAMPLES,) deviations of the mean difference between b and a when the messages are drawn anew.
+def message_deviations(a, b, sides):
+    """(RESAMPLES,) deviations of the mean difference between b and a, of `sides_of`, when messages are drawn anew.
 
     What is peculiar to single seeds on single messages is part of `training_error`, and is taken out here, as far as
     its estimate from few seeds can be trusted: half of the variance stays in any case.
@@ -250,31 +251,31 @@ def message_deviations(a, b):
         deviations = (resampling_weights(n) @ by_message.astype(np.float32) / n).astype(float)
     else:
         deviations = np.random.default_rng(SEED).standard_normal(RESAMPLES) * (variance / n) ** 0.5
-    peculiar = sum(residual_variance(side) / len(side) for side in sides_of(a, b) if len(side) > 1)
+    peculiar = sum(residual_variance(side) / len(side) for side in sides if len(side) > 1)
     return deviations * max(1 - peculiar / variance, 0.5) ** 0.5 if variance else deviations
 
 
-def training_error(a, b):
-    """(standard error, degrees of freedom) of the mean difference between b and a when other seeds are trained.
+def training_error(a, b, sides):
+    """(standard error, degrees of freedom) of the mean difference of `sides_of` a and b when other seeds are trained.
 
     Two to five seeds drawn anew would vary too little (of two, half the draws are twice the same). So their mean
     deviates as Student's t with their own standard error: of the differences where both ran the same seeds, else of
     each side, with Welch's degrees of freedom. A side of one run varies as the other one, unless it is not trained by
     chance.
     """
-    sides = sides_of(a, b)
-    variances = [(float(side.mean(axis=1).var(ddof=1)), len(side) - 1) for side in sides if len(side) > 1]
+    variances = [float(side.mean(axis=1).var(ddof=1)) if len(side) > 1 else None for side in sides]
+    several = [(variance, len(side) - 1) for variance, side in zip(variances, sides, strict=True) if len(side) > 1]
     squared = []
-    for sample, side in zip((a, b), sides, strict=False):
+    for sample, side, variance in zip((a, b), sides, variances, strict=False):
         if len(side) > 1:
-            squared.append((float(side.mean(axis=1).var(ddof=1)) / len(side), len(side) - 1))
-        elif sample.is_trained_by_chance and variances:
-            squared.append(variances[0])
+            squared.append((variance / len(side), len(side) - 1))
+        elif sample.is_trained_by_chance and several:
+            squared.append(several[0])
     total = sum(error for error, _ in squared)
     if total == 0:
         return 0.0, 1.0
-    if len(sides) == 2 and len(variances) == 1:  # both errors come from the same seeds
-        return total**0.5, float(variances[0][1])
+    if len(sides) == 2 and len(several) == 1:  # both errors come from the same seeds
+        return total**0.5, float(several[0][1])
     return total**0.5, total**2 / sum(error**2 / degrees for error, degrees in squared)
 
 

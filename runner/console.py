@@ -61,14 +61,19 @@ class Console:
             raise OutputError("; ".join(self.not_written))
 
 
+def describe_data(name, splits):
+    """What the data are, and how many messages each split has: one line."""
+    counts = ", ".join(f"{len(messages):,} {split}" for split, messages in splits.items())
+    return f"Data: {DATASET_NAMES[name]}; messages: {counts}"
+
+
 def describe_setup(experiment, data, device):
     """Device, data and tokens of a run: three lines, known before its weights are there."""
-    counts = ", ".join(f"{len(messages):,} {split}" for split, messages in data.messages.items())
     return "\n".join(
         [
             f"Device: {describe_device(device)}; Python {platform.python_version()}, PyTorch {torch.__version__}, "
             f"tiktoken {tiktoken.__version__}",
-            f"Data: {DATASET_NAMES[data.name]}; messages: {counts}",
+            describe_data(data.name, data.messages),
             f"Tokens per message: {data.longest} at most, {'not padded' if experiment.no_padding else 'padded'}",
         ]
     )

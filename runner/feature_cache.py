@@ -9,7 +9,6 @@ import errno
 import hashlib
 import inspect
 import json
-import math
 import os
 import re
 import secrets
@@ -25,7 +24,7 @@ from .devices import describe_device, describe_processor
 from .files import FileError, remove_left_overs, sha256_of, sha256_of_tensors
 from .locks import LockFile, lock_path, try_lock
 from .messages import Stage
-from .tensor_files import HEADER_BYTES, create_rows, open_rows
+from .tensor_files import create_rows, file_size, open_rows
 
 KIND, VERSION = "file of hidden states", 1
 FILE_NAME = re.compile(r"[0-9a-f]{16}-\d+-blocks\.safetensors")  # what the cache may remove
@@ -183,11 +182,10 @@ class FeatureCache:
                     return HiddenStates(path, circumstances, depth)
             except FileNotFoundError:
                 continue
-            except FileError as error:
+            except (FileError, OSError) as error:
                 self.warn(f"frozen features: {error}; they are computed again")
-                remove_if_unused(path)
-            except OSError as error:
-                self.warn(f"frozen features: {error}; they are computed again")
+                if isinstance(error, FileError):
+                    remove_if_unused(path)
         return NothingKept()
 
     def warn(self, text):
@@ -234,8 +232,7 @@ class FeatureCache:
             with suppress(OSError):
                 if lock.acquire() is None:
                     lock.release()
-        size = HEADER_BYTES + sum(4 * math.prod(shape) for shape in shapes.values())
-        if not self.make_room(size, path) and not is_needed:
+        if not self.make_room(file_size(shapes), path) and not is_needed:
             raise OSError(f"{self.folder} is full of features in use")
         with create_rows(path, KIND, VERSION, shapes) as new:
             yield new
@@ -247,10 +244,10 @@ class FeatureCache:
             if FILE_NAME.fullmatch(path.name) and path != new_path:
                 with suppress(OSError):  # another process has removed it
                     files.append((path.stat().st_mtime, path.stat().st_size, path))
-        total = size + sum(file_size for _, file_size, _ in files)
-        for _, file_size, path in sorted(files):
+        total = size + sum(file_bytes for _, file_bytes, _ in files)
+        for _, file_bytes, path in sorted(files):
             if total > self.max_bytes and remove_if_unused(path):
-                total -= file_size
+                total -= file_bytes
         return total <= self.max_bytes
 
 

@@ -18,7 +18,15 @@ from .devices import free_memory
 from .feature_cache import FeatureCache, NothingKept, circumstances, exists
 from .files import UsageError
 from .messages import Stage, split_into_passes
-from .placement import CPU, choose_placement, count_tokens, feature_bytes, hidden_state_bytes, memory_needs
+from .placement import (
+    CPU,
+    choose_placement,
+    count_tokens,
+    feature_bytes,
+    hidden_state_bytes,
+    memory_needs,
+    parameter_bytes,
+)
 from .table import changed_options, command_line
 
 MIN_SECONDS = 5  # features that take less are not kept between runs
@@ -90,8 +98,7 @@ class FrozenFeatures:
 
     def warn_if_memory_is_short(self, classifier, messages, device):
         """Warn before a run that cannot fit into the memory of `device`; of `classifier` only sizes are read."""
-        weights = sum(p.numel() * p.element_size() for p in classifier.parameters())
-        placement = self.placement(classifier, messages, device, reserved=weights)
+        placement = self.placement(classifier, messages, device, reserved=parameter_bytes(classifier))
         needs = memory_needs(classifier, messages, placement, device)
         free = free_memory(device)
         if sum(needs.values()) > free:

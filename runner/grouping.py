@@ -261,8 +261,7 @@ def answer_questions(standing, questions):
 
 def compare_groups(a, b):
     """(the Comparison of two Groups or None, a remark)."""
-    missing = [group is None for group in (a, b)]
-    if any(missing):
+    if a is None or b is None:
         return None, "not yet run"
     if a is b:
         return None, "the same configuration here"

@@ -12,7 +12,7 @@ from .dataset import SPLITS
 from .files import FileError, UsageError, write_bytes
 from .grouping import compare_groups, in_precision, options_in, rank
 from .table import command_line, describe_settings
-from .wording import against_published, describe, in_ranges, minutes_cell, p_value, runs
+from .wording import against_published, describe, in_ranges, minutes_cell, p_value, runs, unanswered
 
 MAX_GROUPS = 30  # in the matrix: each with each of the others
 MAX_OTHERS = 300  # lines of the table of other runs
@@ -47,7 +47,7 @@ def render(standing, answers, rows):
         n_others=len(standing.others),
         conclusions=[(table.title, [view for view in asked if view["table"] is table]) for table in standing.tables],
         spread=max([5.0, *(abs(end) for view in asked for end in (view["low"], view["high"]))]),
-        unanswered=unanswered(answers),
+        unanswered=unanswered_views(answers, standing.tables),
         matrix=matrix_view(dict(sorted(groups.items(), key=lambda item: not item[1].is_baseline)[:MAX_GROUPS])),
         n_groups=len(groups),
         runs=shown,
@@ -81,7 +81,6 @@ def group_view(name, group):
         deviation=group.deviation() if len(group.records) > 1 else None,
         minutes=minutes_cell(group),
         seconds=group.minutes[0],
-        devices=", ".join(group.devices),
     )
 
 
@@ -132,14 +131,14 @@ def question_view(answer, rows):
     )
 
 
-def unanswered(answers):
-    """[(why, pairs of rows), ...] of the questions without a comparison."""
-    found, n_tables = {}, len({id(answer.table) for answer in answers})
-    for answer in answers:
-        if not answer.comparison:
-            why = answer.remark + (f", with {answer.table.title}" if answer.table.title and n_tables > 1 else "")
-            found.setdefault(why, []).append(f"{answer.question.a}–{answer.question.b}")
-    return [(why, ", ".join(pairs)) for why, pairs in found.items()]
+def unanswered_views(answers, tables):
+    """[(why, pairs of rows), ...] of the questions without a comparison, with the table where there are several."""
+    views = []
+    for table in tables:
+        for why, pairs in unanswered(answer for answer in answers if answer.table is table).items():
+            title = f", with {table.title}" if table.title and len(tables) > 1 else ""
+            views.append((why + title, pairs))
+    return views
 
 
 def matrix_view(groups):

@@ -19,18 +19,17 @@ def count_tokens(messages):
 
 def feature_bytes(classifier, messages):
     """Bytes that the features of all splits take."""
-    n_messages = sum(len(split) for split in messages.values())
-    n_tokens = count_tokens(messages)
-    emb_dim = classifier.gpt.cfg.emb_dim
+    of_tokens = hidden_state_bytes(classifier, messages)
+    of_messages = 4 * sum(map(len, messages.values())) * classifier.gpt.cfg.emb_dim
     match classifier.feature_stage:
         case Stage.TOKEN_IDS:
             return 0
         case Stage.HIDDEN_STATES:
-            return 4 * n_tokens * emb_dim
+            return of_tokens
         case Stage.STANDARDIZED:
-            return (2 if classifier.bf16 else 4) * n_tokens * emb_dim + 4 * n_messages * emb_dim
+            return (of_tokens // 2 if classifier.bf16 else of_tokens) + of_messages
         case Stage.HEAD_INPUT:
-            return 4 * n_messages * emb_dim
+            return of_messages
 
 
 def hidden_state_bytes(classifier, messages):
@@ -51,13 +50,18 @@ def choose_placement(choice, size, device, reserved=0, is_room_on_disk=False):
     return "disk" if is_room_on_disk else "off"
 
 
+def parameter_bytes(classifier, only_trained=False):
+    """Bytes of the parameters, of all or of those that are trained."""
+    parameters = [p for p in classifier.parameters() if p.requires_grad or not only_trained]
+    return sum(p.numel() * p.element_size() for p in parameters)
+
+
 def memory_needs(classifier, messages, placement, device):
     """Bytes on `device` that a run needs at least, item by item; activations are not included."""
-    weights = sum(p.numel() * p.element_size() for p in classifier.parameters())
-    trained = sum(p.numel() * p.element_size() for p in classifier.parameters() if p.requires_grad)
+    trained = parameter_bytes(classifier, only_trained=True)
     is_there = placement == "device" or (placement == "host" and device == CPU)
     return {
-        "weights": weights,
+        "weights": parameter_bytes(classifier),
         "gradients": trained,
         "optimizer": 2 * trained,  # two moments of each parameter
         "frozen features": feature_bytes(classifier, messages) if is_there else 0,

@@ -111,12 +111,23 @@ class Record:
         return cls(**entries | accuracies | dict(confusions=confusions, history=history))
 
 
+def made_now():
+    """What a Record notes of the moment at which it is made: {name of the field: value}."""
+    return dict(
+        date=datetime.now().astimezone().isoformat(timespec="seconds"),
+        python=platform.python_version(),
+        torch=torch.__version__,
+        tiktoken=tiktoken.__version__,
+        pandas=pd.__version__,
+    )
+
+
 def make_record(run, row, configuration, experiment, data, weights, confusions, minutes, state):
     """The Record of a run that finishes now, `state` being its TrainingState."""
     usage = state.usage.so_far()
     return Record(
         run=run,
-        date=datetime.now().astimezone().isoformat(timespec="seconds"),
+        **made_now(),
         row=row,
         configuration=configuration,
         settings=asdict(experiment),
@@ -129,10 +140,6 @@ def make_record(run, row, configuration, experiment, data, weights, confusions, 
         seconds=usage["total"],
         peak_memory_gb=usage["peak_memory"] / 1e9 or None,
         device_name=describe_device(state.device),
-        python=platform.python_version(),
-        torch=torch.__version__,
-        tiktoken=tiktoken.__version__,
-        pandas=pd.__version__,
         confusions=confusions,
         history=state.history,
     )

@@ -12,7 +12,7 @@ from .page import write_page
 from .pictures import plot_report
 from .results_file import read_records
 from .table import command_line, markdown_header, markdown_line, plain
-from .wording import against_published, describe, in_ranges, minutes_cell, where
+from .wording import against_published, describe, in_ranges, minutes_cell, unanswered, where
 
 
 def print_report(run_options, rows, defaults, questions):
@@ -195,9 +195,5 @@ def comparison_lines(answers, rows, is_compact):
             *lines,
             "",
         ]
-    unanswered = {}
-    for answer in answers:
-        if not answer.comparison:
-            unanswered.setdefault(answer.remark, []).append(f"{answer.question.a}–{answer.question.b}")
-    lines += [f"Not compared ({why}): {', '.join(pairs)}." for why, pairs in unanswered.items()]
+    lines += [f"Not compared ({why}): {pairs}." for why, pairs in unanswered(answers).items()]
     return wrapped(lines) if is_compact else lines

@@ -119,11 +119,6 @@ class NewRows:
     rows: dict  # {name: FileRows}
     description: dict | None = None  # anything JSON can hold
 
-    @property
-    def file_size(self):
-        """Bytes of the file."""
-        return HEADER_BYTES + sum(matrix.nbytes for matrix in self.rows.values())
-
 
 class NotKept(Exception):
     """Ends `atomic_write` without a file."""
@@ -137,7 +132,7 @@ def create_rows(path, kind, version, shapes):
     """
     with suppress(NotKept), atomic_write(path) as temporary, open(temporary, "wb+", buffering=0) as file:
         new = NewRows(place_rows(file, shapes))
-        reserve(file, new.file_size)
+        reserve(file, file_size(shapes))
         yield new
         if new.description is None:
             raise NotKept
@@ -165,6 +160,11 @@ def open_rows(file, kind, version):
     check_kind(file.name, metadata, kind, version)
     check_sha256(file.name, metadata, sha256_of_rows(file, metadata, rows))
     return json.loads(metadata["description"]), rows
+
+
+def file_size(shapes):
+    """Bytes of a file with matrices of `shapes`, {name: (N, D)}."""
+    return HEADER_BYTES + sum(4 * math.prod(shape) for shape in shapes.values())
 
 
 def place_rows(file, shapes):

@@ -52,6 +52,15 @@ def runs(answer):
     return f"of these two runs; only row {question.a} right: {only_a}, only row {question.b}: {only_b}"
 
 
+def unanswered(answers):
+    """{why: pairs of rows} of the questions without a comparison."""
+    found = {}
+    for answer in answers:
+        if not answer.comparison:
+            found.setdefault(answer.remark, []).append(f"{answer.question.a}–{answer.question.b}")
+    return {why: ", ".join(pairs) for why, pairs in found.items()}
+
+
 def p_value(comparison):
     """The corrected p-value as text."""
     p = comparison.p if comparison.p_corrected is None else comparison.p_corrected
