@@ -36,12 +36,12 @@ from torch.utils.data import DataLoader
 
 from gpt_download import PRETRAINED, find_weights, load_vocabulary
 from previous_chapters import GPT_SIZES, GPTConfig, GPTModel, load_gpt2_weights, select_positions
-from runner import baseline, dataset, options, outputs, parsers, records, report, saved_models, table
+from runner import baseline, dataset, distributed, options, outputs, parsers, records, report, saved_models, table
 from runner.accuracy import Accuracy, Confusion, describe_mistakes
 from runner.checkpoints import Checkpointer, run_identity
 from runner.console import Console, describe_model, describe_setup, exit_status, prepare_streams
 from runner.dataset import DEFAULT_DATA_DIR, SPLITS
-from runner.devices import describe_device, resolve_device, set_precision
+from runner.devices import describe_devices, describe_disagreement, is_accelerator, resolve_device, set_precision
 from runner.features import FrozenFeatures, compute_features, in_memory
 from runner.files import NonFiniteError, UsageError
 from runner.messages import Messages, Stage, cut_and_pad, split_into_passes, tokenize
@@ -341,8 +341,13 @@ class Classifier(nn.Module):
         is_one_query = self.n_frozen_blocks == len(self.gpt.trf_blocks) and not self.average
         return self.n_frozen_blocks - is_one_query
 
-    def forward(self, batch):
-        """A Batch to logits (B, K)."""
+    def forward(self, batch, compute=None):
+        """A Batch to logits (B, K), or to what `compute` makes of it, one of the methods below.
+
+        All that is computed begins here: this is where shards of the weights are gathered.
+        """
+        if compute is not None:
+            return compute(batch)
         return self.trained_part(self.frozen_part(batch))
 
     @torch.no_grad()
@@ -450,10 +455,14 @@ def build_classifier(experiment, n_classes, weights=None):
     for module in trained:
         module.requires_grad_(True)
     classifier.n_frozen_blocks = count_frozen_blocks(gpt)
-    if weights is not None:
-        for parameter in classifier.parameters():
-            if parameter.requires_grad:  # out of the file's memory map, and contiguous
-                parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
+    return classifier
+
+
+def copy_trained_parameters(classifier):
+    """Copy what is trained out of the file's memory map. Returns the classifier."""
+    for parameter in classifier.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
     return classifier
 
 
@@ -516,20 +525,24 @@ def accumulate_gradients(classifier, messages, window, experiment):
     """Add to the gradients those of the mean loss over the batches of an accumulation window.
 
     Over frozen features little is left to run, and the window runs in passes of MESSAGES_PER_PASS, wherever its
-    batches end. Elsewhere accumulation is there to save memory, and each batch is a pass.
+    batches end. Elsewhere accumulation is there to save memory, and each batch is a pass. Of several processes each
+    takes its share of every pass, and the gradients are summed: the weights sum to one over the window.
     """
     indices = torch.cat(window)
     weights = loss_weights(messages.labels[indices], [len(batch) for batch in window], experiment.ignore_index)
     size = MESSAGES_PER_PASS if classifier.n_frozen_blocks else experiment.batch_size
     is_finite = []
-    for pass_indices, pass_weights in zip(indices.split(size), weights.split(size)):
+    for pass_indices, pass_weights in map(distributed.own_share, indices.split(size), weights.split(size)):
         logits = classifier(messages.batch(pass_indices, classifier.device))
         labels = messages.labels[pass_indices].to(classifier.device)
         losses = F.cross_entropy(logits, labels, ignore_index=experiment.ignore_index, reduction="none")
         (losses @ pass_weights.to(losses)).backward()
         is_finite.append(logits.isfinite().all() & losses.isfinite().all())
-    if not torch.stack(is_finite).all():  # once per update: on an accelerator each question waits for the answer
+    # Once per update: on an accelerator each question waits for the answer.
+    (is_diverged,) = distributed.largest(not torch.stack(is_finite).all())
+    if is_diverged:
         raise NonFiniteError("a training loss is not finite")
+    distributed.sum_gradients(classifier.parameters())
 
 
 def make_training_state(classifier, experiment, usage=None):
@@ -608,16 +621,32 @@ def predict(classifier, messages, indices):
     """Logits (n, K) of the messages `indices` (n,). Messages of similar length run together. Raises NonFiniteError."""
     was_training = classifier.training
     classifier.eval()
-    logits, order = [], []
+    passes = split_into_passes(messages.lengths[indices], classifier.device)
     with torch.no_grad():
-        for chosen in split_into_passes(messages.lengths[indices], classifier.device):
-            logits.append(classifier(messages.batch(indices[chosen], classifier.device)))
-            order.append(chosen)
+        results = distributed.in_turns(
+            passes, lambda chosen: [classifier(messages.batch(indices[chosen], classifier.device))]
+        )
+        order, logits = zip(*((chosen, logits) for chosen, (logits,) in results))
     classifier.train(was_training)
     logits = torch.cat(logits)
     if not logits.isfinite().all():
         raise NonFiniteError("an output of the classifier is not finite")
     return logits[torch.cat(order).argsort().to(classifier.device)]
+
+
+FEW_MESSAGES, FEW_TOKENS = 2, 32
+
+
+def predict_few(classifier, messages, bf16=False):
+    """Logits (2, K) of the beginning of two messages: so few that a CPU can check them for any accelerator."""
+    batch = messages.batch(torch.arange(min(FEW_MESSAGES, len(messages))), classifier.device)
+    key_mask = None if batch.key_mask is None else batch.key_mask[..., :FEW_TOKENS]
+    positions = batch.positions.clamp(max=FEW_TOKENS - 1)
+    before, classifier.bf16 = classifier.bf16, bf16
+    with torch.no_grad():
+        logits = classifier(replace(batch, x=batch.x[:, :FEW_TOKENS], positions=positions, key_mask=key_mask))
+    classifier.bf16 = before
+    return logits
 
 
 class Predictions(NamedTuple):
@@ -693,13 +722,19 @@ def run(experiment, run_options=None):
     set_precision(experiment.precision, device)
     weights = find_weights(experiment.weights, experiment.model_size)
     features = FrozenFeatures(experiment, run_options, weights, console)
-    data = prepare_data(experiment, console.quiet)
+    with distributed.main_first():
+        data = prepare_data(experiment, console.quiet)
     console.info(describe_setup(experiment, data, device))
+    if (n_idle := distributed.world_size() - experiment.batch_size) > 0:
+        console.warning(
+            f"a batch has {experiment.batch_size} messages, so {n_idle} processes will have few or none to train on"
+        )
     with Checkpointer(run_options, run_identity(experiment, data, weights, device), console) as checkpointer:
         with torch.device("meta"):
             sizes = optimize_frozen_blocks(build_classifier(experiment, len(data.class_names)))
         features.warn_if_memory_is_short(sizes, data.messages, device)
-        weights.open(console.quiet)
+        with distributed.main_first():
+            weights.open(console.quiet)
 
         finished = checkpointer.checkpoint.finished[: run_options.repeats]
         for record in finished:
@@ -724,18 +759,32 @@ def publish_again(record, experiment, run_options, data, weights, checkpointer, 
     outputs.publish(record, experiment, run_options, data, base, parameters, ROWS, DEFAULTS, console)
 
 
+def place(classifier, experiment, messages, device, shard, console):
+    """Move a classifier from the CPU to its device, or this process's shard of it. Some messages test the device."""
+    expected = predict_few(classifier, messages) if is_accelerator(device) else None
+    if shard:
+        distributed.shard(classifier, device)
+    else:
+        optimize_frozen_blocks(copy_trained_parameters(classifier).to(device))
+    if expected is not None:
+        found = predict_few(classifier, messages, classifier.bf16)
+        if disagreement := describe_disagreement(found, expected, experiment.precision, device):
+            console.warning(disagreement)
+
+
 def run_seed(experiment, run_options, data, weights, features, device, checkpointer, console):
     """One seed from its weights to its printed row: its Record."""
     usage = Usage(device)
     classifier = build_classifier(experiment, len(data.class_names), weights.tensors)
     base = (weights.sha256 or saved_models.frozen_sha256(classifier)) if run_options.save_model else None
-    optimize_frozen_blocks(classifier.to(device))
+    classifier.gpt.activation_checkpointing = run_options.activation_checkpointing
+    place(classifier, experiment, data.messages["train"], device, run_options.shard, console)
     console.info(describe_model(experiment, classifier))
     state = make_training_state(classifier, experiment, usage)
     inputs = features.of(classifier, data.messages, experiment.seed)
     is_kept = inputs["train"].stage is not Stage.TOKEN_IDS
     checkpointer.set_environment(
-        dict(device=describe_device(device), PyTorch=torch.__version__, features="kept" if is_kept else "recomputed")
+        dict(device=describe_devices(device), PyTorch=torch.__version__, features="kept" if is_kept else "recomputed")
     )
     confusions, minutes = fine_tune(classifier, inputs, experiment, state, checkpointer, console)
     for line in describe_mistakes(confusions["test"], data.class_names, data.test_texts):
@@ -744,8 +793,9 @@ def run_seed(experiment, run_options, data, weights, features, device, checkpoin
     row = table.row_number(experiment, data, weights, ROWS)
     name = table.describe_configuration(experiment, data)
     record = records.make_record(run_id, row, name, experiment, data, weights, confusions, minutes, state)
-    outputs.publish(record, experiment, run_options, data, base, state.parameters, ROWS, DEFAULTS, console)
-    checkpointer.finish(record, state.parameters)
+    parameters = state.full_parameters()
+    outputs.publish(record, experiment, run_options, data, base, parameters, ROWS, DEFAULTS, console)
+    checkpointer.finish(record, parameters)
     return record
 
 
@@ -768,7 +818,7 @@ def load_classifier(path, given):
     weights.open()
     classifier = build_classifier(experiment, len(saved.class_names), weights.tensors)
     saved.check_base(experiment.weights, weights.sha256 or saved_models.frozen_sha256(classifier))
-    saved.restore(classifier)
+    saved.restore(copy_trained_parameters(classifier))
     return optimize_frozen_blocks(classifier.to(device)).eval(), experiment, saved.class_names
 
 
@@ -812,7 +862,8 @@ def execute(experiment, run_options, given):
     elif run_options.load_model is not None:
         classify(run_options, given)
     else:
-        run(experiment, run_options)
+        with distributed.process_group(resolve_device(experiment.device)):
+            run(experiment, run_options)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 # --- sizes ---
 
@@ -178,6 +179,7 @@ class GPTModel(nn.Module):
         self.pos_emb = nn.Embedding(cfg.context_length, cfg.emb_dim)
         self.trf_blocks = nn.ModuleList(TransformerBlock(cfg) for _ in range(cfg.n_layers))
         self.final_norm = nn.LayerNorm(cfg.emb_dim)
+        self.activation_checkpointing = False  # whether blocks compute again in the backward pass what it needs
 
     def embed(self, token_ids):
         """(B, T) to (B, T, D)."""
@@ -189,7 +191,11 @@ class GPTModel(nn.Module):
         With `query_positions` (B,) the model's very last block asks only for the output at that position: to (B, 1, D).
         """
         for number, block in enumerate(self.trf_blocks[start:end], start + 1):
-            x = block(x, key_mask, query_positions if number == len(self.trf_blocks) else None)
+            arguments = x, key_mask, query_positions if number == len(self.trf_blocks) else None
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)  # nothing is drawn
+            else:
+                x = block(*arguments)
         return x
 
     def forward(self, token_ids, key_mask=None):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from . import distributed
 from .files import FileError, NonFiniteError, UsageError, require_finite
 from .locks import LockFile, lock_path
 from .records import Record
@@ -94,6 +95,9 @@ class Checkpointer:
     update or the writing of the file. Whatever ends the run, the last state that can be resumed is written, but not
     where training diverges, as it would do again. No other run can use the file meanwhile. Without a path nothing is
     written or copied, and signals are left alone.
+
+    Of several processes each reads the file, and process 0 writes it. They agree with each update whether one of them
+    has a signal that ends the run, and how old the last checkpoint is; until then signals wait.
     """
 
     def __init__(self, run_options, identity=None, console=None):
@@ -104,6 +108,7 @@ class Checkpointer:
         self.lock = LockFile(lock_path(self.path or ""))
         self.latest = None  # (TrainingState, its snapshot): the last state that can be resumed
         self.written_at, self.is_written, self.last_warning = time.monotonic(), False, None
+        self.age, self.is_stopped_by_all = 0.0, False  # seconds since the last checkpoint, as of the last update
 
     def load(self):
         """Read the file, if there is one and it is not to be overwritten.
@@ -164,10 +169,15 @@ class Checkpointer:
     @contextmanager
     def update(self, state):
         """Parameters change within it; after it, training can be resumed from `state`."""
-        with self.signals.deferred():
+        with self.signals.deferred(stay=distributed.world_size() > 1):
             self.latest = None  # an error during the update leaves nothing to resume from but the file
             yield
             self.remember(state)
+            age = time.monotonic() - self.written_at
+            signal_number, self.age = distributed.largest(self.signals.pending or 0, age)
+        if distributed.world_size() > 1 and signal_number:
+            self.is_stopped_by_all, self.signals.pending = True, int(signal_number)
+            self.signals.end_run()
 
     def remember(self, state):
         """Training can be resumed from `state` as it is now."""
@@ -176,12 +186,15 @@ class Checkpointer:
 
     def save_if_due(self, state):
         """Training can be resumed from `state` as it is now; write it if the last checkpoint is old enough."""
-        self.save(state, min_age=60 * self.minutes)
+        if self.age >= 60 * self.minutes:
+            self.save(state)
+        else:
+            self.remember(state)
 
-    def save(self, state, min_age=0.0):
-        """Write the state as it is now, if the last checkpoint is `min_age` seconds old."""
+    def save(self, state):
+        """Write the state as it is now."""
         self.remember(state)
-        if self.path is not None and time.monotonic() - self.written_at >= min_age:
+        if self.path is not None:
             with self.signals.deferred():
                 self.write_training()
 
@@ -196,14 +209,16 @@ class Checkpointer:
     def write_training(self):
         """Write the last state that can be resumed. Raises NonFiniteError for parameters that are not finite."""
         state, snapshot = self.latest
-        require_finite(state.parameters, "parameter")
-        self.write(training_state=state.state_dict_at(snapshot))
+        training_state = state.state_dict_at(snapshot)
+        require_finite(training_state["parameters"], "parameter")
+        self.write(training_state=training_state)
 
     def write(self, **parts):
         """Write the file, with these entries of Checkpoint. Where that fails, the run warns, once, and continues."""
         try:
             content = self.checkpoint.to_dict() | dict(training_state=None, parameters={}) | parts
-            write_checkpoint(self.path, self.identity, content)
+            if distributed.rank() == 0:
+                write_checkpoint(self.path, self.identity, content)
             self.is_written = True
         except OSError as error:
             warning = f"the checkpoint {self.path} could not be written: {error.strerror or error}"
@@ -214,21 +229,37 @@ class Checkpointer:
 
     def __enter__(self):
         if self.path is not None:
-            self.take_lock()
-            try:
-                self.load()
-            except Exception:
-                self.lock.release()
-                raise
+            with distributed.main_first():
+                if distributed.rank() == 0:
+                    self.take_lock()
+                try:
+                    self.load()
+                except Exception:
+                    self.lock.release()
+                    raise
+            self.require_the_same_file()
+        if self.path is not None or distributed.world_size() > 1:
             self.signals.install()
         return self
+
+    def require_the_same_file(self):
+        """Raises FileError where process 0 has read another checkpoint than this one."""
+        found = (self.checkpoint.training_state or {}).get("batches_done"), len(self.checkpoint.finished)
+        if distributed.from_main(found) != found:
+            raise FileError(
+                f"--checkpoint {self.path}: this host has another file there, or none, than that of process 0"
+            )
 
     def __exit__(self, kind, error, traceback):
         self.signals.is_deferring = True
         try:
-            if error is not None and self.latest is not None and not isinstance(error, NonFiniteError):
+            # To gather shards takes all processes: where they do not end together, the last checkpoint stays.
+            can_write = self.latest is not None and (self.is_stopped_by_all or not self.latest[0].is_divided)
+            if error is not None and can_write and not isinstance(error, NonFiniteError):
                 with suppress(NonFiniteError):
                     self.write_training()
+            if self.is_stopped_by_all:
+                distributed.barrier()  # torchrun ends process 0 when another one has ended
         finally:
             self.signals.uninstall()
             self.lock.release()

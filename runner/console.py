@@ -9,24 +9,30 @@ import tiktoken
 import torch
 from tqdm import tqdm
 
+from . import distributed
 from .dataset import DATASET_NAMES
-from .devices import describe_device
-from .files import FetchError, FileError, NonFiniteError, OutputError, UsageError
+from .devices import describe_devices
+from .files import FetchError, FileError, NonFiniteError, OutputError, ProcessError, UsageError
 from .signals import Terminated
 from .table import markdown_header, markdown_line
 
 
 class Console:
-    """Prints results and warnings always, everything else unless `quiet`. Progress bars need a terminal."""
+    """Prints results and warnings always, everything else unless `quiet`. Progress bars need a terminal.
+
+    Of several processes only process 0 prints, and only it writes outputs.
+    """
 
     def __init__(self, quiet=False):
-        self.quiet = quiet
+        self.is_silent = distributed.rank() > 0
+        self.quiet = quiet or self.is_silent
         self.not_written = []  # a message for each output of the run that could not be written
 
     def print(self, line):
         """Print a line, also in a quiet run, and also while there is a progress bar."""
-        tqdm.write(line, file=sys.stdout)
-        sys.stdout.flush()  # a run that is killed has printed all its lines, also into a pipe or a log file
+        if not self.is_silent:
+            tqdm.write(line, file=sys.stdout)
+            sys.stdout.flush()  # a run that is killed has printed all its lines, also into a pipe or a log file
 
     def info(self, line):
         """Print a line unless the run is quiet."""
@@ -35,7 +41,8 @@ class Console:
 
     def warning(self, line):
         """Print a warning to standard error."""
-        tqdm.write(f"warning: {line}", file=sys.stderr)
+        if not self.is_silent:
+            tqdm.write(f"warning: {line}", file=sys.stderr)
 
     def table_row(self, cells):
         """Print a row of the table, {title: cell}, its header before it unless quiet."""
@@ -49,6 +56,8 @@ class Console:
 
     def write_output(self, what, path, write, *arguments):
         """`write(path, *arguments)`. An OSError costs a warning now and, at the end, the exit status: see `close`."""
+        if self.is_silent:
+            return None
         try:
             return write(path, *arguments)
         except OSError as error:
@@ -71,7 +80,7 @@ def describe_setup(experiment, data, device):
     """Device, data and tokens of a run: three lines, known before its weights are there."""
     return "\n".join(
         [
-            f"Device: {describe_device(device)}; Python {platform.python_version()}, PyTorch {torch.__version__}, "
+            f"Device: {describe_devices(device)}; Python {platform.python_version()}, PyTorch {torch.__version__}, "
             f"tiktoken {tiktoken.__version__}",
             describe_data(data.name, data.messages),
             f"Tokens per message: {data.longest} at most, {'not padded' if experiment.no_padding else 'padded'}",
@@ -112,15 +121,16 @@ def prepare_streams():
 def exit_status(command):
     """Call `command()` and return the exit status; a user error becomes one line.
 
-    0; 1: something could not be downloaded or written, memory is out, or a number is not finite; 2: an option or a
-    file cannot be used; 130: Ctrl-C; 143: SIGTERM; 129: SIGHUP. Errors of the program itself are raised.
+    0; 1: something could not be downloaded or written, memory is out, a number is not finite, or another process of the
+    run has ended; 2: an option or a file cannot be used; 130: Ctrl-C; 143: SIGTERM; 129: SIGHUP. Of several processes
+    one prints the line. Errors of the program itself are raised.
     """
     try:
         command()
         return 0
     except (UsageError, FileError) as error:
         status, message = 2, f"error: {error}"
-    except (FetchError, NonFiniteError) as error:
+    except (FetchError, NonFiniteError, ProcessError) as error:
         status, message = 1, f"error: {error}"
     except OutputError as error:
         status, message = 1, f"error: training finished, but {error}"
@@ -131,10 +141,13 @@ def exit_status(command):
     except KeyboardInterrupt as error:
         status = 128 + (error.number if isinstance(error, Terminated) else signal.SIGINT)
         message = error.args[0] if error.args else "interrupted"
+        if distributed.is_launched() and isinstance(error, Terminated):
+            message += " (by SIGTERM, which torchrun also sends where another process has ended)"
     except BrokenPipeError:  # the reader of the output has gone; Python's own last flush must not complain either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:  # a full disk, a folder that is gone: no fault of the program
         status, message = 1, f"error: {error}"
-    print(message, file=sys.stderr)
+    if distributed.is_to_tell(is_interrupt=status > 128):
+        print(message, file=sys.stderr)
     return status

@@ -10,17 +10,35 @@ from pathlib import Path
 
 import torch
 
+from . import distributed
 from .files import UsageError
 
 
 def resolve_device(name):
-    """The torch.device that `--device` names. Raises UsageError where there is none of that kind."""
+    """The torch.device that `--device` names, of several processes this one's.
+
+    Raises UsageError where there is none of that kind, or not one for each process.
+    """
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(kind for kind, is_available in available.items() if is_available)
     if not available[name]:
         raise UsageError(f"--device {name}: PyTorch finds none here; use --device auto")
-    return torch.device(name)
+    n_processes = distributed.local_world_size()
+    if name == "mps" and n_processes > 1:
+        raise UsageError("--device mps is for one process; use --device cpu with several")
+    if name != "cuda" or not distributed.is_launched():
+        return torch.device(name)
+    if n_processes > (n_devices := torch.cuda.device_count()):
+        raise UsageError(f"{n_processes} processes cannot have a CUDA device each: this host has {n_devices}")
+    torch.cuda.set_device(distributed.local_rank())
+    return torch.device("cuda", distributed.local_rank())
+
+
+def describe_devices(device):
+    """The devices of all processes, which are alike, by name: `2 × NVIDIA A100-SXM4-40GB`, or one's name alone."""
+    n_processes = distributed.world_size()
+    return f"{n_processes} × {describe_device(device)}" if n_processes > 1 else describe_device(device)
 
 
 def describe_device(device):
@@ -32,6 +50,28 @@ def describe_device(device):
             return f"MPS, {platform.machine()}"
         case _:
             return f"CPU, {torch.get_num_threads()} threads"
+
+
+def is_accelerator(device):
+    """Whether a device is to be compared with the CPU."""
+    return device.type != "cpu"
+
+
+def describe_disagreement(found, expected, precision, device):
+    """What to warn of where logits (B, K) that `device` has found are not those `expected`, the CPU's; or None.
+
+    They may differ by 1% of the range of the CPU's, with reduced precision by 10%.
+    """
+    difference = (found.float().cpu() - expected).abs().max().item()
+    spread = (expected.max() - expected.min()).item()
+    if difference <= (0.01 if precision == "fp32" else 0.1) * spread:  # also not where it is NaN
+        return None
+    system = f"CUDA {torch.version.cuda}" if device.type == "cuda" else f"macOS {platform.mac_ver()[0]}"
+    return (
+        f"this device does not compute what the CPU does: logits of two messages differ by up to {difference:.2g}, and "
+        f"the CPU's range over {spread:.2g} ({describe_device(device)}, PyTorch {torch.__version__}, {system}); do not "
+        "trust the results before --device cpu has confirmed them"
+    )
 
 
 def describe_processor():

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+from . import distributed
 from .devices import describe_device, describe_processor
 from .files import FileError, remove_left_overs, sha256_of, sha256_of_tensors
 from .locks import LockFile, lock_path, try_lock
@@ -58,11 +59,16 @@ def circumstances(classifier, messages, experiment, weights):
         "token ids": sha256_of_tensors(tensors),
         "precision": experiment.precision,
         "device": f"{device.type}: {describe_device(device)}",
+        "shards": distributed.is_divided(classifier.gpt.final_norm.weight),  # their blocks are not fused
         "processor": describe_processor(),
         "threads": torch.get_num_threads(),
         "PyTorch": torch.__version__,
         "libraries": [torch.__config__.show(), torch.backends.cudnn.version() if device.type == "cuda" else None],
-        "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith(NUMERICAL)},
+        "environment": {
+            name: value
+            for name, value in sorted(os.environ.items())
+            if name.startswith(NUMERICAL) and not name.startswith("TORCH_NCCL_")
+        },
         "code": sorted(code_of(classifier)),
         "format": VERSION,
     }

@@ -6,15 +6,15 @@ which everything is computed without them, and are therefore the same to the bit
 """
 
 import time
-from contextlib import suppress
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
 
 import torch
 
+from . import distributed
 from .dataset import FEATURES
-from .devices import free_memory
 from .feature_cache import FeatureCache, NothingKept, circumstances, exists
 from .files import UsageError
 from .messages import Stage, split_into_passes
@@ -23,11 +23,13 @@ from .placement import (
     choose_placement,
     count_tokens,
     feature_bytes,
+    free_for_each,
     hidden_state_bytes,
     memory_needs,
     parameter_bytes,
 )
 from .table import changed_options, command_line
+from .tensor_files import NewRows
 
 MIN_SECONDS = 5  # features that take less are not kept between runs
 
@@ -47,22 +49,30 @@ def compute_features(classifier, messages, compute, allocate, progress_bar=None)
     to be written to: a matrix (n_rows, D) of the type and the D of the tensor `like` (..., D), in memory or in a file.
     """
     features = None
-    was_training = classifier.training
-    classifier.eval()
-    for indices in split_into_passes(messages.lengths, classifier.device):
-        with torch.no_grad():
-            batch = compute(messages.batch(indices, classifier.device))
+
+    @torch.no_grad()
+    def run(indices):
+        """What there is to keep of a pass: x of its tokens (N, D), and perhaps the residual (B, D)."""
+        nonlocal features
+        batch = classifier(messages.batch(indices, classifier.device), compute)
         if features is None:
             lengths = torch.ones_like(messages.lengths) if batch.stage is Stage.HEAD_INPUT else messages.lengths
             x = allocate(int(lengths.sum()), batch.x)
             features = replace(messages, stage=batch.stage, n_blocks=batch.n_blocks, x=x, lengths=lengths)
             if batch.residual is not None:
                 features.residual = in_memory(x.device)(len(messages), batch.residual)
+        _, is_real = features.token_indices(indices)
+        x = batch.x[is_real.to(classifier.device)]
+        return [x] if batch.residual is None else [x, batch.residual.squeeze(1)]
+
+    was_training = classifier.training
+    classifier.eval()
+    for indices, (x, *residual) in distributed.in_turns(split_into_passes(messages.lengths, classifier.device), run):
         tokens, is_real = features.token_indices(indices)
         device = features.x.device
-        features.x[tokens[is_real].to(device)] = batch.x[is_real.to(classifier.device)].to(device)
-        if batch.residual is not None:
-            features.residual[indices.to(device)] = batch.residual.squeeze(1).to(device)
+        features.x[tokens[is_real].to(device)] = x.to(device)
+        if residual:
+            features.residual[indices.to(device)] = residual[0].to(device)
         if progress_bar is not None:
             progress_bar.update(len(indices))
     classifier.train(was_training)
@@ -77,6 +87,7 @@ class FrozenFeatures:
 
     def __init__(self, experiment, run_options, weights, console):
         self.experiment, self.weights, self.console = experiment, weights, console
+        self.shard = run_options.shard
         self.features = None
         folder, self.cache = run_options.feature_cache, None
         if folder is None:
@@ -94,17 +105,23 @@ class FrozenFeatures:
             allowed = f"--feature_cache_gb allows {self.cache.max_bytes / 1e9:g}"
             raise UsageError(f"--features disk: they take {size / 1e9:.2f} GB, and {allowed}")
         is_room = is_on_disk or (choice == "auto" and self.cache is not None and size <= self.cache.room())
-        return choose_placement(choice, feature_bytes(classifier, messages), device, reserved, is_room)
+        placement = choose_placement(choice, feature_bytes(classifier, messages), device, reserved, is_room)
+        return distributed.from_main(placement)
 
     def warn_if_memory_is_short(self, classifier, messages, device):
-        """Warn before a run that cannot fit into the memory of `device`; of `classifier` only sizes are read."""
-        placement = self.placement(classifier, messages, device, reserved=parameter_bytes(classifier))
-        needs = memory_needs(classifier, messages, placement, device)
-        free = free_memory(device)
-        if sum(needs.values()) > free:
-            items = ", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in needs.items())
-            needed = f"{sum(needs.values()) / 1e9:.2f} GB and {free / 1e9:.2f} GB are free"
-            self.console.warning(f"this run needs {needed}: {items}")
+        """Warn before a run that cannot fit into memory, that of `device` or of the host; of `classifier` only sizes
+        are read."""
+        reserved = parameter_bytes(classifier) // (distributed.world_size() if self.shard else 1)
+        placement = self.placement(classifier, messages, device, reserved)
+        needs = {device: memory_needs(classifier, messages, placement, device, self.shard)}
+        if placement == "host" and device != CPU:
+            needs[CPU] = {"frozen features in main memory": feature_bytes(classifier, messages)}
+        who = "each process of this run" if distributed.world_size() > 1 else "this run"
+        for holder, sizes in needs.items():
+            if sum(sizes.values()) > (free := free_for_each(holder)):
+                items = ", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in sizes.items())
+                needed = f"{sum(sizes.values()) / 1e9:.2f} GB and {free / 1e9:.2f} GB are free"
+                self.console.warning(f"{who} needs {needed}: {items}")
 
     def of(self, classifier, messages, seed):
         """{split: Messages} with their features, if there are frozen blocks and there is room for what they give.
@@ -132,6 +149,8 @@ class FrozenFeatures:
             try:
                 features = self.finish(classifier, states.continue_from(messages), placement)
             except OSError as error:
+                if distributed.world_size() > 1:  # the others are waiting for what this process has to compute
+                    raise
                 self.console.warning(f"frozen features: {states.path} cannot be read: {error}; they are computed again")
                 states = NothingKept()
                 features = self.finish(classifier, messages, placement)
@@ -165,27 +184,50 @@ class FrozenFeatures:
         """The HiddenStates after all full blocks, read, or written if they take long; else those there are."""
         depth, path = classifier.n_full_blocks, self.cache.path(facts, classifier.n_full_blocks)
         is_to_keep = seed == self.experiment.seed or not self.weights.is_random  # a later run may ask for them
-        states = self.cache.open_deepest(facts, depth)
+        states = self.open_deepest(facts, depth)
         if states.n_blocks == depth:
             return states
         is_slow = is_to_keep and expected_seconds(classifier, states.continue_from(messages)) >= MIN_SECONDS
-        if is_slow or placement == "disk":
-            with self.cache.turn(path):
-                if exists(path):  # another process has computed them meanwhile
-                    states = self.cache.open_deepest(facts, depth)
+        if distributed.from_main(is_slow) or placement == "disk":
+            with self.cache.turn(path) if distributed.rank() == 0 else nullcontext():
+                if distributed.from_main(exists(path)):  # another run has computed them meanwhile
+                    states = self.open_deepest(facts, depth)
                 if states.n_blocks < depth:
                     states = self.write(classifier, messages, states, facts, is_needed=placement == "disk")
-            if not is_to_keep:
+            if not is_to_keep and distributed.rank() == 0:
                 with suppress(OSError):
                     path.unlink()
         return states
 
+    def open_deepest(self, facts, depth):
+        """`FeatureCache.open_deepest`; NothingKept where it is not the same file for all processes."""
+        states = self.cache.open_deepest(facts, depth)
+        deepest, shallowest = distributed.largest(states.n_blocks, -states.n_blocks)
+        if deepest != -shallowest:
+            self.cache.warn(f"frozen features: not all hosts see the same {self.cache.folder}; it is not used")
+            states.close()
+            states = NothingKept()
+        return states
+
     def write(self, classifier, messages, states, facts, is_needed):
-        """From HiddenStates to those after all full blocks, in a new file; after a warning, the same ones."""
+        """From HiddenStates to those after all full blocks, in a new file; after a warning, the same ones.
+
+        All processes compute, and process 0 writes.
+        """
         start, depth = time.perf_counter(), classifier.n_full_blocks
         shapes = {split: (int(part.lengths.sum()), classifier.gpt.cfg.emb_dim) for split, part in messages.items()}
+        problem = None
         try:
-            with self.cache.create(self.cache.path(facts, depth), shapes, is_needed) as new:
+            with ExitStack() as stack:
+                new = NewRows(dict.fromkeys(shapes, NoRows()))
+                if distributed.rank() == 0:
+                    try:
+                        path = self.cache.path(facts, depth)
+                        new = stack.enter_context(self.cache.create(path, shapes, is_needed))
+                    except OSError as error:
+                        problem = str(error)
+                if problem := distributed.from_main(problem):
+                    raise OSError(problem)
                 self.run(
                     classifier,
                     states.continue_from(messages),
@@ -200,9 +242,12 @@ class FrozenFeatures:
                     circumstances=facts,
                 )
         except OSError as error:
+            if distributed.world_size() > 1 and problem is None:  # the others have gone on
+                raise
             self.console.warning(f"frozen features are not kept: {error}")
             return states
-        written = self.cache.open_deepest(facts, depth)
+        distributed.barrier()
+        written = self.open_deepest(facts, depth)
         written.n_before = states.n_blocks
         return written
 
@@ -226,12 +271,23 @@ class FrozenFeatures:
             }
 
 
+class NoRows:
+    """What stands for the rows of a file in a process that does not write it."""
+
+    device = CPU
+
+    def __setitem__(self, indices, values):
+        """Another process writes them."""
+
+
 def expected_seconds(classifier, messages):
     """How long the full blocks will take, from one pass in the middle."""
     passes = list(split_into_passes(messages["train"].lengths, classifier.device))
     indices = passes[len(passes) // 2]
     start = time.perf_counter()
     with torch.no_grad():
-        x = classifier.run_blocks(messages["train"].batch(indices, classifier.device), classifier.n_full_blocks).x
+        batch = messages["train"].batch(indices, classifier.device)
+        x = classifier(batch, lambda batch: classifier.run_blocks(batch, classifier.n_full_blocks)).x
     float(x.sum())  # an accelerator answers when it has finished
-    return (time.perf_counter() - start) * count_tokens(messages) / int(messages["train"].lengths[indices].sum())
+    seconds_per_token = (time.perf_counter() - start) / int(messages["train"].lengths[indices].sum())
+    return seconds_per_token * count_tokens(messages) / distributed.world_size()

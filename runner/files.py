@@ -37,6 +37,10 @@ class OutputError(RuntimeError):
     """Training finished, but not everything that was asked for could be written."""
 
 
+class ProcessError(RuntimeError):
+    """Another process of the same run has ended."""
+
+
 class NonFiniteError(RuntimeError):
     """A loss, a logit or a parameter is infinite or not a number: the run cannot be trusted."""
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from gpt_download import COLLECTION_NAMES
 
+from . import distributed
 from .dataset import SPLITS
 from .files import UsageError
 from .parsers import image, number, page
@@ -70,6 +71,12 @@ class RunOptions:
     feature_cache_gb: float = option(
         5.0, MACHINE, "what that folder may hold, in GB; the least recently used go first", type=number(float, above=0)
     )
+    activation_checkpointing: bool = option(
+        False, MACHINE, "compute trained blocks again in the backward pass instead of keeping what they computed"
+    )
+    shard: bool = option(
+        False, MACHINE, "with torchrun: each process holds a part of the model, its gradients and its optimizer (FSDP2)"
+    )
     checkpoint: str | None = option(
         None,
         INTERRUPTION,
@@ -108,6 +115,10 @@ class RunOptions:
         ):
             if getattr(self, name) and getattr(self, needed) is None:
                 raise UsageError(f"--{name} needs --{needed}")
+        if self.shard and not distributed.is_launched():
+            raise UsageError(
+                "--shard needs several processes: torchrun --nproc_per_node N additional_experiments.py ..."
+            )
         if self.load_model is not None and not self.classify:
             raise UsageError("--load_model needs --classify")
         if self.save_model is not None and self.repeats > 1:
@@ -245,6 +256,8 @@ def parse(argv, description, experiment_type, rows, demo):
         if mode in run_options and refused:
             what = "trains no GPT-2" if mode == "baseline" else "trains nothing"
             raise UsageError(f"--{refused[0]} cannot be combined with --{mode}, which {what}")
+        if mode in run_options and distributed.world_size() > 1:
+            raise UsageError(f"--{mode} runs in one process: call it without torchrun")
     run_options = RunOptions(**run_options)
     if run_options.baseline and not importlib.util.find_spec("sklearn"):
         raise UsageError("--baseline needs scikit-learn, which is not installed: pip install scikit-learn")

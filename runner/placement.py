@@ -6,6 +6,7 @@ meta device.
 
 import torch
 
+from . import distributed
 from .devices import free_memory
 from .messages import Stage
 
@@ -45,9 +46,14 @@ def choose_placement(choice, size, device, reserved=0, is_room_on_disk=False):
     if choice != "auto":
         return choice
     for placement, holder in (("device", device), ("host", CPU)):
-        if size <= (free_memory(holder) - (reserved if holder == device else 0)) / 2:
+        if size <= (free_for_each(holder) - (reserved if holder == device else 0)) / 2:
             return placement
     return "disk" if is_room_on_disk else "off"
+
+
+def free_for_each(holder):
+    """Bytes that each process can allocate on `holder`: those of a host share its main memory."""
+    return free_memory(holder) // (distributed.local_world_size() if holder == CPU else 1)
 
 
 def parameter_bytes(classifier, only_trained=False):
@@ -56,13 +62,18 @@ def parameter_bytes(classifier, only_trained=False):
     return sum(p.numel() * p.element_size() for p in parameters)
 
 
-def memory_needs(classifier, messages, placement, device):
-    """Bytes on `device` that a run needs at least, item by item; activations are not included."""
+def memory_needs(classifier, messages, placement, device, shard=False):
+    """Bytes on `device` that each process of a run needs at least, item by item; activations are not included."""
     trained = parameter_bytes(classifier, only_trained=True)
+    n_shards = distributed.world_size() if shard else 1
+    summed = trained if distributed.world_size() > n_shards else 0  # a copy of the gradients, in one piece
+    gathered = 0  # what is whole at a time: two of the modules that `distributed.shard` divides
+    if shard:
+        gathered = 2 * max(map(parameter_bytes, (classifier.gpt.tok_emb, *classifier.gpt.trf_blocks)))
     is_there = placement == "device" or (placement == "host" and device == CPU)
     return {
-        "weights": parameter_bytes(classifier),
-        "gradients": trained,
-        "optimizer": 2 * trained,  # two moments of each parameter
+        "weights": parameter_bytes(classifier) // n_shards + gathered,
+        "gradients": trained // n_shards + summed,
+        "optimizer": 2 * trained // n_shards,  # two moments of each parameter
         "frozen features": feature_bytes(classifier, messages) if is_there else 0,
     }

@@ -10,7 +10,7 @@ import torch
 
 from .accuracy import Accuracy, Confusion, Mistake
 from .dataset import SPLITS
-from .devices import describe_device
+from .devices import describe_devices
 
 
 @dataclass
@@ -139,7 +139,7 @@ def make_record(run, row, configuration, experiment, data, weights, confusions, 
         minutes=minutes,
         seconds=usage["total"],
         peak_memory_gb=usage["peak_memory"] / 1e9 or None,
-        device_name=describe_device(state.device),
+        device_name=describe_devices(state.device),
         confusions=confusions,
         history=state.history,
     )

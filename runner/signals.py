@@ -43,12 +43,12 @@ class DeferredSignals:
         raise KeyboardInterrupt if self.pending == signal.SIGINT else Terminated(self.pending)
 
     @contextmanager
-    def deferred(self):
-        """Signals wait until this is over."""
+    def deferred(self, stay=False):
+        """Signals wait until this is over; with `stay` they wait on, until a further one is over that does not stay."""
         self.is_deferring = True
         try:
             yield
         finally:
-            self.is_deferring = False
-        if self.pending is not None:
+            self.is_deferring = stay
+        if self.pending is not None and not stay:
             self.end_run()

@@ -4,6 +4,7 @@ import time
 
 import torch
 
+from . import distributed
 from .devices import peak_memory, random_states, reset_peak_memory, set_random_states
 from .records import History
 
@@ -54,12 +55,25 @@ class TrainingState:
         return self.state_dict_at(self.snapshot())
 
     def state_dict_at(self, snapshot):
-        """The `state_dict` as of a `snapshot` that was taken since the last update."""
+        """The `state_dict` as of a `snapshot` that was taken since the last update.
+
+        With shards, all processes have to call it, and only process 0 gets the tensors.
+        """
+        moments = {name: self.optimizer.state[parameter] for name, parameter in self.parameters.items()}
         return snapshot | dict(
             history=self.history.to_dict(snapshot["history"]),
-            parameters=self.parameters,
-            optimizer={name: self.optimizer.state[parameter] for name, parameter in self.parameters.items()},
+            parameters=self.full_parameters(),
+            optimizer={name: {key: distributed.full(t) for key, t in kept.items()} for name, kept in moments.items()},
         )
+
+    @property
+    def is_divided(self):
+        """Whether the parameters are shards."""
+        return any(map(distributed.is_divided, self.parameters.values()))
+
+    def full_parameters(self):
+        """The trained parameters, {name: tensor}; with shards as in `state_dict_at`."""
+        return {name: distributed.full(parameter) for name, parameter in self.parameters.items()}
 
     @torch.no_grad()
     def load_state_dict(self, state):
@@ -67,8 +81,9 @@ class TrainingState:
         self.batches_done, self.usage.before, self.order = state["batches_done"], state["usage"], state["order"].clone()
         self.history = History.from_dict(state["history"])
         for name, parameter in self.parameters.items():
-            parameter.copy_(state["parameters"][name])
+            parameter.copy_(distributed.divided_like(state["parameters"][name], parameter))
             # Nothing is there of a parameter that had no gradient.
             for key, tensor in state.get("optimizer", {}).get(name, {}).items():
+                tensor = distributed.divided_like(tensor, parameter)
                 self.optimizer.state[parameter][key] = tensor.to(parameter.device, copy=True)
         set_random_states(state["random_states"])

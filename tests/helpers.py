@@ -3,6 +3,8 @@
 import csv
 import multiprocessing
 import os
+import socket
+import sys
 from contextlib import contextmanager
 from dataclasses import asdict
 
@@ -45,12 +47,12 @@ def records_in(path="results.csv"):
         return [{name: cell for name, cell in line.items() if name not in differ} for line in csv.DictReader(file)]
 
 
-def save_random_weights(folder, emb_dim=128):
-    """The path of a weights file of the nano size, or as wide as asked for, as transformers writes it."""
+def save_random_weights(folder, emb_dim=128, n_layer=4):
+    """The path of a weights file of the nano size, or of another one, as transformers writes it."""
     from transformers import GPT2Config, GPT2LMHeadModel  # slow to import, for processes that do not need it
 
     torch.manual_seed(1)
-    GPT2LMHeadModel(GPT2Config(n_embd=emb_dim, n_layer=4, n_head=4)).save_pretrained(folder)
+    GPT2LMHeadModel(GPT2Config(n_embd=emb_dim, n_layer=n_layer, n_head=4)).save_pretrained(folder)
     return str(folder / "model.safetensors")
 
 
@@ -99,8 +101,43 @@ def made_up_run(run, wrong, **changes):
 def processes():
     """Python with all that takes long to import, from which a process starts at once."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch._dynamo", "test_results_file", "test_checkpoints"])
+    preloaded = ["torch._dynamo", "torch.distributed.fsdp", "test_results_file", "test_checkpoints", "test_distributed"]
+    context.set_forkserver_preload(preloaded)
     return context
+
+
+def start_together(n, folder, function, *arguments):
+    """Start `n` processes as torchrun does, each with function(*arguments), in `folder`, where they write out.txt."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started = []
+    for number in range(n):
+        launched = dict(TORCHELASTIC_RUN_ID="test", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        launched |= dict(RANK=number, WORLD_SIZE=n, LOCAL_RANK=number, LOCAL_WORLD_SIZE=n)
+        started.append(processes().Process(target=run_launched, args=(launched, folder, function, arguments)))
+        started[-1].start()
+    return started
+
+
+def run_launched(launched, folder, function, arguments):
+    os.environ.update({name: str(value) for name, value in launched.items()})
+    os.chdir(folder)
+    torch.set_num_threads(1)
+    descriptor = os.open("out.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(descriptor, stream.fileno())
+    sys.exit(function(*arguments))
+
+
+def finish_together(*arguments):
+    """`start_together`, and what they have written when all have ended; their exit status must be 0."""
+    started = start_together(*arguments)
+    for process in started:
+        process.join()
+    out = (arguments[1] / "out.txt").read_text()
+    assert [process.exitcode for process in started] == [0] * len(started), out
+    return out
 
 
 def interrupt_at(monkeypatch, owner, name, call, number):

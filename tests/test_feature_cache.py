@@ -608,7 +608,7 @@ def test_all_layers_trained_need_no_room(options, capfd):
 def test_auto_takes_the_disk_where_memory_is_short(options, monkeypatch, capfd):
     """If there is room on it, or the file is there already."""
     monkeypatch.setattr(placement, "free_memory", lambda device: 0)
-    monkeypatch.setattr(features, "free_memory", lambda device: 10**12)
+    monkeypatch.setattr(features, "free_for_each", lambda device: 10**12)
     free = [10**9]
     monkeypatch.setattr(feature_cache.shutil, "disk_usage", lambda path: SimpleNamespace(free=free[0]))
     for how, room in (("recomputed", 1000), ("computed", 10**9), ("read", 1000)):

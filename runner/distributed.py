@@ -1,0 +1,237 @@
+"""Several processes for one run, as torchrun starts them: their group, what they share, and shards of the classifier.
+
+Every process makes the same draws and the same batches and computes its share of them. Process 0 alone prints and
+writes. Without torchrun there is one process, and nothing here does anything.
+"""
+
+import os
+import platform
+import time
+from contextlib import contextmanager
+from datetime import timedelta
+from itertools import islice
+
+import torch
+import torch.distributed as dist
+
+from .files import ProcessError
+
+# What process 0 may do alone, while the others wait for it: a download, a checkpoint on a slow disk. Only after this
+# time a process that is silent, but not gone, is given up.
+TIMEOUT = timedelta(minutes=60)
+WAIT_TO_BE_ENDED = 10.0  # seconds
+
+# --- the group ---
+
+
+def is_launched():
+    """Whether torchrun has started this process."""
+    return dist.is_torchelastic_launched()
+
+
+def from_environment(name, default):
+    """A number that torchrun has put into the environment."""
+    return int(os.environ[name]) if is_launched() else default
+
+
+def rank():
+    """The number of this process, 0 for the one that prints and writes."""
+    return from_environment("RANK", 0)
+
+
+def world_size():
+    """How many processes there are."""
+    return from_environment("WORLD_SIZE", 1)
+
+
+def local_rank():
+    """The number of this process among those of its host."""
+    return from_environment("LOCAL_RANK", 0)
+
+
+def local_world_size():
+    """How many processes there are on this host."""
+    return from_environment("LOCAL_WORLD_SIZE", 1)
+
+
+store = None  # what all processes of the group can read and count in
+
+
+@contextmanager
+def process_group(device):
+    """Within it the processes that torchrun has started work together; each computes on its own `device`.
+
+    Raises ProcessError where one of the others has ended.
+    """
+    global store
+    if not is_launched():
+        yield
+        return
+    store, *_ = next(dist.rendezvous("env://"))
+    is_cuda = device.type == "cuda"
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if is_cuda else "gloo",
+        store=dist.PrefixStore("group", store),
+        rank=rank(),
+        world_size=world_size(),
+        timeout=TIMEOUT,
+        device_id=device if is_cuda else None,
+    )
+    try:
+        yield
+        barrier()  # process 0 may still be writing, and torchrun ends with the first process that fails
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
+            raise ProcessError(f"process {rank()} on {platform.node()} has lost another process of this run") from None
+        raise
+    dist.destroy_process_group()  # after an error it might wait for processes that are gone
+
+
+def is_to_tell(is_interrupt):
+    """Whether this process is the one that prints why the run ends."""
+    if is_interrupt:  # all are interrupted, and process 0 knows of the checkpoint
+        return rank() == 0
+    if store is None:  # no group yet: an option or a file, which may be wrong for this process only
+        if local_rank() > 0:
+            time.sleep(WAIT_TO_BE_ENDED)  # torchrun ends this process as soon as the first of its host has told
+        return True
+    try:
+        return store.add("told", 1) == 1
+    except RuntimeError:  # with the process that held the store another one has ended, and told why
+        return False
+
+
+# --- agreement ---
+
+
+def largest(*numbers):
+    """The largest of each of these numbers in all processes."""
+    if world_size() > 1:
+        tensor = torch.tensor(numbers, dtype=torch.float64)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        numbers = tensor.tolist()
+    return numbers
+
+
+def barrier():
+    """Wait until all processes are here."""
+    largest(0)
+
+
+def from_main(value):
+    """The value of process 0, anything that can be pickled."""
+    if world_size() > 1:
+        values = [value]
+        dist.broadcast_object_list(values, device=torch.device("cpu"))
+        value = values[0]
+    return value
+
+
+@contextmanager
+def main_first():
+    """Process 0 goes first, and the others when it is through: they find what it has downloaded."""
+    if rank() > 0:
+        barrier()
+    yield
+    if rank() == 0:
+        barrier()
+
+
+# --- shares of the work ---
+
+
+def own_share(indices, weights):
+    """This process's messages of a pass, (B,) with their weights (B,): every world_size()-th.
+
+    Where none is left it is one of weight 0: all processes are to have gradients of the same parameters.
+    """
+    own = slice(rank(), None, world_size())
+    if len(indices[own]) == 0:
+        return indices[:1], torch.zeros_like(weights[:1])
+    return indices[own], weights[own]
+
+
+def sum_gradients(parameters):
+    """Replace the gradients by their sums over all processes. (Those of shards are summed when they are computed.)"""
+    gradients = [p.grad for p in parameters if p.grad is not None and not is_divided(p.grad)]
+    if world_size() > 1 and gradients:
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(flat)
+        for gradient, part in zip(gradients, flat.split([gradient.numel() for gradient in gradients])):
+            gradient.copy_(part.view_as(gradient))
+
+
+def in_turns(passes, compute):
+    """Yields (pass, compute(pass)) for each of `passes`, in order; each is computed by one process and sent to all.
+
+    `compute` returns a list of tensors, each with the same type and number of dimensions for every pass.
+    """
+    passes = iter(passes)
+    while turn := list(islice(passes, world_size())):
+        # Whoever is left without a pass computes one that is another's: all take part where shards are gathered.
+        own = compute(turn[min(rank(), len(turn) - 1)])
+        for owner, one in enumerate(turn):
+            yield one, [broadcast(tensor, owner) for tensor in own]
+
+
+def broadcast(tensor, owner):
+    """The tensor of process `owner`, which differs from this one's in its values and its shape."""
+    if world_size() > 1:
+        shape = torch.tensor(tensor.shape)
+        dist.broadcast(shape, owner)
+        tensor = tensor.contiguous() if rank() == owner else tensor.new_empty(shape.tolist())
+        dist.broadcast(tensor, owner)
+    return tensor
+
+
+# --- shards ---
+#
+# PyTorch's modules for them are imported where they are used: they take most of a second.
+
+
+def shard(classifier, device):
+    """Divide a Classifier among the processes: each holds a part of every parameter (FSDP2), on `device`.
+
+    A block is whole only while it computes. Of weights in a memory-mapped file no process ever holds the whole: each
+    module is copied just before it is divided, the largest one first.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    mesh = init_device_mesh(device.type, (world_size(),))
+    for module in (classifier.gpt.tok_emb, *classifier.gpt.trf_blocks, classifier):
+        for parameter in module.parameters():
+            if not is_divided(parameter):
+                parameter.data = parameter.data.to(device, copy=True, memory_format=torch.contiguous_format)
+        # By default the outermost module stays whole after an evaluation, and knows nothing of the next update.
+        fully_shard(module, mesh=mesh, reshard_after_forward=True)
+        module.set_gradient_divide_factor(1.0)  # the loss weights are absolute: gradients are summed, not averaged
+        module.set_force_sum_reduction_for_comms(True)  # gloo has no other
+    for block in classifier.gpt.trf_blocks:
+        register_fsdp_forward_method(block, "forward_normalized")
+
+
+def is_divided(tensor):
+    """Whether a tensor is a DTensor, of which this process holds a shard."""
+    return hasattr(tensor, "full_tensor")
+
+
+def full(tensor):
+    """A tensor as process 0 writes it: of shards the whole, on the CPU; the other processes get nothing.
+
+    All processes have to call it.
+    """
+    if is_divided(tensor):
+        whole = tensor.detach().full_tensor()
+        return whole.cpu() if rank() == 0 else whole.new_empty(0)
+    return tensor
+
+
+def divided_like(tensor, parameter):
+    """The inverse of `full`: this process's shard of a whole tensor, if it belongs to a parameter with shards."""
+    if is_divided(parameter) and tensor.shape == parameter.shape:
+        from torch.distributed.tensor import distribute_tensor
+
+        whole = tensor.to(parameter.device)
+        return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    return tensor

@@ -1,0 +1,379 @@
+"""Several processes for one run: the numbers of one process, whatever they share, and how they end together."""
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY, TINY_SIZE
+from helpers import CPU, encoded, finish_together, records_in, save_random_weights, start_together
+
+import additional_experiments as ae
+from gpt_download import find_weights
+from previous_chapters import GPT_SIZES
+from runner import devices, distributed, features, placement
+from runner.files import UsageError
+from runner.messages import Batch, Stage
+from runner.options import RunOptions
+from runner.results_file import read_records
+
+# Each with 43 training messages: no number of processes divides the batches, nor a batch the messages.
+CONFIGURATIONS = {f"row {number}": row.options for number, row in ae.ROWS.items()} | {
+    "batches of 3": dict(batch_size=3),
+    "batches of 1": dict(batch_size=1, trainable_layers="last_two_blocks"),
+    "accumulation": dict(batch_size=3, accumulation_steps=4, trainable_layers="all"),
+    "labels ignored": dict(ignore_index=1, trainable_layers="all"),
+    "bf16": dict(precision="bf16"),
+    "bf16, lora": dict(precision="bf16", trainable_layers="lora", learning_rate=1e-4),
+}
+SHARDED_BY_THREE = ("row 1", "row 4", "row 5", "row 11", "accumulation", "bf16, lora", "kept features", "features read")
+RUNS = {
+    "repeats": dict(repeats=2),
+    "kept features": dict(feature_cache="features"),
+    "features read": dict(feature_cache="features"),
+}
+
+
+def make_tiny():
+    """Set what the tests of this file need, here or in another process: losses are printed every other batch."""
+    GPT_SIZES[TINY], ae.EVALUATE_EVERY, features.MIN_SECONDS = TINY_SIZE, 2, 0
+    distributed.TIMEOUT = timedelta(minutes=1)
+
+
+def results(data_dir, weights, shard=False, names=(*CONFIGURATIONS, *RUNS)):
+    """{configuration: what its runs have found}, at the tiny size."""
+    base = dict(model_size=TINY, device="cpu", data_dir=str(data_dir), weights="random", learning_rate=5e-4)
+    base |= dict(num_epochs=1)
+    found, known = {}, {}
+    for name in names:
+        own = {option: value for option, value in CONFIGURATIONS.get(name, {}).items() if option != "model_size"}
+        own["weights"] = weights if name in ("row 1", "row 5", "row 11") else "random"
+        experiment = ae.Experiment(**base | own)
+        if experiment in known and name not in RUNS:  # rows that differ in their size only
+            continue
+        known[experiment] = name
+        run_options = dict(results_file="", feature_cache="", shard=shard) | RUNS.get(name, {})
+        found[name] = [
+            dict(
+                losses=[record.history.train_losses, record.history.val_losses],
+                accuracies=[vars(accuracy) for accuracy in record.history.train_accuracies],
+                mistakes={split: len(found.mistakes) for split, found in record.confusions.items()},
+            )
+            for record in ae.run(experiment, RunOptions(**run_options))
+        ]
+    return found
+
+
+def write_results(data_dir, weights):
+    make_tiny()
+    with distributed.process_group(CPU):
+        for shard in (False, True):
+            names = SHARDED_BY_THREE if shard and distributed.world_size() == 3 else (*CONFIGURATIONS, *RUNS)
+            found = results(data_dir, weights, shard, names)
+            if distributed.rank() == 0:
+                Path(f"{shard}.json").write_text(json.dumps(found))
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """What `make_tiny` sets, until the end of the test."""
+    monkeypatch.setitem(GPT_SIZES, TINY, TINY_SIZE)
+    monkeypatch.setattr(ae, "EVALUATE_EVERY", 2)
+    monkeypatch.setattr(features, "MIN_SECONDS", 0)
+    monkeypatch.setattr(distributed, "TIMEOUT", distributed.TIMEOUT)
+    make_tiny()
+
+
+@pytest.fixture(scope="module")
+def tiny_weights(tmp_path_factory):
+    return save_random_weights(tmp_path_factory.mktemp("weights"), emb_dim=16)
+
+
+@pytest.fixture(scope="module")
+def of_one_process():
+    """What `results` gives for one process, once it is known."""
+    return {}
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_the_numbers_are_those_of_one_process(data_dir, tmp_path, tiny_weights, of_one_process, tiny, n):
+    if not of_one_process:
+        of_one_process |= results(data_dir, tiny_weights)
+    out = finish_together(n, tmp_path, write_results, data_dir, tiny_weights)
+    assert out.count("and kept in features/") == out.count("read from features/") == 2  # printed by one process
+    assert f"{n} × CPU, 1 threads" in out
+    for shard in (False, True):
+        found = json.loads((tmp_path / f"{shard}.json").read_text())
+        assert found.keys() == of_one_process.keys() or n == 3
+        for name, runs in found.items():
+            for run, expected in zip(runs, of_one_process[name], strict=True):
+                losses, expected_losses = torch.tensor(run.pop("losses")), torch.tensor(expected["losses"])
+                tolerance = 2e-3 if "bf16" in name else 1e-5
+                assert torch.allclose(losses, expected_losses, rtol=0, atol=tolerance), (name, shard)
+                assert run == {key: value for key, value in expected.items() if key != "losses"}, (name, shard)
+
+
+# --- how they end ---
+
+
+def main(options, elsewhere=None):
+    """A run as the command line starts it; process 1 may have another folder, as on a host that shares none."""
+    make_tiny()
+    ae.EVALUATE_EVERY = 5
+    if elsewhere is not None and distributed.rank() == 1:
+        os.chdir(elsewhere)
+    return ae.main(options)
+
+
+ENDINGS = {
+    "last_block": (signal.SIGTERM, ""),
+    "all": (signal.SIGKILL, "--trainable_layers all --accumulation_steps 3 --checkpoint_minutes 0"),
+    "sharded": (signal.SIGTERM, "--trainable_layers last_two_blocks --shard"),
+    "lora, sharded": (signal.SIGKILL, "--trainable_layers lora --no_padding --shard"),
+    "repeats": (signal.SIGINT, "--trainable_layers last_layer --repeats 2"),
+}
+
+
+@pytest.fixture
+def long_options(options):
+    """Those of a run with so many epochs that there is time to interrupt it in one of the first."""
+    return [*options, "--num_epochs", "5", "--batch_size", "8", "--checkpoint", "run.ckpt"]
+
+
+def of_folder(folder):
+    """The Records in a folder's results file."""
+    return read_records(folder / "results.csv")[0]
+
+
+def wait_for(path, text):
+    while not path.exists() or text not in path.read_text():
+        time.sleep(0.005)
+
+
+def folders(tmp_path, *names):
+    for name in names:
+        (tmp_path / name).mkdir()
+        yield tmp_path / name
+
+
+@pytest.mark.parametrize("name", ENDINGS)
+def test_ended_together_and_resumed(long_options, tmp_path, tiny, monkeypatch, name):
+    """At a random moment of training; by as many processes, by one, and in one configuration by three."""
+    number, own = ENDINGS[name]
+    options = [*long_options, *own.split()]
+    whole, ended, by_one, by_three = folders(tmp_path, "whole", "ended", "by_one", "by_three")
+    finish_together(2, whole, main, options)
+
+    started = start_together(2, ended, main, options)
+    wait_for(ended / "out.txt", f"Ep {random.choice((2, 3))} (")
+    for process in started[-1:] if number == signal.SIGKILL else started:
+        os.kill(process.pid, number)
+    begun = time.monotonic()
+    for process in started:
+        process.join()
+    statuses, out = [process.exitcode for process in started], (ended / "out.txt").read_text()
+    assert time.monotonic() - begun < 15
+    if number == signal.SIGKILL:
+        assert statuses == [1, -number]
+        assert re.search(r"^error: process 0 on \S+ has lost another process of this run$", out, re.M), out
+    else:
+        assert statuses == [128 + number] * 2
+        assert len(re.findall("^interrupted; the same command resumes from run.ckpt", out, re.M)) == 1, out
+    assert "Traceback" not in out and not (ended / ".run.ckpt.lock").exists()
+
+    for folder in (by_one, by_three):
+        shutil.copy(ended / "run.ckpt", folder)
+    assert "Resuming from run.ckpt after" in finish_together(2, ended, main, options).split("interrupted;")[-1]
+    assert records_in(ended / "results.csv") == records_in(whole / "results.csv")
+    monkeypatch.chdir(by_one)
+    monkeypatch.setattr(ae, "EVALUATE_EVERY", 5)
+    assert ae.main([option for option in options if option != "--shard"]) == 0
+    if name == "sharded":
+        finish_together(3, by_three, main, options)
+    for folder in (by_one, by_three) if name == "sharded" else (by_one,):
+        for record, expected in zip(of_folder(folder), of_folder(whole), strict=True):
+            assert record.confusions.keys() == expected.confusions.keys() and record.test == expected.test
+            assert record.history.train_accuracies == expected.history.train_accuracies
+            for losses in ("train_losses", "val_losses"):
+                found = getattr(record.history, losses)
+                assert found == pytest.approx(getattr(expected.history, losses), abs=1e-5)
+
+
+def test_a_silent_process_is_given_up(long_options, tmp_path):
+    first, second = start_together(2, tmp_path, impatient_main, long_options)
+    wait_for(tmp_path / "out.txt", "Step 00000")
+    os.kill(second.pid, signal.SIGSTOP)
+    first.join(20)
+    assert first.exitcode == 1
+    second.kill()
+    out = (tmp_path / "out.txt").read_text()
+    assert "error: process 0 on " in out and "Traceback" not in out
+
+
+def impatient_main(options):
+    make_tiny()
+    distributed.TIMEOUT = timedelta(seconds=3)
+    return ae.main(options)
+
+
+def test_what_all_find_is_told_once(long_options, tmp_path):
+    options = [*long_options, "--learning_rate", "1e30"]
+    started = start_together(2, tmp_path, main, options)
+    for process in started:
+        process.join()
+    out = (tmp_path / "out.txt").read_text()
+    assert [process.exitcode for process in started] == [1, 1] and out.count("error: training diverged") == 1
+    assert "lost" not in out and "Traceback" not in out
+
+
+def test_hosts_that_do_not_share_a_folder(long_options, tmp_path):
+    here, elsewhere = folders(tmp_path, "here", "elsewhere")
+    options = [*long_options, "--feature_cache", "kept", "--features", "disk"]
+    out = finish_together(2, here, main, options, elsewhere)
+    assert out.count("warning: frozen features: not all hosts see the same kept; it is not used\n") == 1
+    assert not any(elsewhere.iterdir())
+
+    started = start_together(2, here, main, options, elsewhere)
+    for process in started:
+        process.join()
+    out = (here / "out.txt").read_text().removeprefix(out)
+    assert [process.exitcode for process in started] == [1, 2] or [process.exitcode for process in started] == [0, 2]
+    assert "error: --checkpoint run.ckpt: this host has another file there, or none, than that of process 0\n" in out
+
+
+# --- what torchrun itself does ---
+
+
+def torchrun(n, *options):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n), ae.__file__]
+    return subprocess.Popen([*command, *options], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def test_torchrun_is_ended_and_started_again(nano, tmp_path):
+    options = [*nano, "--trainable_layers", "all", "--checkpoint", "run.ckpt", "--checkpoint_minutes", "0"]
+    process = torchrun(2, *options, "--num_epochs", "200", "--shard")
+    lines = []
+    while not lines or "Step" not in lines[-1]:
+        lines.append(process.stdout.readline())
+        assert lines[-1], lines
+    process.terminate()
+    out = process.communicate(timeout=40)[0]
+    assert process.returncode != 0 and "\ninterrupted; the same command resumes from run.ckpt" in "\n" + out
+    assert Path("run.ckpt").exists()
+
+
+def test_a_wrong_option_is_told_once(nano):
+    process = torchrun(2, *nano, "--batch_size", "0")
+    out = process.communicate()[0]
+    assert process.returncode != 0 and out.count("error: argument --batch_size: 0 is less than 1") == 1
+
+
+# --- shards ---
+
+
+def test_shards_and_the_peak_of_loading(tmp_path):
+    """Each process holds its part of parameters, gradients and moments, and never the whole of a file."""
+    path = save_random_weights(tmp_path, emb_dim=256, n_layer=24)
+    out = finish_together(2, tmp_path, measure_shards, path)
+    sizes = [list(map(int, line.split())) for line in out.splitlines() if line[0].isdigit()]
+    assert len(sizes) == 2
+    for total, held, gradients, moments, peak in sizes:
+        assert held == pytest.approx(total / 2, rel=0.01) == gradients and moments == pytest.approx(total, rel=0.01)
+        assert total / 2 < peak < 0.8 * Path(path).stat().st_size
+
+
+def measure_shards(path):
+    """Print bytes: of all parameters; of this process's part of them, their gradients and moments; while loading."""
+    GPT_SIZES["wide"] = dict(emb_dim=256, n_layers=24, n_heads=4)
+    experiment = ae.Experiment(model_size="wide", weights=path, device="cpu", trainable_layers="all")
+    with distributed.process_group(CPU):
+        import torch.distributed.fsdp as fsdp
+
+        fully_shard, held = fsdp.fully_shard, [memory_of_its_own()]
+
+        def measured(module, **arguments):
+            held.append(memory_of_its_own())
+            return fully_shard(module, **arguments)
+
+        fsdp.fully_shard = measured
+        classifier = ae.build_classifier(experiment, 2, find_weights(path, "wide").tensors)
+        distributed.shard(classifier, CPU)
+        peak = max(*held, memory_of_its_own()) - held[0]
+        state = ae.make_training_state(classifier, experiment)
+        batch = Batch(Stage.TOKEN_IDS, torch.ones(2, 5, dtype=torch.int32), torch.tensor([4, 4]), None)
+        classifier(batch).square().sum().backward()
+        state.optimizer.step()
+        parameters = list(classifier.parameters())
+        moments = [moment for kept in state.optimizer.state.values() for moment in kept.values() if moment.ndim]
+        sizes = [
+            [part.to_local().nbytes for part in parts] for parts in (parameters, [p.grad for p in parameters], moments)
+        ]
+        print(sum(p.nbytes for p in parameters), *map(sum, sizes), peak, flush=True)
+
+
+def memory_of_its_own():
+    """Bytes that this process holds, without what it has mapped of files."""
+    return int(re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
+
+# --- one process of several, without the others ---
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """This process is number 1 of two on its host."""
+    launched = dict(TORCHELASTIC_RUN_ID="test", RANK="1", WORLD_SIZE="2", LOCAL_RANK="1", LOCAL_WORLD_SIZE="2")
+    for name, value in launched.items():
+        monkeypatch.setenv(name, value)
+
+
+def test_a_device_for_each(launched, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda number: None)
+    assert devices.resolve_device("auto") == torch.device("cuda:1")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UsageError, match="2 processes cannot have a CUDA device each: this host has 1"):
+        devices.resolve_device("cuda")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    with pytest.raises(UsageError, match="--device mps is for one process; use --device cpu with several"):
+        devices.resolve_device("mps")
+
+
+def test_an_empty_share_is_one_message_without_weight(launched):
+    indices, weights = torch.tensor([7, 8, 9]), torch.tensor([0.2, 0.3, 0.5])
+    assert [part.tolist() for part in distributed.own_share(indices, weights)] == [[8], [weights[1].item()]]
+    assert [part.tolist() for part in distributed.own_share(indices[:1], weights[:1])] == [[7], [0.0]]
+
+
+def test_memory_is_counted_for_each_process(launched, nano, monkeypatch):
+    experiment = ae.parse_args([*nano, "--trainable_layers", "last_block"])[0]
+    messages = encoded(experiment)
+    with torch.device("meta"):
+        classifier = ae.build_classifier(experiment, 2)
+    whole, shared = (placement.memory_needs(classifier, messages, "device", CPU, shard) for shard in (False, True))
+    total, trained = placement.parameter_bytes(classifier), placement.parameter_bytes(classifier, only_trained=True)
+    assert (whole["weights"], whole["gradients"], whole["optimizer"]) == (total, 2 * trained, 2 * trained)
+    embedding = placement.parameter_bytes(classifier.gpt.tok_emb)
+    assert shared["weights"] == total // 2 + 2 * embedding
+    assert (shared["gradients"], shared["optimizer"]) == (trained // 2, trained)
+    assert shared["frozen features"] == whole["frozen features"] > 0
+    monkeypatch.setattr(placement, "free_memory", lambda device: 1000)
+    assert placement.free_for_each(CPU) == 500 and placement.free_for_each(torch.device("cuda:1")) == 1000
+
+
+@pytest.mark.parametrize("mode", ["--report", "--baseline", "--load_model"])
+def test_what_trains_nothing_needs_no_torchrun(launched, mode, capfd, monkeypatch):
+    monkeypatch.setattr(distributed, "WAIT_TO_BE_ENDED", 0)
+    Path("model").touch()
+    assert ae.main([mode, *(["model", "--classify", "text"] if mode == "--load_model" else [])]) == 2
+    assert capfd.readouterr().err == f"error: {mode} runs in one process: call it without torchrun\n"
