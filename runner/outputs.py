@@ -23,10 +23,10 @@ def publish_record(record, path, console):
     """Append a record to the results file at `path`; "" is none."""
     if path and (written := console.write_output("the record", path, append_record, record)):
         destination, is_locked = written
-        if destination != Path(path):
-            console.warning(f"{path} has other columns and was left as it is; the record is in {destination}")
         if not is_locked:
-            console.warning(f"{destination} could not be locked: runs that end at the same time may mix their lines")
+            console.warning(f"{path}: its file system has no locks; the record is in a file of its own, {destination}")
+        elif destination != Path(path):
+            console.warning(f"{path} has other columns and was left as it is; the record is in {destination}")
 
 
 def publish_all(records, run_options, data, rows, defaults, console):

@@ -3,6 +3,7 @@
 import codecs
 import csv
 import io
+import os
 from pathlib import Path
 
 from .dataset import SPLITS
@@ -26,23 +27,28 @@ def append_record(path, record):
     """Append a Record as one line of a CSV file; a new file gets a header.
 
     Returns (the Path written to, whether it could be locked). Safe when several processes append at once: one lock,
-    one write, flushed to disk; where the file system has no locks, the write at the end of the file alone. A file
-    with other columns is left as it is; the record then goes to the first of `name-2.csv`, `name-3.csv`, … that has
-    these columns or does not exist. A record whose `run`, the first column, is in the file already is not written
-    again: a run that was interrupted between its record and its next checkpoint appends twice. Raises OSError where
-    nothing can be written, and leaves no part.
+    one write, flushed to disk. A file with other columns is left as it is; the record then goes to the first of
+    `name-2.csv`, `name-3.csv`, … that has these columns or does not exist. Where the file system has no locks it goes
+    to the first that does not exist, so that hosts that share a folder cannot mix their lines. A record whose `run`,
+    the first column, is in the file already is not written again: a run that was interrupted between its record and
+    its next checkpoint appends twice. Raises OSError where nothing can be written, and leaves no part.
     """
     cells = to_cells(record)
     header, line = csv_line(cells), csv_line(cells.values())
     path = destination = Path(path)
     number = 1
     while True:
-        with open(destination, "ab+") as file, locked(file) as is_locked:
+        try:
+            file, is_new = open(destination, "ab+", opener=exclusively), True
+        except FileExistsError:
+            file, is_new = open(destination, "ab+"), False
+        with file, locked(file) as is_locked:
             file.seek(0)
             content = file.read()
             first_line = content.removeprefix(codecs.BOM_UTF8).split(b"\n")[0].rstrip(b"\r")
-            if first_line == header.rstrip() or not content:
-                if b"\n" + csv_line([record.run]).rstrip() + b"," not in content:
+            is_there = b"\n" + csv_line([record.run]).rstrip() + b"," in content
+            if (first_line == header.rstrip() or not content) and (is_locked or is_new or is_there):
+                if not is_there:
                     if not content:
                         line = header + line
                     elif not content.endswith(b"\n"):  # saved by an editor, or an incomplete line
@@ -51,6 +57,11 @@ def append_record(path, record):
                 return destination, is_locked
         number += 1
         destination = path.with_name(f"{path.stem}-{number}{path.suffix}")
+
+
+def exclusively(path, flags):
+    """Open a file that is not there yet: of several processes one succeeds, also without locks."""
+    return os.open(path, flags | os.O_EXCL, 0o666)
 
 
 LINES_OF_A_RECORD = 5  # at most, of a record in which a text has line breaks

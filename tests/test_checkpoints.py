@@ -539,7 +539,14 @@ def test_a_file_system_without_locks_is_told(options, monkeypatch, capfd):
     assert ae.main([*options, "--checkpoint", "run.ckpt"]) == 0
     err = capfd.readouterr().err
     assert "warning: run.ckpt is not locked (its file system has no locks); use it in one run at a time\n" in err
-    assert "warning: results.csv could not be locked: runs that end at the same time may mix their lines\n" in err
+    assert (
+        "warning: results.csv: its file system has no locks; the record is in a file of its own, results.csv\n" in err
+    )
+    assert ae.main([*options, "--checkpoint", "run.ckpt"]) == 0  # the same run, whose record is there
+    assert "a file of its own, results.csv\n" in capfd.readouterr().err
+    assert ae.main(options) == 0
+    assert "a file of its own, results-2.csv\n" in capfd.readouterr().err
+    assert len(records_in()) == len(records_in("results-2.csv")) == 1
 
 
 # --- numbers that are not finite ---

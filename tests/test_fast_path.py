@@ -90,9 +90,16 @@ def gradients(classifier, backward):
 
 
 @settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(experiment=experiments(), tokens=token_lists, order=st.randoms(use_true_random=False), kept=st.booleans())
-def test_logits_loss_and_gradients_equal_the_plain_path(experiment, tokens, order, kept):
+@given(
+    experiment=experiments(),
+    tokens=token_lists,
+    order=st.randoms(use_true_random=False),
+    kept=st.booleans(),
+    checkpointed=st.booleans(),
+)
+def test_logits_loss_and_gradients_equal_the_plain_path(experiment, tokens, order, kept, checkpointed):
     classifier, messages, limit = prepared(experiment, tokens)
+    classifier.gpt.activation_checkpointing = checkpointed
     indices = torch.tensor(order.sample(range(len(tokens)), order.randint(1, len(tokens))))
     labels = messages.labels[indices]
 
@@ -111,6 +118,31 @@ def test_logits_loss_and_gradients_equal_the_plain_path(experiment, tokens, orde
     found = gradients(classifier, lambda: ae.accumulate_gradients(classifier, messages, [indices], experiment))
     for name, gradient in expected_gradients.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-8, atol=1e-9, msg=lambda text: f"{name}: {text}")
+
+
+def kept_for_backward(classifier, batch):
+    """Bytes of the tensors that a forward pass keeps, parameters apart."""
+    parameters = {parameter.data_ptr() for parameter in classifier.parameters()}
+    kept = {}
+
+    def pack(tensor):
+        if tensor.data_ptr() not in parameters:
+            kept[tensor.data_ptr()] = tensor.nbytes
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        classifier(batch)
+    return sum(kept.values())
+
+
+def test_activation_checkpointing_keeps_the_input_of_a_block_only(nano):
+    experiment = replace(ae.parse_args(nano)[0], trainable_layers="all", trainable_token_pos="flexible")
+    classifier, messages = build_classifier(experiment, 2), encoded(experiment)["train"]
+    batch = messages.batch(torch.arange(8), CPU)
+    whole = kept_for_backward(classifier, batch)
+    classifier.gpt.activation_checkpointing = True
+    inputs = 4 * batch.x.numel() * 4 * 128  # four blocks, float32, the width
+    assert inputs < kept_for_backward(classifier, batch) < inputs + 50_000 < whole / 5
 
 
 def run_nano(options, **changes):
