@@ -49,7 +49,8 @@ def describe_device(device):
         case "mps":
             return f"MPS, {platform.machine()}"
         case _:
-            return f"CPU, {torch.get_num_threads()} threads"
+            n_threads = torch.get_num_threads()
+            return f"CPU, {n_threads} thread{'s' if n_threads > 1 else ''}"
 
 
 def is_accelerator(device):

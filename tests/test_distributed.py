@@ -110,7 +110,7 @@ def test_the_numbers_are_those_of_one_process(data_dir, tmp_path, tiny_weights, 
         of_one_process |= results(data_dir, tiny_weights)
     out = finish_together(n, tmp_path, write_results, data_dir, tiny_weights)
     assert out.count("and kept in features/") == out.count("read from features/") == 2  # printed by one process
-    assert f"{n} × CPU, 1 threads" in out
+    assert f"{n} × CPU, 1 thread" in out
     for shard in (False, True):
         found = json.loads((tmp_path / f"{shard}.json").read_text())
         assert found.keys() == of_one_process.keys() or n == 3
