@@ -36,7 +36,19 @@ from torch.utils.data import DataLoader
 
 from gpt_download import PRETRAINED, find_weights, load_vocabulary
 from previous_chapters import GPT_SIZES, GPTConfig, GPTModel, load_gpt2_weights, select_positions
-from runner import baseline, dataset, distributed, options, outputs, parsers, records, report, saved_models, table
+from runner import (
+    baseline,
+    dataset,
+    distributed,
+    export,
+    options,
+    outputs,
+    parsers,
+    records,
+    report,
+    saved_models,
+    table,
+)
 from runner.accuracy import Accuracy, Confusion, describe_mistakes
 from runner.checkpoints import Checkpointer, run_identity
 from runner.console import Console, describe_model, describe_setup, exit_status, prepare_streams
@@ -285,6 +297,13 @@ class LinearWithLoRA(nn.Module):
         out.view(-1, out.shape[-1]).addmm_(low_rank.flatten(0, -2), self.B.to(low_rank.dtype), alpha=self.alpha)
         return out
 
+    @torch.no_grad()
+    def merged(self):
+        """One nn.Linear of the same function: its weight plus the product, worked out in float64."""
+        product = self.alpha * (self.A.double() @ self.B.double())
+        self.linear.weight.data = (self.linear.weight.double() + product.T).to(self.linear.weight.dtype)
+        return self.linear
+
 
 class LinearWithMergedLoRA(LinearWithLoRA):
     """The same function, with the product added to the weight before x is multiplied."""
@@ -300,6 +319,15 @@ def add_lora(module, lora, rank, alpha):
             setattr(module, name, lora(child, rank, alpha))
         else:
             add_lora(child, lora, rank, alpha)
+
+
+def merge_lora(module):
+    """The inverse of `add_lora`, which keeps the function: every LinearWithLoRA becomes one nn.Linear."""
+    for name, child in module.named_children():
+        if isinstance(child, LinearWithLoRA):
+            setattr(module, name, child.merged())
+        else:
+            merge_lora(child)
 
 
 class Classifier(nn.Module):
@@ -724,6 +752,8 @@ def run(experiment, run_options=None):
     features = FrozenFeatures(experiment, run_options, weights, console)
     with distributed.main_first():
         data = prepare_data(experiment, console.quiet)
+    if run_options.export is not None:
+        export.check_classes(len(data.class_names), experiment.config.emb_dim)
     console.info(describe_setup(experiment, data, device))
     if (n_idle := distributed.world_size() - experiment.batch_size) > 0:
         console.warning(
@@ -755,8 +785,22 @@ def publish_again(record, experiment, run_options, data, weights, checkpointer, 
     experiment, base = replace(experiment, seed=record.seed), None
     if run_options.save_model:
         base = weights.sha256 or saved_models.frozen_sha256(build_classifier(experiment, len(data.class_names)))
-    parameters = checkpointer.checkpoint.parameters
+    publish(record, experiment, run_options, data, weights, base, checkpointer.checkpoint.parameters, console)
+
+
+def publish(record, experiment, run_options, data, weights, base, parameters, console):
+    """Print the row of a finished seed, and write what is asked for."""
     outputs.publish(record, experiment, run_options, data, base, parameters, ROWS, DEFAULTS, console)
+    if path := run_options.export:
+
+        def write_export(path):
+            classifier = build_classifier(experiment, len(data.class_names), weights.tensors)
+            for name, parameter in classifier.named_parameters():
+                if parameter.requires_grad:
+                    parameter.data = parameters[name].detach().cpu()
+            export_classifier(path, classifier, experiment, weights, data.limit, data.class_names, record)
+
+        console.write_output("the export", path, write_export)
 
 
 def place(classifier, experiment, messages, device, shard, console):
@@ -794,7 +838,7 @@ def run_seed(experiment, run_options, data, weights, features, device, checkpoin
     name = table.describe_configuration(experiment, data)
     record = records.make_record(run_id, row, name, experiment, data, weights, confusions, minutes, state)
     parameters = state.full_parameters()
-    outputs.publish(record, experiment, run_options, data, base, parameters, ROWS, DEFAULTS, console)
+    publish(record, experiment, run_options, data, weights, base, parameters, console)
     checkpointer.finish(record, parameters)
     return record
 
@@ -802,16 +846,14 @@ def run_seed(experiment, run_options, data, weights, features, device, checkpoin
 # --- using a trained classifier ---
 
 
-def load_classifier(path, given):
-    """What `--save_model` wrote, ready for use: (Classifier, its Experiment, names of the K classes).
+def restore_classifier(path, given):
+    """What `--save_model` wrote: (Classifier on the CPU, its Experiment, its Weights, the SavedClassifier).
 
     `given` are options that override its own. Raises FileError for a file that cannot be used, UsageError
     for a model size or weights other than those it was trained on.
     """
     saved = saved_models.read_classifier(path)
     experiment = Experiment(**saved.settings_with(given))
-    device = resolve_device(experiment.device)
-    set_precision(experiment.precision, device)
     weights = find_weights(experiment.weights, experiment.model_size)
     if not weights.is_random:  # before a download
         saved.check_base(experiment.weights, weights.sha256)
@@ -819,7 +861,37 @@ def load_classifier(path, given):
     classifier = build_classifier(experiment, len(saved.class_names), weights.tensors)
     saved.check_base(experiment.weights, weights.sha256 or saved_models.frozen_sha256(classifier))
     saved.restore(copy_trained_parameters(classifier))
+    return classifier, experiment, weights, saved
+
+
+def load_classifier(path, given):
+    """What `--save_model` wrote, ready for use: (Classifier, its Experiment, names of the K classes).
+
+    Arguments and errors are those of `restore_classifier`.
+    """
+    classifier, experiment, _, saved = restore_classifier(path, given)
+    device = resolve_device(experiment.device)
+    set_precision(experiment.precision, device)
     return optimize_frozen_blocks(classifier.to(device)).eval(), experiment, saved.class_names
+
+
+def export_classifier(path, classifier, experiment, weights, limit, class_names, record):
+    """Write a Classifier that is on the CPU as transformers reads it; LoRA becomes part of its weights.
+
+    `limit` is the number of tokens to which messages are cut, `record` the Record of the run, or None.
+    """
+    merge_lora(classifier)
+    card = export.model_card(path, asdict(experiment), DEFAULTS, weights, limit, class_names, record)
+    export.write_export(path, classifier, load_vocabulary(), limit, class_names, card)
+
+
+def export_loaded(run_options, given):
+    """`--load_model FILE --export DIR`."""
+    classifier, experiment, weights, saved = restore_classifier(run_options.load_model, given)
+    export.check_experiment(experiment)
+    export.check_classes(len(saved.class_names), experiment.config.emb_dim)
+    limit = experiment.context_length
+    export_classifier(run_options.export, classifier, experiment, weights, limit, saved.class_names, saved.record)
 
 
 def predict_texts(classifier, experiment, texts):
@@ -832,14 +904,14 @@ def predict_texts(classifier, experiment, texts):
 
 
 TEXTS_PER_PASS = 1000
+SECONDS_PER_PASS = 0.5  # of reading, before what has come is answered
 
 
 def classify(run_options, given):
-    """`--classify`: print label, probability and message, separated by tabs, for each message."""
-    texts = saved_models.read_texts(run_options.classify)
+    """`--classify`: print label, probability and message, separated by tabs, for each message as it comes."""
+    chunks = saved_models.chunks_of_texts(run_options.classify, TEXTS_PER_PASS, SECONDS_PER_PASS)
     classifier, experiment, class_names = load_classifier(run_options.load_model, given)
-    for start in range(0, len(texts), TEXTS_PER_PASS):
-        chunk = texts[start : start + TEXTS_PER_PASS]
+    for chunk in chunks:
         filled = [text for text in chunk if text.strip()]  # an empty line gets an empty answer
         logits = predict_texts(classifier, experiment, filled) if filled else torch.empty(0, len(class_names))
         saved_models.print_answers(chunk, logits.softmax(-1), class_names)
@@ -860,7 +932,10 @@ def execute(experiment, run_options, given):
     elif run_options.baseline:
         baseline.run_baselines(experiment, run_options)
     elif run_options.load_model is not None:
-        classify(run_options, given)
+        if run_options.export is not None:
+            export_loaded(run_options, given)
+        if run_options.classify:
+            classify(run_options, given)
     else:
         with distributed.process_group(resolve_device(experiment.device)):
             run(experiment, run_options)

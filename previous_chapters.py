@@ -274,6 +274,15 @@ def load_gpt2_weights(model, tensors):
     model.load_state_dict(state, strict=True, assign=True)
 
 
+def gpt2_tensors(model):
+    """The parameters of `model`, {name: tensor}, as a GPT-2 checkpoint holds them: what `load_gpt2_weights` takes."""
+    parts = {}
+    for name, parameter in model.named_parameters():
+        tensor = parameter.detach()
+        parts.setdefault(checkpoint_name(name), []).append(tensor.T if tensor.ndim == 2 and is_linear(name) else tensor)
+    return {name: torch.cat(tensors, dim=-1) for name, tensors in parts.items()}  # query, key and value side by side
+
+
 def is_mask(name):
     """Whether a checkpoint's tensor of this name is a mask buffer and no parameter."""
     return MASK_BUFFER.fullmatch(name) is not None

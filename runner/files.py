@@ -107,6 +107,36 @@ def atomic_write(path):
         shutil.rmtree(folder, ignore_errors=True)
 
 
+@contextmanager
+def replace_folder(path):
+    """A temporary folder to write files to, which at the end takes the place of the folder `path`; after an error not.
+
+    As with `atomic_write`, a killed process leaves a folder beside it, which the next writer removes. Raises OSError.
+    """
+    path = Path(path).resolve()
+    remove_left_overs(path.parent, glob.escape(path.name))
+    outer = path.with_name(f"{path.name}.{host_name()}.{os.getpid()}.{secrets.token_hex(4)}.part")
+    new, old = outer / "new", outer / "old"
+    try:
+        new.mkdir(parents=True)
+        yield new
+        for file in new.iterdir():
+            with open(file, "rb+") as content:
+                os.fsync(content.fileno())
+            with suppress(PermissionError):  # some file systems know no modes
+                os.chmod(file, 0o666 & ~current_umask())
+        if path.exists():
+            os.replace(path, old)
+        try:
+            os.replace(new, path)
+        except BaseException:
+            if old.exists():
+                os.replace(old, path)
+            raise
+    finally:
+        shutil.rmtree(outer, ignore_errors=True)
+
+
 LEFT_OVER_AFTER = 24 * 3600  # seconds without a write after which no writer can still be at work
 
 

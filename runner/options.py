@@ -11,6 +11,7 @@ from gpt_download import COLLECTION_NAMES
 
 from . import distributed
 from .dataset import SPLITS
+from .export import check_experiment, check_folder
 from .files import UsageError
 from .parsers import image, number, page
 
@@ -92,6 +93,12 @@ class RunOptions:
         "write the trained parameters to FILE (.safetensors), with the settings that belong to them",
         metavar="FILE",
     )
+    export: str | None = option(
+        None,
+        USE,
+        "write the trained classifier to a folder that transformers loads (GPT2ForSequenceClassification)",
+        metavar="DIR",
+    )
     load_model: str | None = option(
         None,
         USE,
@@ -119,14 +126,17 @@ class RunOptions:
             raise UsageError(
                 "--shard needs several processes: torchrun --nproc_per_node N additional_experiments.py ..."
             )
-        if self.load_model is not None and not self.classify:
-            raise UsageError("--load_model needs --classify")
-        if self.save_model is not None and self.repeats > 1:
-            raise UsageError("--save_model saves one classifier, --repeats trains several")
+        if self.load_model is not None and not self.classify and self.export is None:
+            raise UsageError("--load_model needs --classify or --export")
+        for name in ("save_model", "export"):
+            if getattr(self, name) is not None and self.repeats > 1:
+                raise UsageError(f"--{name} is for one classifier, --repeats trains several")
         self.check_paths()
 
     def check_paths(self):
         """Each file that is to be written or read has a name of its own, in a folder that exists."""
+        if self.export is not None:
+            check_folder(self.export)
         if self.feature_cache and os.path.exists(self.feature_cache) and not os.path.isdir(self.feature_cache):
             raise UsageError(f"--feature_cache {self.feature_cache} is not a folder")
         names = {}
@@ -170,7 +180,7 @@ def is_special(path):
 COMPANIONS = {
     "report": ("report_page", "report_plot"),
     "baseline": ("data_dir", "dataset", "ignore_index", "results_file", "quiet"),
-    "load_model": ("classify", "model_size", "weights", "device"),
+    "load_model": ("classify", "export", "model_size", "weights", "device"),
 }
 
 
@@ -276,6 +286,8 @@ def parse(argv, description, experiment_type, rows, demo):
 
 def check_outputs(experiment, run_options):
     """Raises UsageError if an output would overwrite an input."""
+    if run_options.export is not None:
+        check_experiment(experiment)
     inputs = {Path(experiment.weights).resolve(): "the weights"}
     for file in (*(f"{split}.csv" for split in SPLITS), *COLLECTION_NAMES):
         inputs[Path(experiment.data_dir, file).resolve()] = "the data"

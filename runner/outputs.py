@@ -16,7 +16,7 @@ def publish(record, experiment, run_options, data, base, parameters, rows, defau
     console.table_row(row_cells(record, rows, defaults))
     publish_record(record, run_options.results_file, console)
     if path := run_options.save_model:
-        console.write_output("the classifier", path, save_classifier, experiment, data, base, parameters)
+        console.write_output("the classifier", path, save_classifier, experiment, data, base, parameters, record)
 
 
 def publish_record(record, path, console):

@@ -1,8 +1,11 @@
 """Trained classifiers on disk: what training changed, and all that is needed to use it again."""
 
-import io
+import queue
 import re
 import sys
+import threading
+import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -11,6 +14,7 @@ import torch
 from .dataset import problem_of_text
 from .devices import resolve_device
 from .files import FileError, NonFiniteError, UsageError, require_finite, sha256_of_tensors
+from .records import Record
 from .tensor_files import read_tensors, write_tensors
 
 KIND, VERSION = "saved classifier", 1
@@ -21,8 +25,8 @@ def frozen_sha256(classifier):
     return sha256_of_tensors({name: p for name, p in classifier.named_parameters() if not p.requires_grad})
 
 
-def save_classifier(path, experiment, data, base, parameters):
-    """Write the trained parameters, {name: tensor}, and what is needed to use them. Raises OSError.
+def save_classifier(path, experiment, data, base, parameters, record):
+    """Write the trained parameters, {name: tensor}, what is needed to use them, and their Record. Raises OSError.
 
     `base` is the SHA-256 of the weights file under them, or what `frozen_sha256` gives for weights that were drawn.
     """
@@ -32,6 +36,7 @@ def save_classifier(path, experiment, data, base, parameters):
         labels=data.class_names,
         base_sha256=base,
         torch=torch.__version__,
+        record=record.to_dict(),
     )
     write_tensors(path, KIND, VERSION, description, parameters)
 
@@ -45,6 +50,7 @@ class SavedClassifier:
     class_names: list  # of the K classes
     base_sha256: str
     parameters: dict  # {name: tensor}
+    record: Record | None = None  # of the run that trained it; None: of an earlier version, which kept none
 
     @property
     def needs_base(self):
@@ -91,32 +97,74 @@ def read_classifier(path):
     except NonFiniteError as error:
         raise FileError(f"{path} cannot be used: {error}") from None
     settings = description["settings"] | dict(context_length=description["width"])
-    return SavedClassifier(path, settings, description["labels"], description["base_sha256"], parameters)
+    record = Record.from_dict(description["record"]) if "record" in description else None
+    return SavedClassifier(path, settings, description["labels"], description["base_sha256"], parameters, record)
 
 
-def read_texts(arguments):
-    """The messages of `--classify`: its arguments, or the lines of standard input. Raises UsageError.
+def chunks_of_texts(arguments, size, seconds):
+    """The messages of `--classify`, its arguments or the lines of standard input, in lists of at most `size`.
 
-    A line of standard input may be empty: each has its line of output.
+    Raises UsageError for arguments that cannot be used; for standard input see `chunks_of_lines`.
     """
-    texts = list(arguments)
-    if texts == ["-"]:
+    if list(arguments) == ["-"]:
         if sys.stdin is None:
             raise UsageError("standard input is closed")
-        try:
-            texts = [line.rstrip("\r\n") for line in io.TextIOWrapper(sys.stdin.buffer, "utf-8-sig", newline="\n")]
-        except UnicodeDecodeError as error:
-            raise UsageError(f"standard input is not UTF-8 text ({error.reason})") from None
-        if not texts:
-            raise UsageError("there is no message on standard input")
-    else:
-        for number, text in enumerate(texts, 1):
-            if not text.strip():
-                raise UsageError(f"message {number} is empty")
-    for number, text in enumerate(texts, 1):
+        return chunks_of_lines(sys.stdin.fileno(), size, seconds)
+    for number, text in enumerate(arguments, 1):
+        if not text.strip():
+            raise UsageError(f"message {number} is empty")
         if problem := problem_of_text(text):
             raise UsageError(f"message {number}: {problem}")
-    return texts
+    return [arguments[start : start + size] for start in range(0, len(arguments), size)]
+
+
+def chunks_of_lines(descriptor, size, seconds):
+    """The lines of a file as they come: lists of at most `size`, of what has come within `seconds` of the first.
+
+    A line may be empty: each has its line of output. Raises UsageError for one that cannot be used, after those before
+    it were given, and for a file without lines.
+    """
+    n_given = 0
+    for lines in lines_in_time(descriptor, size, seconds):
+        texts, problem = [], None
+        for number, line in enumerate(lines, n_given + 1):
+            try:
+                texts.append(line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n"))
+                problem = problem_of_text(texts[-1])
+            except UnicodeDecodeError as error:
+                texts.append(None)
+                problem = f"not UTF-8 text ({error.reason})"
+            if problem:
+                break
+        n_given += len(texts)
+        yield texts[:-1] if problem else texts
+        if problem:
+            raise UsageError(f"message {n_given}: {problem}")
+    if n_given == 0:
+        raise UsageError("there is no message on standard input")
+
+
+def lines_in_time(descriptor, size, seconds):
+    """Lists of at most `size` lines (bytes) of a file; each is given `seconds` after its first line, or sooner."""
+    lines = queue.Queue(maxsize=2 * size)  # a fast writer waits
+    threading.Thread(target=read_lines, args=(descriptor, lines), daemon=True).start()
+    while (line := lines.get()) is not None:
+        chunk, end = [line], time.monotonic() + seconds
+        with suppress(queue.Empty):
+            while len(chunk) < size and (line := lines.get(timeout=max(end - time.monotonic(), 0))) is not None:
+                chunk.append(line)
+        yield chunk
+        if line is None:
+            return
+
+
+def read_lines(descriptor, lines):
+    """Put the lines of a file into a queue, and None at its end."""
+    # A file object of its own: Python's, which it closes at the end of the program, must not be in use then.
+    with open(descriptor, "rb", closefd=False) as file:
+        for line in file:
+            lines.put(line)
+    lines.put(None)
 
 
 def escape(text):
@@ -136,3 +184,4 @@ def print_answers(texts, probabilities, class_names):
             print(class_names[best], f"{probability:.4f}", escape(text), sep="\t")
         else:
             print("", "", escape(text), sep="\t")
+    sys.stdout.flush()

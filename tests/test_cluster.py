@@ -25,8 +25,7 @@ PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin"])  # not
 IS_ROOT = hasattr(os, "geteuid") and os.geteuid() == 0  # slurmd starts jobs as whoever has submitted them
 HAS_SLURM = all(shutil.which(name, path=PATH) for name in ("munged", "slurmctld", "slurmd", "sbatch"))
 
-# One thread of execution in all that is tried: two CPUs, of which each task gets one; no accounting, no cgroups. A
-# requeued job waits for two minutes unless it is told to start now.
+# Two CPUs, of which each task gets one; no accounting, no cgroups.
 CONFIGURATION = """\
 ClusterName=test
 SlurmctldHost={node}(127.0.0.1)
@@ -145,7 +144,7 @@ def free_ports(number):
     return ports
 
 
-def wait_until(condition, slurm, seconds=120):
+def wait_until(condition, slurm, seconds=60):
     """Returns when `condition()` is true; fails if it never is."""
     end = time.monotonic() + seconds
     while not condition():
@@ -183,7 +182,7 @@ def report(path, capfd):
 def test_job_array(slurm, nano, capfd):
     """Three tasks at the ends of the numbers of rows and seeds; one is ended by SIGTERM and requeued."""
     Path("additional_experiments.py").symlink_to(ae.__file__)
-    further, longer = [*nano, "--results_file", "shared.csv", "--checkpoint_minutes", "0"], ["--num_epochs", "30"]
+    further, longer = [*nano, "--results_file", "shared.csv", "--checkpoint_minutes", "0"], ["--num_epochs", "15"]
 
     def submit(tasks, *options):
         script = str(ROOT / "runner" / "slurm_array.sh")
@@ -203,11 +202,14 @@ def test_job_array(slurm, nano, capfd):
     assert slurm.states()[task] == "FAILED" and checkpoint.exists()
     assert log(task).endswith("\ninterrupted; the same command resumes from row1-seed124.ckpt\n")
 
+    # A requeued task waits for two minutes, unless it is told otherwise; slurmd refuses it within the second in which
+    # it has ended.
     slurm.command("scontrol", "requeue", task)
-    slurm.command("scontrol", "update", f"JobId={task}", "StartTime=now")
+    slurm.command("scontrol", "update", f"JobId={task}", "StartTime=now+2")
     wait_until(lambda: not {"PENDING", "RUNNING", "COMPLETING"} & {*slurm.states().values()}, slurm)
     assert slurm.states() == dict.fromkeys([task, f"{others}_2", f"{others}_19"], "COMPLETED"), slurm.written()
-    assert "Resuming from row1-seed124.ckpt after " in log(task)  # appended to what was there
+    before, resumed, _ = log(task).partition("Resuming from row1-seed124.ckpt after ")
+    assert "interrupted; " in before and resumed  # nothing of the first part is lost
 
     with one_thread():
         for row, seed, options in ((1, 124, longer), (2, 123, []), (19, 123, [])):

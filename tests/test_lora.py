@@ -21,6 +21,7 @@ from additional_experiments import (
     LinearWithMergedLoRA,
     add_lora,
     build_classifier,
+    copy_trained_parameters,
     optimize_frozen_blocks,
 )
 from runner.dataset import SPLITS
@@ -232,7 +233,7 @@ def test_one_step_changes_what_is_trained_and_nothing_else(trainable_layers, fro
     # Weight decay would also change what gets no gradient.
     experiment = Experiment(trainable_layers=trainable_layers, **NANO, num_epochs=1, weight_decay=0.0)
     classifier = build_classifier(experiment, CLASSES, tensors or None)
-    optimize_frozen_blocks(classifier)
+    optimize_frozen_blocks(copy_trained_parameters(classifier))
     before = {name: parameter.detach().clone() for name, parameter in classifier.named_parameters()}
     messages = {split: random_messages(experiment.batch_size) for split in SPLITS}  # one batch, so one step
     trained = set(TRAINED[trainable_layers])

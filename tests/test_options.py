@@ -92,7 +92,7 @@ def test_misprint_of_row_9(capsys):
         ("--restart", "--restart needs --checkpoint"),
         ("--plot a.gif", '"a.gif" does not end in .png, .pdf, .svg'),
         ("--repeats 0", "0 is less than 1"),
-        ("--repeats 2 --save_model a", "--save_model saves one classifier, --repeats trains several"),
+        ("--repeats 2 --save_model a", "--save_model is for one classifier, --repeats trains several"),
         ("--checkpoint nowhere/a", "--checkpoint nowhere/a: there is no folder nowhere"),
         ("--checkpoint .", "--checkpoint . is a folder"),
         ("--results_file /dev/null", '--results_file /dev/null is not a regular file; for none: --results_file ""'),

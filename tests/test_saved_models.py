@@ -1,17 +1,21 @@
 """Classifiers that are saved, loaded and used."""
 
 import io
+import os
 import shutil
+import threading
+import time
 from contextlib import redirect_stdout
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
-from helpers import damaged_at, save_random_weights
+from helpers import CPU, damaged_at, save_random_weights
 
 import additional_experiments as ae
 from runner import saved_models
+from runner.devices import peak_memory, reset_peak_memory
 from runner.tensor_files import read_tensors, write_tensors
 
 
@@ -109,6 +113,73 @@ def test_standard_input_line_by_line(trained, monkeypatch):
     assert text == r"a\tb\\c\rd\x1b[31m\u2028é" and label in ("ham", "spam") and 0.5 <= float(probability) <= 1
 
 
+class Clock(io.StringIO):
+    """Notes when each line was printed."""
+
+    def __init__(self):
+        super().__init__()
+        self.times = []
+
+    def write(self, text):
+        self.times += [time.monotonic()] * text.count("\n")
+        return super().write(text)
+
+
+def test_a_slow_producer_is_answered_in_time(trained, monkeypatch):
+    """Half a second after the first of some lines, or as soon as there are enough of them."""
+    written, out = [], Clock()
+    reader, writer = os.pipe()
+
+    def produce():
+        with open(writer, "w") as file:
+            for number in (1, 1, 1000):
+                file.write(f"message {number}\n" * number)
+                file.flush()
+                written.append(time.monotonic())
+                time.sleep(1)
+
+    monkeypatch.setattr(
+        ae, "load_classifier", lambda *arguments, load=ae.load_classifier: (load(*arguments), start())[0]
+    )
+    start = threading.Thread(target=produce).start
+    with open(reader) as file, redirect_stdout(out), monkeypatch.context() as patch:
+        patch.setattr("sys.stdin", file)
+        assert ae.main(["--load_model", trained[0], "--classify", "-"]) == 0
+    delays = [out.times[line] - begun for line, begun in zip((0, 1, 2), written, strict=True)]
+    assert len(out.times) == 1002 and 0.5 <= delays[0] < 1 and 0.5 <= delays[1] < 1 and delays[2] < 1
+    assert out.times[-1] - written[2] < 1  # without waiting for more
+
+
+def test_memory_does_not_grow_with_the_input(options, monkeypatch):
+    """200,000 lines need no more than 20,000."""
+    assert ae.main([*options, "--trainable_token_pos", "flexible", "--save_model", "trained.safetensors"]) == 0
+    peaks = []
+    for n in (20_000, 200_000):
+        Path("lines").write_text("".join(f"{number:0100}\n" for number in range(n)))
+        known_above = reset_peak_memory(CPU)
+        with open("lines") as file, open("answers", "w") as out, redirect_stdout(out), monkeypatch.context() as patch:
+            patch.setattr("sys.stdin", file)
+            assert ae.main(["--load_model", "trained.safetensors", "--classify", "-"]) == 0
+        peaks.append(peak_memory(CPU, known_above))
+        with open("answers") as out:
+            assert sum(1 for _ in out) == n
+    assert peaks[1] < peaks[0] + 10e6
+
+
+def test_lines_before_one_that_cannot_be_used(trained, monkeypatch, capsys):
+    for content, message in (
+        (b"one\ntwo\n\xff\nfour\n", "message 3: not UTF-8 text (invalid start byte)"),
+        (b"", None),
+    ):
+        Path("stdin").write_bytes(content)
+        with open("stdin") as file, monkeypatch.context() as patch:
+            patch.setattr("sys.stdin", file)
+            assert ae.main(["--load_model", trained[0], "--classify", "-"]) == 2
+        captured = capsys.readouterr()
+        assert captured.err == f"error: {message or 'there is no message on standard input'}\n"
+        assert [line.split("\t")[2] for line in captured.out.splitlines()] == (["one", "two"] if content else [])
+
+
 def test_messages_that_look_like_options(trained, capsys):
     path, _ = trained
     options = ["--load_model", path, "--classify", "-5 degrees", "--hello", "-x", "--device", "cpu"]
@@ -164,7 +235,7 @@ def test_a_classifier_of_the_first_version_is_read(trained, tmp_path, capsys):
     """Its format, written out: whatever this version writes must not change it."""
     description, tensors = read_tensors(trained[0], saved_models.KIND, saved_models.VERSION)
     keys = ("settings", "width", "labels", "base_sha256", "torch")
-    assert tuple(description) == keys and description["labels"] == ["ham", "spam"]
+    assert tuple(description) == (*keys, "record") and description["labels"] == ["ham", "spam"]
     path = tmp_path / "first"
     write_tensors(path, "saved classifier", 1, {key: description[key] for key in keys}, tensors)
     for file in (trained[0], str(path)):
