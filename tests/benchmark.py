@@ -11,6 +11,9 @@ what the loss needs. The share is the fast path's operations per second over the
 
 With --sitting, whole commands run one after the other, each row without a cache of frozen features and with one that
 is empty at first, and the first row with it once more at the end.
+
+With --classify, all messages are classified once by a classifier in memory, as by the program's option of this name,
+and once by the pipeline of transformers with its export.
 """
 
 import argparse
@@ -277,6 +280,45 @@ def measure(number, arguments):
     }
 
 
+# --- a trained classifier ---
+
+
+def classify(arguments):
+    """Print the messages a second of this program and of transformers."""
+    from transformers import pipeline
+
+    options = ["--trainable_token_pos=flexible", "--weights=random", f"--data_dir={arguments.data_dir}"]
+    options += [f"--model_size={arguments.model_size}"] if arguments.model_size else []
+    experiment, *_ = ae.parse_args([*options, f"--device={arguments.device}", *arguments.options.split()])
+    splits, _ = dataset.load_splits(experiment.data_dir, arguments.dataset)
+    texts = [text for frame in splits.values() for text in frame["Text"]]
+    experiment = replace(experiment, context_length=120)
+    device = resolve_device(experiment.device)
+    print(f"{experiment.model_size}, {len(texts):,} messages\n| | messages/s | peak GFLOP/s |\n| --- | --- | --- |")
+
+    with tempfile.TemporaryDirectory() as folder:
+        weights = Weights(experiment.model_size, "random")
+        classifier = ae.build_classifier(experiment, 2)
+        ae.export_classifier(f"{folder}/out", classifier, experiment, weights, 120, ["ham", "spam"], None)
+        ae.optimize_frozen_blocks(classifier.to(device)).eval()
+        peak = product_peak(device, "fp32")
+        start, logits = time.perf_counter(), []
+        for first in range(0, len(texts), ae.TEXTS_PER_PASS):
+            logits.append(ae.predict_texts(classifier, experiment, texts[first : first + ae.TEXTS_PER_PASS]))
+        found = torch.cat(logits).argmax(-1).tolist()
+        ours = len(texts) / (time.perf_counter() - start)
+        print(f"| this program | {ours:.1f} | {peak / 1e9:.0f} |", flush=True)
+
+        model = pipeline("text-classification", model=f"{folder}/out", truncation=True, device=device)
+        peak = product_peak(device, "fp32")
+        start = time.perf_counter()
+        answers = [answer["label"] for answer in model(texts, batch_size=64)]
+        theirs = len(texts) / (time.perf_counter() - start)
+    print(f"| transformers | {theirs:.1f} | {peak / 1e9:.0f} |")
+    n_equal = sum(answer == ("ham", "spam")[label] for answer, label in zip(answers, found, strict=True))
+    print(f"{ours / theirs:.2f} times; {n_equal:,} of {len(texts):,} labels are the same")
+
+
 # --- the table in one sitting ---
 
 
@@ -316,8 +358,12 @@ def main():
     parser.add_argument("--data_dir", default="sms_spam_collection")
     parser.add_argument("--fast_steps", type=int, help="extrapolate the fast path too, from this many training steps")
     parser.add_argument("--sitting", action="store_true", help="whole commands, without and with a cache of features")
+    parser.add_argument("--classify", action="store_true", help="messages a second, with those of transformers")
     parser.add_argument("--json", type=Path, help="write the figures to this file as well")
     arguments = parser.parse_args()
+    if arguments.classify:
+        classify(arguments)
+        return
     if arguments.sitting:
         sitting([int(number) for number in arguments.rows.split(",")], arguments)
         return
