@@ -116,6 +116,7 @@ def test_published_figures_are_shown_with_the_result_of_a_row(nano, capsys, monk
     assert row.startswith("| 20 |") and row.endswith("| 78.46% / 80.54% / 75.00%, 0.28 min (A100) |\n")
 
 
+@pytest.mark.slow
 def test_demo_learns_without_a_network(tmp_path):
     """As a user types it but for two epochs less, in an empty folder, with every host out of reach."""
     nowhere = {name: "http://127.0.0.1:9" for name in ("http_proxy", "https_proxy", "HF_ENDPOINT")}

@@ -84,7 +84,10 @@ def run_in_folder(folder, options):
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="there is no SIGKILL on Windows")
-@pytest.mark.parametrize("name", CONFIGURATIONS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] * (number % 2)) for number, name in enumerate(CONFIGURATIONS)],
+)
 def test_killed_at_random_moments(options, tmp_path, name):
     """Two random moments, perhaps before there is a checkpoint, and one just after the first."""
     options = [*options, *CONFIGURATIONS[name].split(), "--checkpoint", "run.ckpt", "--checkpoint_minutes", "0.002"]

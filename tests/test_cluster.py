@@ -177,6 +177,7 @@ def report(path, capfd):
     return sorted(re.sub(r"\d+\.\d+ min", "", capfd.readouterr().out).splitlines())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not HAS_SLURM, reason="Slurm and munge are not installed")
 @pytest.mark.skipif(not IS_ROOT, reason="only root can start slurmd")
 def test_job_array(slurm, nano, capfd):

@@ -48,7 +48,9 @@ def test_a_quiet_console_prints_results_and_warnings(capsys):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a POSIX shell")
-@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize(
+    "closed", ["<&- >&- 2>&-", *(pytest.param(one, marks=pytest.mark.slow) for one in ("<&-", ">&-", "2>&-"))]
+)
 def test_closed_streams(nano, tmp_path, closed):
     command = [sys.executable, SCRIPT, *nano, "--trainable_layers", "last_layer"]
     script = " ".join(f"'{word}'" for word in command)

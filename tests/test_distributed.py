@@ -35,7 +35,8 @@ CONFIGURATIONS = {f"row {number}": row.options for number, row in ae.ROWS.items(
     "bf16": dict(precision="bf16"),
     "bf16, lora": dict(precision="bf16", trainable_layers="lora", learning_rate=1e-4),
 }
-SHARDED_BY_THREE = ("row 1", "row 4", "row 5", "row 11", "accumulation", "bf16, lora", "kept features", "features read")
+SHARDED = ("row 1", "row 3", "row 4", "row 5", "row 11", "row 14", "row 15", "row 19", "accumulation", "bf16, lora")
+SHARDED += ("kept features", "features read")
 RUNS = {
     "repeats": dict(repeats=2),
     "kept features": dict(feature_cache="features"),
@@ -77,7 +78,7 @@ def write_results(data_dir, weights):
     make_tiny()
     with distributed.process_group(CPU):
         for shard in (False, True):
-            names = SHARDED_BY_THREE if shard and distributed.world_size() == 3 else (*CONFIGURATIONS, *RUNS)
+            names = SHARDED if shard else (*CONFIGURATIONS, *RUNS)
             found = results(data_dir, weights, shard, names)
             if distributed.rank() == 0:
                 Path(f"{shard}.json").write_text(json.dumps(found))
@@ -104,7 +105,7 @@ def of_one_process():
     return {}
 
 
-@pytest.mark.parametrize("n", [2, 3])
+@pytest.mark.parametrize("n", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_the_numbers_are_those_of_one_process(data_dir, tmp_path, tiny_weights, of_one_process, tiny, n):
     if not of_one_process:
         of_one_process |= results(data_dir, tiny_weights)
@@ -113,7 +114,7 @@ def test_the_numbers_are_those_of_one_process(data_dir, tmp_path, tiny_weights, 
     assert f"{n} × CPU, 1 thread" in out
     for shard in (False, True):
         found = json.loads((tmp_path / f"{shard}.json").read_text())
-        assert found.keys() == of_one_process.keys() or n == 3
+        assert found.keys() == (set(SHARDED) if shard else of_one_process.keys())
         for name, runs in found.items():
             for run, expected in zip(runs, of_one_process[name], strict=True):
                 losses, expected_losses = torch.tensor(run.pop("losses")), torch.tensor(expected["losses"])
@@ -165,7 +166,9 @@ def folders(tmp_path, *names):
         yield tmp_path / name
 
 
-@pytest.mark.parametrize("name", ENDINGS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "lora, sharded")) for name in ENDINGS]
+)
 def test_ended_together_and_resumed(long_options, tmp_path, tiny, monkeypatch, name):
     """At a random moment of training; by as many processes, by one, and in one configuration by three."""
     number, own = ENDINGS[name]

@@ -47,7 +47,13 @@ def tokenizer(tmp_path_factory):
 
 @pytest.mark.parametrize("layers", ["last_layer", "last_block", "last_two_blocks", "all", "lora", "lora_alternative"])
 @pytest.mark.parametrize(
-    "position, n_classes", [("flexible", 2), ("flexible", 3), ("no padding", 7), ("no padding", 2)]
+    "position, n_classes",
+    [
+        ("flexible", 3),
+        ("no padding", 7),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("flexible", 2), ("flexible", 7))),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("no padding", 2), ("no padding", 3))),
+    ],
 )
 def test_transformers_computes_the_same(tmp_path, texts, tokenizer, layers, position, n_classes):
     how = dict(trainable_token_pos="flexible") if position == "flexible" else dict(no_padding=True)

@@ -141,6 +141,7 @@ def test_whole_runs_are_the_same_to_the_bit(options, tmp_path, capfd, changes):
         record.pop("features")
         description, tensors = read_tensors(saved, saved_models.KIND, saved_models.VERSION)
         description["settings"].pop("features")
+        description.pop("record")  # with its times
         runs.append((told(out).split()[0], lines, record, description, tensors))
     assert [how for how, *_ in runs[:2]] == ["computed", "computed"]
     assert {how for how, *_ in runs[2:4]} <= {"read", "continued"}
@@ -715,6 +716,7 @@ def run_limited(folder, allowed, *options):
     return done.returncode, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="limits on the address space are Linux's")
 def test_features_may_be_larger_than_memory(tmp_path, sample_splits):
     """Of 77 MB of hidden states, a run that may take 45 MB more gives the same numbers as one in memory."""

@@ -23,7 +23,7 @@ from runner.tensor_files import read_tensors, write_tensors
     "layers", ["last_layer", "last_block", "last_two_blocks", "all", "lora", "lora_alternative", "last_block bf16"]
 )
 @pytest.mark.parametrize("position", ["last", "first", "flexible", "average", "no padding", "no mask"])
-@pytest.mark.parametrize("weights", ["random", "file"])
+@pytest.mark.parametrize("weights", ["random", pytest.param("file", marks=pytest.mark.slow)])
 def test_a_loaded_classifier_gives_the_very_logits(
     nano, nano_weights, data_dir, monkeypatch, layers, position, weights
 ):
@@ -67,7 +67,7 @@ def trained(tmp_path_factory, nano_weights):
         "--trainable_layers",
         "last_two_blocks",
         "--num_epochs",
-        "3",
+        "2",
         "--quiet",
     ]
     options += ["--average_embeddings", "--no_padding", "--learning_rate", "1e-3"]
@@ -150,6 +150,7 @@ def test_a_slow_producer_is_answered_in_time(trained, monkeypatch):
     assert out.times[-1] - written[2] < 1  # without waiting for more
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_input(options, monkeypatch):
     """200,000 lines need no more than 20,000."""
     assert ae.main([*options, "--trainable_token_pos", "flexible", "--save_model", "trained.safetensors"]) == 0
