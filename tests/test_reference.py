@@ -35,7 +35,7 @@ def assert_accuracies(measured, fractions):
 
 
 def slow(numbers, some):
-    """The numbers as parameters, `some` of them for -m slow only: they take long, or are another's but for one factor."""
+    """The numbers as parameters, `some` of them for -m slow: they take long, or repeat another."""
     return [pytest.param(number, marks=[pytest.mark.slow] * (number in some)) for number in numbers]
 
 
