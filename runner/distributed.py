@@ -7,7 +7,7 @@ writes. Without torchrun there is one process, and nothing here does anything.
 import os
 import platform
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from itertools import islice
 
@@ -80,11 +80,20 @@ def process_group(device):
     try:
         yield
         barrier()  # process 0 may still be writing, and torchrun ends with the first process that fails
+        wait_for_the_barrier()
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or "gloo" in str(error):
             raise ProcessError(f"process {rank()} on {platform.node()} has lost another process of this run") from None
         raise
     dist.destroy_process_group()  # after an error it might wait for processes that are gone
+
+
+def wait_for_the_barrier():
+    """Wait until all have left `barrier`: one that goes on closes connections which another may still need."""
+    with suppress(dist.DistError):  # the process that holds the store may have gone on, and so may this one
+        if store.add("through", 1) == world_size():
+            store.set("all are through", "")
+        store.wait(["all are through"])
 
 
 def is_to_tell(is_interrupt):
