@@ -194,8 +194,8 @@ class Checkpointer:
     def save(self, state):
         """Write the state as it is now."""
         self.remember(state)
-        if self.path is not None:
-            with self.signals.deferred():
+        with self.signals.deferred():
+            if self.path is not None:
                 self.write_training()
 
     def finish(self, record, parameters):

@@ -51,6 +51,8 @@ def check_folder(path):
         return
     if not path.is_dir():
         raise UsageError(f"--export {path} is not a folder")
+    if path.samefile("."):
+        raise UsageError(f"--export {path} is the current folder, which cannot be replaced; use one in it")
     names = {entry.name for entry in path.iterdir()}
     if names and not (names <= FILES and is_export(path / "config.json")):
         raise UsageError(f"--export {path}: the folder holds something else than an earlier export, which stays")

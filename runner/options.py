@@ -152,6 +152,8 @@ class RunOptions:
         ):
             if (path := getattr(self, name)) is None:
                 continue
+            if self.export is not None and Path(self.export).resolve() in Path(path).resolve().parents:
+                raise UsageError(f"--{name} {path} is in the folder of --export, which holds nothing else")
             if name == "results_file" and (path == "" or self.report is not None):
                 continue
             if path == "":

@@ -181,7 +181,7 @@ def test_more_classes_than_the_model_is_wide(flexible, data_dir, capfd):
     assert capfd.readouterr().err == "error: --export takes 16 classes at most, the width of the model; there are 17\n"
 
 
-def test_other_folders_stay(flexible, capfd):
+def test_other_folders_stay(flexible, monkeypatch, capfd):
     for path, content in {"mine/notes.txt": "a", "old/config.json": "{}", "odd/config.json": "[]"}.items():
         Path(path).parent.mkdir()
         Path(path).write_text(content)
@@ -193,6 +193,12 @@ def test_other_folders_stay(flexible, capfd):
     assert ae.main([*flexible, "--export", "out", "--repeats", "2"]) == 2
     assert "--export is for one classifier" in capfd.readouterr().err
     Path("empty").mkdir()
+    assert ae.main([*flexible, "--export", "empty", "--results_file", "empty/results.csv"]) == 2
+    assert "--results_file empty/results.csv is in the folder of --export" in capfd.readouterr().err
+    with monkeypatch.context() as patch:
+        patch.chdir("empty")
+        assert ae.main([*flexible, "--export", "."]) == 2
+    assert "--export . is the current folder" in capfd.readouterr().err
     assert ae.main([*flexible, "--export", "empty"]) == 0 and of_file("empty").keys() == export.FILES
     (Path("empty") / "added").touch()
     assert ae.main([*flexible, "--export", "empty"]) == 2
