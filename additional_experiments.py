@@ -812,7 +812,8 @@ def place(classifier, experiment, messages, device, shard, console):
         optimize_frozen_blocks(copy_trained_parameters(classifier).to(device))
     if expected is not None:
         found = predict_few(classifier, messages, classifier.bf16)
-        if disagreement := describe_disagreement(found, expected, experiment.precision, device):
+        disagreement = describe_disagreement(found, expected, experiment.precision, device)
+        if disagreement := distributed.from_any(disagreement):  # of whichever process: only one prints
             console.warning(disagreement)
 
 
@@ -837,7 +838,8 @@ def run_seed(experiment, run_options, data, weights, features, device, checkpoin
     row = table.row_number(experiment, data, weights, ROWS)
     name = table.describe_configuration(experiment, data)
     record = records.make_record(run_id, row, name, experiment, data, weights, confusions, minutes, state)
-    parameters = state.full_parameters()
+    is_kept = any((run_options.checkpoint, run_options.save_model, run_options.export))
+    parameters = state.full_parameters() if is_kept else {}  # of shards the whole, in main memory
     publish(record, experiment, run_options, data, weights, base, parameters, console)
     checkpointer.finish(record, parameters)
     return record

@@ -113,8 +113,8 @@ class Checkpointer:
     def load(self):
         """Read the file, if there is one and it is not to be overwritten.
 
-        Raises FileError for one that is damaged or of another run, UsageError where --save_model asks for a
-        classifier that is no longer in it.
+        Raises FileError for one that is damaged or of another run, UsageError where --save_model or --export asks for
+        a classifier that is no longer in it.
         """
         if self.run_options.restart or not Path(self.path).exists():
             return
@@ -127,11 +127,12 @@ class Checkpointer:
             self.checkpoint.parameters[name] = tensor.clone()
         n_finished = len(self.checkpoint.finished)
         is_replaced = n_finished > 1 or (n_finished == 1 and self.checkpoint.training_state is not None)
-        if self.run_options.save_model is not None and is_replaced:
-            seed = self.identity["seed"]
-            raise UsageError(
-                f"--save_model: {self.path} no longer holds the classifier of seed {seed}, but a later one"
-            )
+        for name in ("save_model", "export"):
+            if getattr(self.run_options, name) is not None and is_replaced:
+                seed = self.identity["seed"]
+                raise UsageError(
+                    f"--{name}: {self.path} no longer holds the classifier of seed {seed}, but a later one"
+                )
 
     def take_lock(self):
         """Raises UsageError if another run has the lock."""
@@ -254,7 +255,7 @@ class Checkpointer:
         self.signals.is_deferring = True
         try:
             # To gather shards takes all processes: where they do not end together, the last checkpoint stays.
-            can_write = self.latest is not None and (self.is_stopped_by_all or not self.latest[0].is_divided)
+            can_write = self.latest is not None and (self.is_stopped_by_all or not self.latest[0].has_shards)
             if error is not None and can_write and not isinstance(error, NonFiniteError):
                 with suppress(NonFiniteError):
                     self.write_training()

@@ -69,9 +69,9 @@ def describe_disagreement(found, expected, precision, device):
         return None
     system = f"CUDA {torch.version.cuda}" if device.type == "cuda" else f"macOS {platform.mac_ver()[0]}"
     return (
-        f"this device does not compute what the CPU does: logits of two messages differ by up to {difference:.2g}, and "
-        f"the CPU's range over {spread:.2g} ({describe_device(device)}, PyTorch {torch.__version__}, {system}); do not "
-        "trust the results before --device cpu has confirmed them"
+        f"{distributed.describe_process()} does not compute what the CPU does: logits of two messages differ by up to "
+        f"{difference:.2g}, and the CPU's range over {spread:.2g} ({describe_device(device)}, PyTorch "
+        f"{torch.__version__}, {system}); do not trust the results before --device cpu has confirmed them"
     )
 
 

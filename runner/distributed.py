@@ -6,6 +6,7 @@ writes. Without torchrun there is one process, and nothing here does anything.
 
 import os
 import platform
+import re
 import time
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -54,6 +55,11 @@ def local_world_size():
     return from_environment("LOCAL_WORLD_SIZE", 1)
 
 
+def describe_process():
+    """What a message calls the device of this process."""
+    return f"the device of process {rank()} on {platform.node()}" if world_size() > 1 else "this device"
+
+
 store = None  # what all processes of the group can read and count in
 
 
@@ -67,22 +73,24 @@ def process_group(device):
     if not is_launched():
         yield
         return
-    store, *_ = next(dist.rendezvous("env://"))
     is_cuda = device.type == "cuda"
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if is_cuda else "gloo",
-        store=dist.PrefixStore("group", store),
-        rank=rank(),
-        world_size=world_size(),
-        timeout=TIMEOUT,
-        device_id=device if is_cuda else None,
-    )
     try:
+        store, *_ = next(dist.rendezvous("env://"))
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if is_cuda else "gloo",
+            store=dist.PrefixStore("group", store),
+            rank=rank(),
+            world_size=world_size(),
+            timeout=TIMEOUT,
+            device_id=device if is_cuda else None,
+        )
         yield
         barrier()  # process 0 may still be writing, and torchrun ends with the first process that fails
         wait_for_the_barrier()
     except RuntimeError as error:
-        if isinstance(error, dist.DistError) or "gloo" in str(error):
+        # Gloo's errors have no class of their own; those of this program have one, and may contain any word.
+        is_from_gloo = type(error) is RuntimeError and re.search("gloo/transport|Gloo connectFullMesh", str(error))
+        if isinstance(error, dist.DistError) or is_from_gloo:
             raise ProcessError(f"process {rank()} on {platform.node()} has lost another process of this run") from None
         raise
     dist.destroy_process_group()  # after an error it might wait for processes that are gone
@@ -123,17 +131,31 @@ def largest(*numbers):
 
 
 def barrier():
-    """Wait until all processes are here."""
+    """Wait until all processes are here, on the CPU: also with NCCL, which would keep an accelerator busy."""
     largest(0)
 
 
 def from_main(value):
     """The value of process 0, anything that can be pickled."""
+    return from_process(0, value)
+
+
+def from_process(owner, value):
+    """The value of process `owner`, likewise."""
     if world_size() > 1:
         values = [value]
-        dist.broadcast_object_list(values, device=torch.device("cpu"))
+        dist.broadcast_object_list(values, owner, device=torch.device("cpu"))
         value = values[0]
     return value
+
+
+def from_any(value):
+    """The first value that is not None, in the order of the processes; None if there is none."""
+    for owner in range(world_size()):
+        found = from_process(owner, value)
+        if found is not None:
+            return found
+    return None
 
 
 @contextmanager
@@ -177,7 +199,8 @@ def in_turns(passes, compute):
     """
     passes = iter(passes)
     while turn := list(islice(passes, world_size())):
-        # Whoever is left without a pass computes one that is another's: all take part where shards are gathered.
+        # Whoever is left without a pass computes another's, which costs no time: where shards are gathered, all have to
+        # take part.
         own = compute(turn[min(rank(), len(turn) - 1)])
         for owner, one in enumerate(turn):
             yield one, [broadcast(tensor, owner) for tensor in own]

@@ -3,7 +3,10 @@
 Nothing of transformers is needed to write it.
 """
 
+import errno
+import hashlib
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -14,10 +17,9 @@ from gpt_download import PRETRAINED
 from previous_chapters import gpt2_tensors
 
 from .dataset import DATASET_NAMES, SPLITS
-from .files import UsageError, replace_folder
+from .files import UsageError, replace_folder, sha256_of
 from .table import command_line, plain
 
-EXPORTED_BY = "additional_experiments.py"  # in config.json: by it the next export knows the folder
 FILES = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md"}
 
 # --- what can be exported ---
@@ -43,27 +45,48 @@ def check_classes(n_classes, emb_dim):
 
 
 def check_folder(path):
-    """Raises UsageError for a path that is there and is neither an earlier export nor an empty folder."""
+    """Raises UsageError for a path at which no export can be written, or at which there is something else than one."""
+    if path == "":
+        raise UsageError("--export is given without the name of a folder")
     path = Path(path)
-    if not path.absolute().parent.is_dir():
+    parent = path.resolve().parent
+    if not parent.is_dir():
         raise UsageError(f"--export {path}: there is no folder {path.parent}")
+    if not os.access(parent, os.W_OK):
+        raise UsageError(f"--export {path}: nothing can be written into {parent}")
     if not path.exists():
         return
     if not path.is_dir():
         raise UsageError(f"--export {path} is not a folder")
-    if path.samefile("."):
-        raise UsageError(f"--export {path} is the current folder, which cannot be replaced; use one in it")
-    names = {entry.name for entry in path.iterdir()}
-    if names and not (names <= FILES and is_export(path / "config.json")):
-        raise UsageError(f"--export {path}: the folder holds something else than an earlier export, which stays")
+    if path.samefile(".") or os.path.ismount(path):
+        raise UsageError(f"--export {path} is the current folder or a mount point, which cannot be replaced")
+    if not may_be_replaced(path):
+        raise UsageError(f"--export {path}: the folder holds something else than an unchanged export, which stays")
 
 
-def is_export(path):
-    """Whether `write_export` has written a config.json."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8")).get("exported_by") == EXPORTED_BY
-    except (OSError, ValueError, AttributeError):
+def may_be_replaced(folder):
+    """Whether a folder is empty, or holds the files of an export and nothing else, each as it was written."""
+    entries = list(Path(folder).iterdir())
+    if any(entry.is_symlink() or not entry.is_file() for entry in entries):
         return False
+    try:
+        config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8")) if entries else {}
+        written = config.pop("exported_by")["sha256"] if entries else {}
+        found = {entry.name: sha256_of(entry) for entry in entries if entry.name != "config.json"}
+        return found | ({"config.json": sha256_of_json(config)} if entries else {}) == written
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def check_moved(folder):
+    """`may_be_replaced` for `replace_folder`. Raises OSError."""
+    if not may_be_replaced(folder):
+        raise OSError(errno.ENOTEMPTY, "the folder holds something else than an unchanged export, which stays")
+
+
+def sha256_of_json(content):
+    """SHA-256 of what JSON can hold, however it is written."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 # --- the files ---
@@ -106,7 +129,6 @@ def write_export(path, classifier, tokenizer, limit, class_names, card):
         problem_type="single_label_classification",
         dtype="float32",
         use_cache=False,
-        exported_by=EXPORTED_BY,
     )
     end = tokenizer.decode([tokenizer.eot_token])
     tokenizer_config = dict(
@@ -119,8 +141,7 @@ def write_export(path, classifier, tokenizer, limit, class_names, card):
         split_special_tokens=True,  # in a message it is text like any other
         clean_up_tokenization_spaces=False,
     )
-    with replace_folder(path) as folder:
-        write_json(folder / "config.json", config)
+    with replace_folder(path, check_moved) as folder:
         write_json(folder / "tokenizer_config.json", tokenizer_config)
         write_json(folder / "tokenizer.json", tokenizer_json(tokenizer, limit))
         (folder / "README.md").write_text(card, encoding="utf-8")
@@ -129,6 +150,10 @@ def write_export(path, classifier, tokenizer, limit, class_names, card):
             save_file(tensors, folder / "model.safetensors", dict(format="pt"))
         except SafetensorError as error:  # raised for a full disk and the like
             raise OSError(str(error)) from error
+        # By these the next export knows the folder; transformers keeps the entry, and whatever it writes has others.
+        sha256 = {file.name: sha256_of(file) for file in folder.iterdir()} | {"config.json": sha256_of_json(config)}
+        exported_by = dict(program="additional_experiments.py", sha256=sha256)
+        write_json(folder / "config.json", config | dict(exported_by=exported_by))
 
 
 # --- the model card ---
@@ -163,7 +188,7 @@ def model_card(path, settings, defaults, weights, limit, class_names, record):
         "```python",
         "from transformers import pipeline",
         "",
-        f"classify = pipeline('text-classification', model={json.dumps(Path(path).name)}, truncation=True)",
+        f"classify = pipeline('text-classification', model={json.dumps(Path(path).resolve().name)}, truncation=True)",
         "print(classify(['You have won, call now', 'See you at eight']))",
         "```",
         "",

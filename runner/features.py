@@ -216,7 +216,7 @@ class FrozenFeatures:
         """
         start, depth = time.perf_counter(), classifier.n_full_blocks
         shapes = {split: (int(part.lengths.sum()), classifier.gpt.cfg.emb_dim) for split, part in messages.items()}
-        problem = None
+        problem, is_computed = None, False
         try:
             with ExitStack() as stack:
                 new = NewRows(dict.fromkeys(shapes, NoRows()))
@@ -234,6 +234,7 @@ class FrozenFeatures:
                     lambda batch: classifier.run_blocks(batch, depth),
                     lambda split: lambda *_: new.rows[split],
                 )
+                is_computed = True
                 new.description = dict(
                     options=command_line(changed_options(self.experiment)),
                     date=date.today().isoformat(),
@@ -242,11 +243,12 @@ class FrozenFeatures:
                     circumstances=facts,
                 )
         except OSError as error:
-            if distributed.world_size() > 1 and problem is None:  # the others have gone on
+            if distributed.world_size() > 1 and problem is None and not is_computed:  # the others wait for passes
                 raise
-            self.console.warning(f"frozen features are not kept: {error}")
+            problem = str(error)
+        if problem := distributed.from_main(problem):
+            self.console.warning(f"frozen features are not kept: {problem}")
             return states
-        distributed.barrier()
         written = self.open_deepest(facts, depth)
         written.n_before = states.n_blocks
         return written

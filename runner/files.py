@@ -108,12 +108,17 @@ def atomic_write(path):
 
 
 @contextmanager
-def replace_folder(path):
-    """A temporary folder to write files to, which at the end takes the place of the folder `path`; after an error not.
+def replace_folder(path, check):
+    """A temporary folder to write files to, which at the end takes the place of `path`, and after an error does not.
 
-    As with `atomic_write`, a killed process leaves a folder beside it, which the next writer removes. Raises OSError.
+    `check(folder)` raises OSError for a folder that is not to be replaced. It sees the one that was at `path` when that
+    is moved aside and nobody writes into it any more by this name. A killed process leaves a folder beside it, from
+    which the next writer restores what was at `path`, if it is not there. Raises OSError.
     """
     path = Path(path).resolve()
+    for left in path.parent.glob(f"{glob.escape(path.name)}.*.part/old"):  # of one killed between the two moves
+        if not path.exists():
+            os.replace(left, path)
     remove_left_overs(path.parent, glob.escape(path.name))
     outer = path.with_name(f"{path.name}.{host_name()}.{os.getpid()}.{secrets.token_hex(4)}.part")
     new, old = outer / "new", outer / "old"
@@ -127,13 +132,11 @@ def replace_folder(path):
                 os.chmod(file, 0o666 & ~current_umask())
         if path.exists():
             os.replace(path, old)
-        try:
-            os.replace(new, path)
-        except BaseException:
-            if old.exists():
-                os.replace(old, path)
-            raise
+            check(old)
+        os.replace(new, path)
     finally:
+        if old.exists() and not path.exists():
+            os.replace(old, path)
         shutil.rmtree(outer, ignore_errors=True)
 
 

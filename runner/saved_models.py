@@ -1,5 +1,6 @@
 """Trained classifiers on disk: what training changed, and all that is needed to use it again."""
 
+import os
 import queue
 import re
 import sys
@@ -145,26 +146,50 @@ def chunks_of_lines(descriptor, size, seconds):
 
 
 def lines_in_time(descriptor, size, seconds):
-    """Lists of at most `size` lines (bytes) of a file; each is given `seconds` after its first line, or sooner."""
+    """Lists of at most `size` lines (bytes) of a file; each is given `seconds` after its first line, or sooner.
+
+    Raises OSError where the file cannot be read.
+    """
     lines = queue.Queue(maxsize=2 * size)  # a fast writer waits
     threading.Thread(target=read_lines, args=(descriptor, lines), daemon=True).start()
-    while (line := lines.get()) is not None:
+    while (line := next_line(lines)) is not None:
         chunk, end = [line], time.monotonic() + seconds
         with suppress(queue.Empty):
             while len(chunk) < size and (line := lines.get(timeout=max(end - time.monotonic(), 0))) is not None:
+                if isinstance(line, Exception):
+                    break
                 chunk.append(line)
         yield chunk
         if line is None:
             return
+        if isinstance(line, Exception):
+            raise line
+
+
+def next_line(lines):
+    """The next entry of a queue of `read_lines`, however long it takes; an exception is raised."""
+    while True:
+        with suppress(queue.Empty):
+            line = lines.get(timeout=1)  # without, Windows would not see Ctrl-C
+            break
+    if isinstance(line, Exception):
+        raise line
+    return line
 
 
 def read_lines(descriptor, lines):
-    """Put the lines of a file into a queue, and None at its end."""
-    # A file object of its own: Python's, which it closes at the end of the program, must not be in use then.
-    with open(descriptor, "rb", closefd=False) as file:
-        for line in file:
-            lines.put(line)
-    lines.put(None)
+    """Put the lines of a file into a queue, and at its end None, or the exception that ended it."""
+    end = None
+    try:
+        if hasattr(os, "set_blocking"):
+            os.set_blocking(descriptor, True)  # a parent may have left it otherwise, which would look like the end
+        # A file object of its own: Python's, which it closes at the end of the program, must not be in use then.
+        with open(descriptor, "rb", closefd=False) as file:
+            for line in file:
+                lines.put(line)
+    except Exception as error:
+        end = error
+    lines.put(end)
 
 
 def escape(text):

@@ -44,7 +44,7 @@ class DeferredSignals:
 
     @contextmanager
     def deferred(self, stay=False):
-        """Signals wait until this is over; with `stay` they wait on, until a further one is over that does not stay."""
+        """Signals wait until this is over; with `stay` they go on waiting, until a later call without is over."""
         self.is_deferring = True
         try:
             yield

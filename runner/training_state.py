@@ -67,7 +67,7 @@ class TrainingState:
         )
 
     @property
-    def is_divided(self):
+    def has_shards(self):
         """Whether the parameters are shards."""
         return any(map(distributed.is_divided, self.parameters.values()))
 

@@ -9,8 +9,10 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +22,7 @@ from helpers import CPU, encoded, finish_together, records_in, save_random_weigh
 import additional_experiments as ae
 from gpt_download import find_weights
 from previous_chapters import GPT_SIZES
-from runner import devices, distributed, features, placement
+from runner import checkpoints, devices, distributed, feature_cache, features, outputs, placement
 from runner.files import UsageError
 from runner.messages import Batch, Stage
 from runner.options import RunOptions
@@ -236,6 +238,58 @@ def test_what_all_find_is_told_once(long_options, tmp_path):
     out = (tmp_path / "out.txt").read_text()
     assert [process.exitcode for process in started] == [1, 1] and out.count("error: training diverged") == 1
     assert "lost" not in out and "Traceback" not in out
+
+
+def main_with(patches, options):
+    """A run in which process 0, or each, has something wrong."""
+    make_tiny()
+    if patches == "clock" and distributed.rank() == 1:  # far slower: it would not save when the other one does
+        clock, start = time.monotonic, time.monotonic()
+        checkpoints.time = SimpleNamespace(monotonic=lambda: start + (clock() - start) / 1000)
+    if patches == "features":
+        feature_cache.FeatureCache.create = failing(feature_cache.FeatureCache.create)
+    if patches == "record":
+        outputs.append_record = full
+    return ae.main(options)
+
+
+def full(*arguments):
+    raise OSError(28, "No space left on device")
+
+
+def failing(create):
+    @contextmanager
+    def create_and_fail(*arguments):
+        with create(*arguments) as new:
+            yield new
+        full()
+
+    return create_and_fail
+
+
+def test_all_save_when_one_says_so(long_options, tmp_path):
+    """With shards a checkpoint takes all processes; one whose clock differs must not be waited for."""
+    options = [*long_options, "--trainable_layers", "last_layer", "--shard", "--checkpoint_minutes", "0.001"]
+    finish_together(2, tmp_path, main_with, "clock", options)
+    assert (tmp_path / "run.ckpt").exists()
+
+
+def test_features_that_cannot_be_kept_cost_a_warning(long_options, tmp_path):
+    out = finish_together(2, tmp_path, main_with, "features", [*long_options, "--feature_cache", "kept"])
+    assert out.count("warning: frozen features are not kept: [Errno 28] No space left on device\n") == 1
+
+
+def test_a_path_that_contains_gloo(long_options, tmp_path):
+    """It is in the message of an error that is this program's own."""
+    (tmp_path / "gloo" / "transport").mkdir(parents=True)
+    options = [*long_options, "--results_file", "gloo/transport/r.csv"]
+    started = start_together(2, tmp_path, main_with, "record", options)
+    for process in started:
+        process.join()
+    out = (tmp_path / "out.txt").read_text()
+    assert [process.exitcode for process in started] == [1, 1]
+    message = "error: training finished, but the record could not be written to gloo/transport/r.csv: No space left"
+    assert message in out and "lost" not in out
 
 
 def test_hosts_that_do_not_share_a_folder(long_options, tmp_path):

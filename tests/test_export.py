@@ -9,11 +9,12 @@ from helpers import interrupt_at
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 import additional_experiments as ae
 from gpt_download import Weights, find_weights, load_vocabulary
-from runner import export
+from runner import export, files
 
 NANO = "gpt2-nano (7M)"
 
@@ -186,7 +187,7 @@ def test_other_folders_stay(flexible, monkeypatch, capfd):
         Path(path).parent.mkdir()
         Path(path).write_text(content)
         assert ae.main([*flexible, "--export", str(Path(path).parent)]) == 2
-        assert "the folder holds something else than an earlier export, which stays" in capfd.readouterr().err
+        assert "the folder holds something else than an unchanged export, which stays" in capfd.readouterr().err
         assert Path(path).read_text() == content
     assert ae.main([*flexible, "--export", "old/config.json"]) == 2
     assert ae.main([*flexible, "--export", "nowhere/out"]) == 2
@@ -199,9 +200,95 @@ def test_other_folders_stay(flexible, monkeypatch, capfd):
         patch.chdir("empty")
         assert ae.main([*flexible, "--export", "."]) == 2
     assert "--export . is the current folder" in capfd.readouterr().err
+    assert ae.main([*flexible, "--export", ""]) == 2
+    assert "--export is given without the name of a folder" in capfd.readouterr().err
     assert ae.main([*flexible, "--export", "empty"]) == 0 and of_file("empty").keys() == export.FILES
     (Path("empty") / "added").touch()
     assert ae.main([*flexible, "--export", "empty"]) == 2
+
+
+def saved_again(folder):
+    """What a user gets who trains an export further with transformers: its config keeps all entries."""
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    with torch.no_grad():
+        model.score.weight += 1
+    model.save_pretrained(folder)
+
+
+def a_folder_inside(folder):
+    (Path(folder) / "README.md").unlink()
+    (Path(folder) / "README.md").mkdir()
+    (Path(folder) / "README.md" / "notes").touch()
+
+
+def a_link(folder):
+    (Path(folder) / "README.md").rename("elsewhere.md")
+    (Path(folder) / "README.md").symlink_to(Path("elsewhere.md").absolute())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        saved_again,
+        a_folder_inside,
+        a_link,
+        lambda folder: (Path(folder) / "README.md").write_text("my own card"),
+        lambda folder: (Path(folder) / "config.json").write_text((Path(folder) / "config.json").read_text()[:-1] + ","),
+        lambda folder: (Path(folder) / "tokenizer.json").unlink(),
+    ],
+)
+def test_an_export_that_was_changed_stays(flexible, capfd, change):
+    assert ae.main([*flexible, "--export", "out"]) == 0
+    assert export.may_be_replaced("out")
+    change("out")
+    assert ae.main([*flexible, "--export", "out"]) == 2
+    assert "the folder holds something else than an unchanged export, which stays" in capfd.readouterr().err
+
+
+def test_files_that_appear_while_it_is_written(flexible, monkeypatch, capfd):
+    """After all checks but the last, which looks at the folder when it is moved aside."""
+    assert ae.main([*flexible, "--export", "out"]) == 0
+    before, save = of_file("out"), export.save_file
+    monkeypatch.setattr(export, "save_file", lambda *arguments: (Path("out/mine").touch(), save(*arguments)))
+    assert ae.main([*flexible, "--seed", "7", "--export", "out"]) == 1
+    assert of_file("out") == before | {"mine": b""} and not list(Path().glob("*.part"))
+
+
+def test_interrupted_between_the_two_moves(flexible, monkeypatch):
+    """By Ctrl-C: the earlier export is back at once. By SIGKILL: the next export finds it and puts it back."""
+    assert ae.main([*flexible, "--export", "out"]) == 0
+    before = of_file("out")
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, export, "check_moved", 1, signal.SIGINT)
+        assert ae.main([*flexible, "--seed", "7", "--export", "out"]) == 130
+    assert of_file("out") == before and not list(Path().glob("*.part"))
+
+    left = Path(f"out.{files.host_name()}.999999999.0123abcd.part")
+    left.mkdir()
+    Path("out").rename(left / "old")
+    with pytest.raises(ZeroDivisionError), files.replace_folder("out", export.check_moved):
+        1 / 0
+    assert of_file("out") == before and not left.exists()
+
+
+@pytest.mark.parametrize("is_interrupted", [False, True])
+def test_a_checkpoint_of_a_later_seed(flexible, monkeypatch, capfd, is_interrupted):
+    """It holds the parameters of the last seed only, and no other's are exported in their place."""
+    saving = [*flexible, "--checkpoint", "run.ckpt"]
+    with monkeypatch.context() as patch:
+        if is_interrupted:  # in the second of two seeds
+            interrupt_at(patch, ae, "accumulate_gradients", 130, signal.SIGTERM)
+        assert ae.main([*saving, "--repeats", "2"]) == (143 if is_interrupted else 0)
+    assert ae.main([*saving, "--export", "out"]) == 2
+    err = capfd.readouterr().err
+    assert "error: --export: run.ckpt no longer holds the classifier of seed 123, but a later one\n" in err
+    assert not Path("out").exists()
+
+
+def test_the_tokenizer_alone_cuts_too(tokenizer):
+    """As the tokenizers library reads the file, which knows nothing of the other one."""
+    path = Path(tokenizer.name_or_path) / "tokenizer.json"
+    assert len(Tokenizer.from_file(str(path)).encode("word " * 500).ids) == 40
 
 
 def test_a_folder_that_appears_while_it_trains(flexible, monkeypatch, capfd):

@@ -167,6 +167,32 @@ def test_memory_does_not_grow_with_the_input(options, monkeypatch):
     assert peaks[1] < peaks[0] + 10e6
 
 
+def test_standard_input_that_cannot_be_read(trained, monkeypatch, capsys):
+    """Open for writing only."""
+    with open("stdin", "wb") as file, monkeypatch.context() as patch:
+        patch.setattr("sys.stdin", file)
+        assert ae.main(["--load_model", trained[0], "--classify", "-"]) == 1
+    assert capsys.readouterr().err == "error: [Errno 9] Bad file descriptor\n"
+
+
+def test_standard_input_that_does_not_block(trained, monkeypatch, capsys):
+    """As some parents leave it: that nothing is there yet is not the end."""
+    reader, writer = os.pipe()
+    os.set_blocking(reader, False)
+
+    def produce():
+        with open(writer, "w") as file:
+            for number in range(2):
+                time.sleep(0.7)
+                print(f"message {number}", file=file, flush=True)
+
+    threading.Thread(target=produce).start()
+    with open(reader) as file, monkeypatch.context() as patch:
+        patch.setattr("sys.stdin", file)
+        assert ae.main(["--load_model", trained[0], "--classify", "-"]) == 0
+    assert [line.split("\t")[2] for line in capsys.readouterr().out.splitlines()] == ["message 0", "message 1"]
+
+
 def test_lines_before_one_that_cannot_be_used(trained, monkeypatch, capsys):
     for content, message in (
         (b"one\ntwo\n\xff\nfour\n", "message 3: not UTF-8 text (invalid start byte)"),
