@@ -792,15 +792,17 @@ def publish(record, experiment, run_options, data, weights, base, parameters, co
     """Print the row of a finished seed, and write what is asked for."""
     outputs.publish(record, experiment, run_options, data, base, parameters, ROWS, DEFAULTS, console)
     if path := run_options.export:
+        console.write_output("the export", path, export_trained, record, experiment, data, weights, parameters)
 
-        def write_export(path):
-            classifier = build_classifier(experiment, len(data.class_names), weights.tensors)
-            for name, parameter in classifier.named_parameters():
-                if parameter.requires_grad:
-                    parameter.data = parameters[name].detach().cpu()
-            export_classifier(path, classifier, experiment, weights, data.limit, data.class_names, record)
 
-        console.write_output("the export", path, write_export)
+def export_trained(path, record, experiment, data, weights, parameters):
+    """`--export` beside training; `parameters` are the trained ones, {name: tensor}. Raises OSError."""
+    # Built anew: in the one that was trained, frozen weights may be bfloat16, or shards.
+    classifier = build_classifier(experiment, len(data.class_names), weights.tensors)
+    for name, parameter in classifier.named_parameters():
+        if parameter.requires_grad:
+            parameter.data = parameters[name].detach().cpu()
+    export_classifier(path, classifier, experiment, weights, data.limit, data.class_names, record)
 
 
 def place(classifier, experiment, messages, device, shard, console):
@@ -838,8 +840,8 @@ def run_seed(experiment, run_options, data, weights, features, device, checkpoin
     row = table.row_number(experiment, data, weights, ROWS)
     name = table.describe_configuration(experiment, data)
     record = records.make_record(run_id, row, name, experiment, data, weights, confusions, minutes, state)
-    is_kept = any((run_options.checkpoint, run_options.save_model, run_options.export))
-    parameters = state.full_parameters() if is_kept else {}  # of shards the whole, in main memory
+    is_wanted = any((run_options.checkpoint, run_options.save_model, run_options.export))
+    parameters = state.full_parameters() if is_wanted else {}  # of shards the whole, in main memory
     publish(record, experiment, run_options, data, weights, base, parameters, console)
     checkpointer.finish(record, parameters)
     return record

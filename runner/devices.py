@@ -68,8 +68,9 @@ def describe_disagreement(found, expected, precision, device):
     if difference <= (0.01 if precision == "fp32" else 0.1) * spread:  # also not where it is NaN
         return None
     system = f"CUDA {torch.version.cuda}" if device.type == "cuda" else f"macOS {platform.mac_ver()[0]}"
+    whose = f"the device of {distributed.describe_process()}" if distributed.world_size() > 1 else "this device"
     return (
-        f"{distributed.describe_process()} does not compute what the CPU does: logits of two messages differ by up to "
+        f"{whose} does not compute what the CPU does: logits of two messages differ by up to "
         f"{difference:.2g}, and the CPU's range over {spread:.2g} ({describe_device(device)}, PyTorch "
         f"{torch.__version__}, {system}); do not trust the results before --device cpu has confirmed them"
     )

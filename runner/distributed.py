@@ -56,8 +56,8 @@ def local_world_size():
 
 
 def describe_process():
-    """What a message calls the device of this process."""
-    return f"the device of process {rank()} on {platform.node()}" if world_size() > 1 else "this device"
+    """What a message calls this process."""
+    return f"process {rank()} on {platform.node()}"
 
 
 store = None  # what all processes of the group can read and count in
@@ -91,7 +91,7 @@ def process_group(device):
         # Gloo's errors have no class of their own; those of this program have one, and may contain any word.
         is_from_gloo = type(error) is RuntimeError and re.search("gloo/transport|Gloo connectFullMesh", str(error))
         if isinstance(error, dist.DistError) or is_from_gloo:
-            raise ProcessError(f"process {rank()} on {platform.node()} has lost another process of this run") from None
+            raise ProcessError(f"{describe_process()} has lost another process of this run") from None
         raise
     dist.destroy_process_group()  # after an error it might wait for processes that are gone
 

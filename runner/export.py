@@ -4,7 +4,6 @@ Nothing of transformers is needed to write it.
 """
 
 import errno
-import hashlib
 import json
 import os
 from pathlib import Path
@@ -17,10 +16,8 @@ from gpt_download import PRETRAINED
 from previous_chapters import gpt2_tensors
 
 from .dataset import DATASET_NAMES, SPLITS
-from .files import UsageError, replace_folder, sha256_of
+from .files import UsageError, replace_folder, sha256_of, sha256_of_json
 from .table import command_line, plain
-
-FILES = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md"}
 
 # --- what can be exported ---
 
@@ -67,26 +64,23 @@ def check_folder(path):
 def may_be_replaced(folder):
     """Whether a folder is empty, or holds the files of an export and nothing else, each as it was written."""
     entries = list(Path(folder).iterdir())
+    if not entries:
+        return True
     if any(entry.is_symlink() or not entry.is_file() for entry in entries):
         return False
     try:
-        config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8")) if entries else {}
-        written = config.pop("exported_by")["sha256"] if entries else {}
+        config = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
+        written = config.pop("exported_by")["sha256"]
         found = {entry.name: sha256_of(entry) for entry in entries if entry.name != "config.json"}
-        return found | ({"config.json": sha256_of_json(config)} if entries else {}) == written
+        return found | {"config.json": sha256_of_json(config)} == written
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
 
 def check_moved(folder):
-    """`may_be_replaced` for `replace_folder`. Raises OSError."""
+    """`may_be_replaced` once more, for `replace_folder`: training may have taken hours. Raises OSError."""
     if not may_be_replaced(folder):
         raise OSError(errno.ENOTEMPTY, "the folder holds something else than an unchanged export, which stays")
-
-
-def sha256_of_json(content):
-    """SHA-256 of what JSON can hold, however it is written."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 # --- the files ---
@@ -97,10 +91,6 @@ def write_export(path, classifier, tokenizer, limit, class_names, card):
 
     `limit` is the number of tokens to which messages are cut, `card` the text of the model card.
     """
-    try:
-        check_folder(path)  # again: training may have taken hours
-    except UsageError as error:
-        raise OSError(str(error)) from None
     cfg = classifier.gpt.cfg
     tensors = {f"transformer.{name}": tensor for name, tensor in gpt2_tensors(classifier.gpt).items()}
     head = classifier.out_head

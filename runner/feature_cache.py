@@ -6,9 +6,7 @@ nothing.
 """
 
 import errno
-import hashlib
 import inspect
-import json
 import os
 import re
 import secrets
@@ -22,7 +20,7 @@ import torch
 
 from . import distributed
 from .devices import describe_device, describe_processor
-from .files import FileError, remove_left_overs, sha256_of, sha256_of_tensors
+from .files import FileError, remove_left_overs, sha256_of, sha256_of_json, sha256_of_tensors
 from .locks import LockFile, lock_path, try_lock
 from .messages import Stage
 from .tensor_files import create_rows, file_size, open_rows
@@ -89,7 +87,7 @@ def code_of(classifier):
 
 def key_of(circumstances):
     """The key of circumstances: what the names of their files begin with."""
-    return hashlib.sha256(json.dumps(circumstances, sort_keys=True).encode()).hexdigest()[:16]
+    return sha256_of_json(circumstances)[:16]
 
 
 # --- the files ---

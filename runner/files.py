@@ -54,6 +54,11 @@ def sha256_of(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def sha256_of_json(content):
+    """SHA-256 of what JSON can hold, in whatever order its entries are."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
 def sha256_of_tensors(tensors, *texts):
     """SHA-256 of tensors on the CPU with their names, types and shapes, and of further texts."""
     sha256 = hashlib.sha256(json.dumps(texts).encode())
@@ -88,14 +93,11 @@ def atomic_write(path):
     if path.exists() and not path.is_file():
         raise OSError(errno.EINVAL, "not a regular file")
     remove_left_overs(path.parent, glob.escape(path.name))
-    folder = path.with_name(f"{path.name}.{host_name()}.{os.getpid()}.{secrets.token_hex(4)}.part")
+    folder = part_folder(path)
     try:
         folder.mkdir()
         yield folder / path.name
-        with open(folder / path.name, "rb+") as file:
-            os.fsync(file.fileno())
-        with suppress(PermissionError):  # some file systems know no modes
-            os.chmod(folder / path.name, path.stat().st_mode & 0o7777 if path.exists() else 0o666 & ~current_umask())
+        flush(folder / path.name, path.stat().st_mode & 0o7777 if path.exists() else None)
         os.replace(folder / path.name, path)
         if os.name == "posix":  # the new name is to outlast a power failure too
             descriptor = os.open(path.parent, os.O_RDONLY)
@@ -120,16 +122,13 @@ def replace_folder(path, check):
         if not path.exists():
             os.replace(left, path)
     remove_left_overs(path.parent, glob.escape(path.name))
-    outer = path.with_name(f"{path.name}.{host_name()}.{os.getpid()}.{secrets.token_hex(4)}.part")
+    outer = part_folder(path)
     new, old = outer / "new", outer / "old"
     try:
         new.mkdir(parents=True)
         yield new
         for file in new.iterdir():
-            with open(file, "rb+") as content:
-                os.fsync(content.fileno())
-            with suppress(PermissionError):  # some file systems know no modes
-                os.chmod(file, 0o666 & ~current_umask())
+            flush(file)
         if path.exists():
             os.replace(path, old)
             check(old)
@@ -138,6 +137,19 @@ def replace_folder(path, check):
         if old.exists() and not path.exists():
             os.replace(old, path)
         shutil.rmtree(outer, ignore_errors=True)
+
+
+def part_folder(path):
+    """Where this process writes what is to be at `path`; `remove_left_overs` knows its name."""
+    return path.with_name(f"{path.name}.{host_name()}.{os.getpid()}.{secrets.token_hex(4)}.part")
+
+
+def flush(path, mode=None):
+    """Flush a file to disk, and give it a mode, by default that of a new file."""
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+    with suppress(PermissionError):  # some file systems know no modes
+        os.chmod(path, 0o666 & ~current_umask() if mode is None else mode)
 
 
 LEFT_OVER_AFTER = 24 * 3600  # seconds without a write after which no writer can still be at work

@@ -150,36 +150,29 @@ def lines_in_time(descriptor, size, seconds):
 
     Raises OSError where the file cannot be read.
     """
-    lines = queue.Queue(maxsize=2 * size)  # a fast writer waits
-    threading.Thread(target=read_lines, args=(descriptor, lines), daemon=True).start()
+    lines, failures = queue.Queue(maxsize=2 * size), []  # a fast writer waits
+    threading.Thread(target=read_lines, args=(descriptor, lines, failures), daemon=True).start()
     while (line := next_line(lines)) is not None:
         chunk, end = [line], time.monotonic() + seconds
         with suppress(queue.Empty):
             while len(chunk) < size and (line := lines.get(timeout=max(end - time.monotonic(), 0))) is not None:
-                if isinstance(line, Exception):
-                    break
                 chunk.append(line)
         yield chunk
         if line is None:
-            return
-        if isinstance(line, Exception):
-            raise line
+            break
+    if failures:
+        raise failures[0]
 
 
 def next_line(lines):
-    """The next entry of a queue of `read_lines`, however long it takes; an exception is raised."""
+    """The next entry of a queue, however long it takes."""
     while True:
         with suppress(queue.Empty):
-            line = lines.get(timeout=1)  # without, Windows would not see Ctrl-C
-            break
-    if isinstance(line, Exception):
-        raise line
-    return line
+            return lines.get(timeout=1)  # without a time-out Windows would not see Ctrl-C
 
 
-def read_lines(descriptor, lines):
-    """Put the lines of a file into a queue, and at its end None, or the exception that ended it."""
-    end = None
+def read_lines(descriptor, lines, failures):
+    """Put the lines of a file into a queue, and None at its end; an exception that was the end goes to `failures`."""
     try:
         if hasattr(os, "set_blocking"):
             os.set_blocking(descriptor, True)  # a parent may have left it otherwise, which would look like the end
@@ -188,8 +181,8 @@ def read_lines(descriptor, lines):
             for line in file:
                 lines.put(line)
     except Exception as error:
-        end = error
-    lines.put(end)
+        failures.append(error)
+    lines.put(None)
 
 
 def escape(text):

@@ -17,6 +17,7 @@ from gpt_download import Weights, find_weights, load_vocabulary
 from runner import export, files
 
 NANO = "gpt2-nano (7M)"
+FILES = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md"}
 
 
 def made_up_classifier(experiment, n_classes):
@@ -119,7 +120,7 @@ def test_an_export_answers_as_the_program_does(flexible, capfd, further):
     )
     answers = [line.split("\t") for line in capfd.readouterr().out.splitlines()[-2:]]
     assert of_file("out")["model.safetensors"] == of_file("again")["model.safetensors"]
-    assert of_file("out").keys() == of_file("again").keys() == export.FILES
+    assert of_file("out").keys() == of_file("again").keys() == FILES
     classify = pipeline("text-classification", model="out", truncation=True)
     tolerance = 1e-3 if "bf16" in further else 1e-4  # four decimals are printed
     for answer, found in zip(answers, classify(["You have won", "ok"]), strict=True):
@@ -202,7 +203,7 @@ def test_other_folders_stay(flexible, monkeypatch, capfd):
     assert "--export . is the current folder" in capfd.readouterr().err
     assert ae.main([*flexible, "--export", ""]) == 2
     assert "--export is given without the name of a folder" in capfd.readouterr().err
-    assert ae.main([*flexible, "--export", "empty"]) == 0 and of_file("empty").keys() == export.FILES
+    assert ae.main([*flexible, "--export", "empty"]) == 0 and of_file("empty").keys() == FILES
     (Path("empty") / "added").touch()
     assert ae.main([*flexible, "--export", "empty"]) == 2
 
