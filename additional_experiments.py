@@ -36,82 +36,29 @@ from torch.utils.data import DataLoader
 
 from gpt_download import PRETRAINED, find_weights, load_vocabulary
 from previous_chapters import GPT_SIZES, GPTConfig, GPTModel, load_gpt2_weights, select_positions
-from runner import (
-    baseline,
-    dataset,
-    distributed,
-    export,
-    options,
-    outputs,
-    parsers,
-    records,
-    report,
-    saved_models,
-    table,
-)
-from runner.accuracy import Accuracy, Confusion, describe_mistakes
-from runner.checkpoints import Checkpointer, run_identity
+from runner import options, parsers
 from runner.console import Console, describe_model, describe_setup, exit_status, prepare_streams
-from runner.dataset import DEFAULT_DATA_DIR, SPLITS
-from runner.devices import describe_devices, describe_disagreement, is_accelerator, resolve_device, set_precision
-from runner.features import FrozenFeatures, compute_features, in_memory
-from runner.files import NonFiniteError, UsageError
-from runner.messages import Messages, Stage, cut_and_pad, split_into_passes, tokenize
+from runner.data import datasets
+from runner.data.datasets import DEFAULT_DATA_DIR, SPLITS
+from runner.data.features import FrozenFeatures, compute_features, in_memory
+from runner.data.messages import Messages, Stage, cut_and_pad, split_into_passes, tokenize
+from runner.files import NonFiniteError, UserError
+from runner.machine import processes
+from runner.machine.devices import (
+    describe_devices,
+    describe_disagreement,
+    is_accelerator,
+    resolve_device,
+    set_precision,
+)
 from runner.options import DATA, INPUT, MACHINE, MODEL, TRAINING, RunOptions, option
 from runner.parsers import MAX_CONTEXT, number
-from runner.table import Question, Row
-from runner.training_state import TrainingState, Usage
-
-# --- the 19 rows ---
-
-MEDIUM, LARGE, XL, NANO = "gpt2-medium (355M)", "gpt2-large (774M)", "gpt2-xl (1558M)", "gpt2-nano (7M)"
-
-# Published accuracies in percent (training, validation, test), minutes on an A100, options that are not the default.
-ROWS = {
-    1: Row(96.63, 99.33, 95.00, 0.28),
-    2: Row(78.46, 80.54, 75.00, 0.28, dict(trainable_token_pos="first")),
-    3: Row(78.65, 79.87, 72.00, 0.25, dict(trainable_layers="last_layer")),
-    4: Row(98.85, 98.66, 98.33, 0.33, dict(trainable_layers="last_two_blocks")),
-    5: Row(99.62, 96.64, 96.67, 0.69, dict(trainable_layers="all")),
-    6: Row(87.50, 91.28, 84.67, 0.75, dict(model_size=MEDIUM)),
-    7: Row(99.52, 98.66, 96.67, 1.50, dict(model_size=LARGE)),
-    8: Row(99.81, 99.81, 98.33, 2.83, dict(model_size=XL)),  # 99.81% of 149 messages is an erratum: no count gives it
-    9: Row(100.00, 98.66, 98.67, 8.12, dict(model_size=XL, trainable_layers="all")),
-    10: Row(100.00, 96.64, 93.67, 0.69, dict(weights="random", trainable_layers="all")),
-    11: Row(100.00, 97.32, 96.67, 0.75, dict(trainable_layers="lora", lora_rank=16, lora_alpha=16.0)),
-    12: Row(100.00, 98.66, 98.33, 5.79, dict(trainable_layers="lora", lora_rank=16, lora_alpha=8.0, model_size=XL)),
-    13: Row(83.08, 87.92, 78.33, 2.46, dict(context_length="model_context_length")),
-    14: Row(100.00, 98.66, 98.00, 1.75, dict(no_padding=True, batch_size=1)),
-    15: Row(99.33, 98.66, 98.33, 1.70, dict(no_padding=True, batch_size=1, accumulation_steps=8)),
-    16: Row(99.42, 98.66, 98.33, 0.30, dict(trainable_token_pos="flexible")),
-    17: Row(99.23, 98.66, 95.33, 0.29, dict(disable_causal_mask=True)),
-    18: Row(96.63, 99.33, 95.00, 0.28, dict(ignore_index=50256)),
-    19: Row(97.79, 99.33, 96.33, 0.32, dict(average_embeddings=True)),
-}
-
-# What the table is asked: two of its rows, of which the second is to be judged by the first.
-QUESTIONS = (
-    Question(1, 2, "Does the first token serve as well as the last?"),
-    Question(1, 3, "Is it enough to train the head?"),
-    Question(1, 4, "Does it help to train a second block?"),
-    Question(1, 5, "Does it help to train all layers?"),
-    Question(1, 6, "Is a model of 355M better than one of 124M?"),
-    Question(1, 7, "Is a model of 774M better than one of 124M?"),
-    Question(1, 8, "Is a model of 1558M better than one of 124M?"),
-    Question(5, 10, "Do random weights serve as well as pretrained ones, if all layers are trained?"),
-    Question(5, 11, "Does LoRA do what training all layers does?"),
-    Question(9, 12, "Does LoRA do what training all layers does, in the largest model?"),
-    Question(1, 13, "Does it harm to pad to the length of the model's context?"),
-    Question(1, 14, "Does it help not to pad, with single messages as batches?"),
-    Question(1, 15, "Does it help not to pad, with the gradients of eight messages accumulated?"),
-    Question(1, 16, "Does it help to classify the last token that is not padding?"),
-    Question(1, 17, "Does it help to lift the causal mask?"),
-    Question(1, 18, "Does the label that the loss ignores matter?"),
-    Question(1, 19, "Does it help to average over all positions?"),
-)
-
-DEMO = dict(model_size=NANO, weights="random", trainable_layers="all", dataset="sample", learning_rate=5e-4)
-
+from runner.results import baseline, outputs, records, report, table
+from runner.results.accuracy import Accuracy, Confusion, describe_mistakes
+from runner.rows import DEMO, QUESTIONS, ROWS
+from runner.saved import classifiers, export
+from runner.saved.checkpoints import Checkpointer, run_identity
+from runner.saved.training_state import TrainingState, Usage
 
 # --- the settings of an experiment ---
 
@@ -120,7 +67,7 @@ DEMO = dict(model_size=NANO, weights="random", trainable_layers="all", dataset="
 class Experiment:
     """All settings of one run; each field is an option of the command line, with its default.
 
-    The parser checks single values. Raises UsageError for values that cannot be combined.
+    The parser checks single values. Raises UserError for values that cannot be combined.
     """
 
     model_size: str = option(
@@ -189,13 +136,13 @@ class Experiment:
 
     def __post_init__(self):
         if self.weights == "pretrained" and self.model_size not in PRETRAINED:
-            raise UsageError(f"{self.model_size} has no pretrained weights; use --weights random or --weights FILE")
+            raise UserError(f"{self.model_size} has no pretrained weights; use --weights random or --weights FILE")
         if self.weights not in ("pretrained", "random") and not Path(self.weights).is_file():
-            raise UsageError(f"--weights {self.weights}: neither pretrained nor random, and no such file")
+            raise UserError(f"--weights {self.weights}: neither pretrained nor random, and no such file")
         if self.lora_rank > (emb_dim := GPT_SIZES[self.model_size]["emb_dim"]):
-            raise UsageError(f"--lora_rank {self.lora_rank} exceeds the width {emb_dim} of {self.model_size}")
+            raise UserError(f"--lora_rank {self.lora_rank} exceeds the width {emb_dim} of {self.model_size}")
         if self.average_embeddings and self.trainable_token_pos == "first":
-            raise UsageError("--average_embeddings (all positions) cannot be combined with --trainable_token_pos first")
+            raise UserError("--average_embeddings (all positions) cannot be combined with --trainable_token_pos first")
 
     @property
     def config(self):
@@ -209,7 +156,7 @@ DEFAULTS = asdict(Experiment())
 def parse_args(argv=None):
     """The command line as (Experiment, RunOptions, the options of the experiment that were given).
 
-    The Experiment is None where nothing is to be trained. Raises UsageError.
+    The Experiment is None where nothing is to be trained. Raises UserError.
     """
     title = "Fine-tune GPT-2 as a spam classifier: one configuration, one row of the table."
     return options.parse(argv, title, Experiment, ROWS, DEMO)
@@ -255,15 +202,15 @@ def encode_split(token_ids, lengths, labels, limit, experiment):
 
 
 def prepare_data(experiment, quiet=False):
-    """The dataset.Dataset of an experiment. Errors: those of `dataset.load_splits` and `dataset.count_classes`."""
-    splits, name = dataset.load_splits(experiment.data_dir, experiment.dataset, quiet)
-    n_classes = dataset.count_classes(splits, experiment.ignore_index, experiment.data_dir)
+    """The datasets.Dataset of an experiment. Errors: those of `datasets.load_splits` and `datasets.count_classes`."""
+    splits, name = datasets.load_splits(experiment.data_dir, experiment.dataset, quiet)
+    n_classes = datasets.count_classes(splits, experiment.ignore_index, experiment.data_dir)
     if experiment.batch_size > (n := len(splits["train"])):
-        raise UsageError(f"--batch_size {experiment.batch_size}: there are only {n} training messages")
+        raise UserError(f"--batch_size {experiment.batch_size}: there are only {n} training messages")
     messages, limit, longest = encode(load_vocabulary(), splits, experiment)
-    class_names = dataset.class_names(name, n_classes)
-    sha256, test_texts = dataset.sha256_of_splits(splits), list(splits["test"]["Text"])
-    return dataset.Dataset(messages, limit, longest, name, class_names, sha256, test_texts)
+    class_names = datasets.class_names(name, n_classes)
+    sha256, test_texts = datasets.sha256_of_splits(splits), list(splits["test"]["Text"])
+    return datasets.Dataset(messages, limit, longest, name, class_names, sha256, test_texts)
 
 
 # --- classifier ---
@@ -560,17 +507,17 @@ def accumulate_gradients(classifier, messages, window, experiment):
     weights = loss_weights(messages.labels[indices], [len(batch) for batch in window], experiment.ignore_index)
     size = MESSAGES_PER_PASS if classifier.n_frozen_blocks else experiment.batch_size
     is_finite = []
-    for pass_indices, pass_weights in map(distributed.own_share, indices.split(size), weights.split(size)):
+    for pass_indices, pass_weights in map(processes.own_share, indices.split(size), weights.split(size)):
         logits = classifier(messages.batch(pass_indices, classifier.device))
         labels = messages.labels[pass_indices].to(classifier.device)
         losses = F.cross_entropy(logits, labels, ignore_index=experiment.ignore_index, reduction="none")
         (losses @ pass_weights.to(losses)).backward()
         is_finite.append(logits.isfinite().all() & losses.isfinite().all())
     # Once per update: on an accelerator each question waits for the answer.
-    (is_diverged,) = distributed.largest(not torch.stack(is_finite).all())
+    (is_diverged,) = processes.largest(not torch.stack(is_finite).all())
     if is_diverged:
         raise NonFiniteError("a training loss is not finite")
-    distributed.sum_gradients(classifier.parameters())
+    processes.sum_gradients(classifier.parameters())
 
 
 def make_training_state(classifier, experiment, usage=None):
@@ -651,7 +598,7 @@ def predict(classifier, messages, indices):
     classifier.eval()
     passes = split_into_passes(messages.lengths[indices], classifier.device)
     with torch.no_grad():
-        results = distributed.in_turns(
+        results = processes.in_turns(
             passes, lambda chosen: [classifier(messages.batch(indices[chosen], classifier.device))]
         )
         order, logits = zip(*((chosen, logits) for chosen, (logits,) in results))
@@ -742,7 +689,7 @@ def fine_tune(classifier, messages, experiment, state, checkpointer, console):
 def run(experiment, run_options=None):
     """One experiment from its settings to its printed row, `run_options.repeats` seeds one after another.
 
-    Returns [Record, ...]. Raises UsageError, FileError, FetchError, NonFiniteError, and at the very end OutputError.
+    Returns [Record, ...]. Raises UserError.
     """
     run_options = run_options or RunOptions()
     console = Console(run_options.quiet)
@@ -750,12 +697,12 @@ def run(experiment, run_options=None):
     set_precision(experiment.precision, device)
     weights = find_weights(experiment.weights, experiment.model_size)
     features = FrozenFeatures(experiment, run_options, weights, console)
-    with distributed.main_first():
+    with processes.main_first():
         data = prepare_data(experiment, console.quiet)
     if run_options.export is not None:
         export.check_classes(len(data.class_names), experiment.config.emb_dim)
     console.info(describe_setup(experiment, data, device))
-    if (n_idle := distributed.world_size() - experiment.batch_size) > 0:
+    if (n_idle := processes.world_size() - experiment.batch_size) > 0:
         console.warning(
             f"a batch has {experiment.batch_size} messages, so {n_idle} processes will have few or none to train on"
         )
@@ -763,7 +710,7 @@ def run(experiment, run_options=None):
         with torch.device("meta"):
             sizes = optimize_frozen_blocks(build_classifier(experiment, len(data.class_names)))
         features.warn_if_memory_is_short(sizes, data.messages, device)
-        with distributed.main_first():
+        with processes.main_first():
             weights.open(console.quiet)
 
         finished = checkpointer.checkpoint.finished[: run_options.repeats]
@@ -784,7 +731,7 @@ def publish_again(record, experiment, run_options, data, weights, checkpointer, 
         console.info(line)
     experiment, base = replace(experiment, seed=record.seed), None
     if run_options.save_model:
-        base = weights.sha256 or saved_models.frozen_sha256(build_classifier(experiment, len(data.class_names)))
+        base = weights.sha256 or classifiers.frozen_sha256(build_classifier(experiment, len(data.class_names)))
     publish(record, experiment, run_options, data, weights, base, checkpointer.checkpoint.parameters, console)
 
 
@@ -809,13 +756,13 @@ def place(classifier, experiment, messages, device, shard, console):
     """Move a classifier from the CPU to its device, or this process's shard of it. Some messages test the device."""
     expected = predict_few(classifier, messages) if is_accelerator(device) else None
     if shard:
-        distributed.shard(classifier, device)
+        processes.shard(classifier, device)
     else:
         optimize_frozen_blocks(copy_trained_parameters(classifier).to(device))
     if expected is not None:
         found = predict_few(classifier, messages, classifier.bf16)
         disagreement = describe_disagreement(found, expected, experiment.precision, device)
-        if disagreement := distributed.from_any(disagreement):  # of whichever process: only one prints
+        if disagreement := processes.from_any(disagreement):  # of whichever process: only one prints
             console.warning(disagreement)
 
 
@@ -823,7 +770,7 @@ def run_seed(experiment, run_options, data, weights, features, device, checkpoin
     """One seed from its weights to its printed row: its Record."""
     usage = Usage(device)
     classifier = build_classifier(experiment, len(data.class_names), weights.tensors)
-    base = (weights.sha256 or saved_models.frozen_sha256(classifier)) if run_options.save_model else None
+    base = (weights.sha256 or classifiers.frozen_sha256(classifier)) if run_options.save_model else None
     classifier.gpt.activation_checkpointing = run_options.activation_checkpointing
     place(classifier, experiment, data.messages["train"], device, run_options.shard, console)
     console.info(describe_model(experiment, classifier))
@@ -853,17 +800,17 @@ def run_seed(experiment, run_options, data, weights, features, device, checkpoin
 def restore_classifier(path, given):
     """What `--save_model` wrote: (Classifier on the CPU, its Experiment, its Weights, the SavedClassifier).
 
-    `given` are options that override its own. Raises FileError for a file that cannot be used, UsageError
+    `given` are options that override its own. Raises UserError for a file that cannot be used, UserError
     for a model size or weights other than those it was trained on.
     """
-    saved = saved_models.read_classifier(path)
+    saved = classifiers.read_classifier(path)
     experiment = Experiment(**saved.settings_with(given))
     weights = find_weights(experiment.weights, experiment.model_size)
     if not weights.is_random:  # before a download
         saved.check_base(experiment.weights, weights.sha256)
     weights.open()
     classifier = build_classifier(experiment, len(saved.class_names), weights.tensors)
-    saved.check_base(experiment.weights, weights.sha256 or saved_models.frozen_sha256(classifier))
+    saved.check_base(experiment.weights, weights.sha256 or classifiers.frozen_sha256(classifier))
     saved.restore(copy_trained_parameters(classifier))
     return classifier, experiment, weights, saved
 
@@ -913,12 +860,12 @@ SECONDS_PER_PASS = 0.5  # of reading, before what has come is answered
 
 def classify(run_options, given):
     """`--classify`: print label, probability and message, separated by tabs, for each message as it comes."""
-    chunks = saved_models.chunks_of_texts(run_options.classify, TEXTS_PER_PASS, SECONDS_PER_PASS)
+    chunks = classifiers.chunks_of_texts(run_options.classify, TEXTS_PER_PASS, SECONDS_PER_PASS)
     classifier, experiment, class_names = load_classifier(run_options.load_model, given)
     for chunk in chunks:
         filled = [text for text in chunk if text.strip()]  # an empty line gets an empty answer
         logits = predict_texts(classifier, experiment, filled) if filled else torch.empty(0, len(class_names))
-        saved_models.print_answers(chunk, logits.softmax(-1), class_names)
+        classifiers.print_answers(chunk, logits.softmax(-1), class_names)
 
 
 # --- main ---
@@ -941,7 +888,7 @@ def execute(experiment, run_options, given):
         if run_options.classify:
             classify(run_options, given)
     else:
-        with distributed.process_group(resolve_device(experiment.device)):
+        with processes.process_group(resolve_device(experiment.device)):
             run(experiment, run_options)
 
 

@@ -1,8 +1,8 @@
 """External files: GPT-2's weights, the SMS Spam Collection, the vocabulary.
 
-Each is fetched from a pinned address, verified by its SHA-256 and opened. A download that fails raises `FetchError`,
+Each is fetched from a pinned address, verified by its SHA-256 and opened. A download that fails raises `UserError`,
 whose message names what was asked for, why it failed and what to try; a file that is there but is not what it
-should be raises `FileError`. Nothing half-written stays behind.
+should be raises `UserError`. Nothing half-written stays behind.
 """
 
 import io
@@ -27,7 +27,7 @@ from urllib3.exceptions import HTTPError
 
 from previous_chapters import GPT_SIZES, GPTConfig, GPTModel, WeightsError, is_mask, load_gpt2_weights
 from runner.downloads import Unreachable, check_reachable, describe_error, download, retrying
-from runner.files import FetchError, FileError, NonFiniteError, UsageError, require_finite, sha256_of, write_bytes
+from runner.files import NonFiniteError, UserError, require_finite, sha256_of, write_bytes
 
 # --- what is fetched, and from where ---
 
@@ -87,12 +87,12 @@ SAMPLE_SHA256 = "256fc13f88349059fe708ccf792b1a77cd1c6c4bafbf951a16ba5ec2a1eb266
 def fetch_collection(data_dir, quiet=False):
     """Path of the SMS Spam Collection in the folder `data_dir`, downloaded if it is not there.
 
-    Raises FileError if another file of its name is there, FetchError if the download fails.
+    Raises UserError if another file of its name is there, UserError if the download fails.
     """
     for name in COLLECTION_NAMES:
         if (path := Path(data_dir, name)).exists():
             if not path.is_file() or sha256_of(path) != COLLECTION_SHA256:
-                raise FileError(
+                raise UserError(
                     f"{path} is not the SMS Spam Collection: its SHA-256 is not {COLLECTION_SHA256}; remove it to have "
                     "the collection downloaded"
                 )
@@ -109,7 +109,7 @@ def fetch_collection(data_dir, quiet=False):
             continue
         write_bytes(path, zipfile.ZipFile(io.BytesIO(archive)).read(COLLECTION_MEMBER))
         return path
-    raise FetchError(
+    raise UserError(
         "\n".join(
             [
                 "the SMS Spam Collection could not be downloaded:",
@@ -117,7 +117,8 @@ def fetch_collection(data_dir, quiet=False):
                 "Try: the same command later; --dataset sample or --demo, which need no network; or download the zip",
                 f"by other means and put its member {COLLECTION_MEMBER} at {path}",
             ]
-        )
+        ),
+        status=1,
     )
 
 
@@ -125,7 +126,7 @@ def fetch_weights(model_size, quiet=False):
     """Path of the pretrained weights of `model_size` in the Hugging Face cache, downloaded if not there.
 
     The hub's client does the work, so that its cache and its settings (HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE)
-    apply. Raises FetchError if the download fails or gives another file than the pinned one.
+    apply. Raises UserError if the download fails or gives another file than the pinned one.
     """
     file = PRETRAINED[model_size]
     where = dict(repo_id=file.repo_id, filename=file.filename, revision=file.revision)
@@ -149,27 +150,29 @@ def fetch_weights(model_size, quiet=False):
         if (found := sha256_of(path)) != file.sha256:
             path.resolve().unlink()  # the cache's blob
             path.unlink(missing_ok=True)
-            raise FileError(f"the file's SHA-256 is {found}, not {file.sha256}; it was removed from the cache")
+            raise UserError(f"the file's SHA-256 is {found}, not {file.sha256}; it was removed from the cache")
     except Exception as error:  # the hub's client raises its own, its HTTP library's and the system's errors
-        raise FetchError(
+        raise UserError(
             f"{file.filename} of {file.repo_id} at revision {file.revision} could not be downloaded\n"
             f"  from {endpoint}: {describe_error(error)}\n"
             "Try: the same command later; HF_ENDPOINT=URL for a mirror of the hub; --weights FILE for a file that was\n"
-            "downloaded by other means; --weights random, or --demo, which needs no network"
+            "downloaded by other means; --weights random, or --demo, which needs no network",
+            status=1,
         ) from error
     return path
 
 
 def check_writable(folder):
-    """Make `folder` if it is not there. Raises FetchError where nothing can be written into it."""
+    """Make `folder` if it is not there. Raises UserError where nothing can be written into it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise FetchError(
+        raise UserError(
             f"nothing can be written into {folder} ({error.strerror or error})\n"
-            "Try: another folder with --data_dir, or --dataset sample"
+            "Try: another folder with --data_dir, or --dataset sample",
+            status=1,
         ) from error
 
 
@@ -179,13 +182,13 @@ def check_writable(folder):
 def open_weights(path):
     """The tensors of a `.safetensors` file by name, memory-mapped: nothing is read until a tensor is used.
 
-    Raises FileError for a file that is missing, truncated or of another format.
+    Raises UserError for a file that is missing, truncated or of another format.
     """
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, OSError) as error:
-        raise FileError(f"{path} cannot be read as a .safetensors file: {describe_error(error)}") from error
+        raise UserError(f"{path} cannot be read as a .safetensors file: {describe_error(error)}") from error
 
 
 @dataclass
@@ -208,7 +211,7 @@ class Weights:
         return self.model_size in PRETRAINED and self.sha256 == PRETRAINED[self.model_size].sha256
 
     def open(self, quiet=False):
-        """Open the published file, downloaded if need be; any other one is open. Raises FetchError or FileError."""
+        """Open the published file, downloaded if need be; any other one is open. Raises UserError."""
         if self.source == "pretrained":
             self.tensors = open_weights(fetch_weights(self.model_size, quiet))
 
@@ -216,8 +219,8 @@ class Weights:
 def find_weights(source, model_size):
     """The Weights that `source`, the value of --weights, names: pretrained, random or the path of a file.
 
-    A file is opened and checked now, the published one by `Weights.open`. Raises FileError for a file that cannot be
-    read, UsageError for one whose tensors are not those of the model.
+    A file is opened and checked now, the published one by `Weights.open`. Raises UserError for a file that cannot be
+    read, UserError for one whose tensors are not those of the model.
     """
     if source == "random":
         return Weights(model_size, source)
@@ -229,9 +232,9 @@ def find_weights(source, model_size):
         with torch.device("meta"):
             load_gpt2_weights(GPTModel(GPTConfig(**GPT_SIZES[model_size])), tensors)
     except NonFiniteError as error:
-        raise UsageError(f"--weights {source}: {error}") from None
+        raise UserError(f"--weights {source}: {error}") from None
     except WeightsError as error:
-        raise UsageError(f"--weights {source} does not fit {model_size}: {error}") from None
+        raise UserError(f"--weights {source} does not fit {model_size}: {error}") from None
     return Weights(model_size, source, sha256_of(source), tensors)
 
 
@@ -239,10 +242,10 @@ def find_weights(source, model_size):
 
 
 def load_vocabulary():
-    """GPT-2's byte-pair encoding, a tiktoken.Encoding, from the file in data/. Raises FileError if it was changed."""
+    """GPT-2's byte-pair encoding, a tiktoken.Encoding, from the file in data/. Raises UserError if it was changed."""
     # The file itself is hashed, because tiktoken's loader may read its cache's copy instead.
     if not VOCABULARY.is_file() or sha256_of(VOCABULARY) != VOCABULARY_SHA256:
-        raise FileError(f"the vocabulary {VOCABULARY} is missing or changed: its SHA-256 is not {VOCABULARY_SHA256}")
+        raise UserError(f"the vocabulary {VOCABULARY} is missing or changed: its SHA-256 is not {VOCABULARY_SHA256}")
     return build_vocabulary(str(VOCABULARY))
 
 
@@ -257,7 +260,7 @@ def build_vocabulary(path):
 
 
 def sample_path():
-    """Path of the sample of messages in data/. Raises FileError if it was changed."""
+    """Path of the sample of messages in data/. Raises UserError if it was changed."""
     if not SAMPLE.is_file() or sha256_of(SAMPLE) != SAMPLE_SHA256:
-        raise FileError(f"the sample {SAMPLE} is missing or changed: its SHA-256 is not {SAMPLE_SHA256}")
+        raise UserError(f"the sample {SAMPLE} is missing or changed: its SHA-256 is not {SAMPLE_SHA256}")
     return SAMPLE

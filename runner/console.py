@@ -9,12 +9,12 @@ import tiktoken
 import torch
 from tqdm import tqdm
 
-from . import distributed
-from .dataset import DATASET_NAMES
-from .devices import describe_devices
-from .files import FetchError, FileError, NonFiniteError, OutputError, ProcessError, UsageError
-from .signals import Terminated
-from .table import markdown_header, markdown_line
+from runner.data.datasets import DATASET_NAMES
+from runner.files import UserError
+from runner.machine import processes
+from runner.machine.devices import describe_devices
+from runner.results.table import markdown_header, markdown_line
+from runner.saved.signals import Terminated
 
 
 class Console:
@@ -24,7 +24,7 @@ class Console:
     """
 
     def __init__(self, quiet=False):
-        self.is_silent = distributed.rank() > 0
+        self.is_silent = processes.rank() > 0
         self.quiet = quiet or self.is_silent
         self.not_written = []  # a message for each output of the run that could not be written
 
@@ -65,9 +65,9 @@ class Console:
             self.warning(self.not_written[-1])
 
     def close(self):
-        """Call at the end of a run. Raises OutputError where an output could not be written."""
+        """Call at the end of a run. Raises UserError where an output could not be written."""
         if self.not_written:
-            raise OutputError("; ".join(self.not_written))
+            raise UserError("training finished, but " + "; ".join(self.not_written), status=1)
 
 
 def describe_data(name, splits):
@@ -128,12 +128,8 @@ def exit_status(command):
     try:
         command()
         return 0
-    except (UsageError, FileError) as error:
-        status, message = 2, f"error: {error}"
-    except (FetchError, NonFiniteError, ProcessError) as error:
-        status, message = 1, f"error: {error}"
-    except OutputError as error:
-        status, message = 1, f"error: training finished, but {error}"
+    except UserError as error:
+        status, message = error.status, f"error: {error}"
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not any(words in str(error) for words in OUT_OF_MEMORY):
             raise
@@ -141,13 +137,13 @@ def exit_status(command):
     except KeyboardInterrupt as error:
         status = 128 + (error.number if isinstance(error, Terminated) else signal.SIGINT)
         message = error.args[0] if error.args else "interrupted"
-        if distributed.is_launched() and isinstance(error, Terminated):
+        if processes.is_launched() and isinstance(error, Terminated):
             message += " (by SIGTERM, which torchrun also sends where another process has ended)"
     except BrokenPipeError:  # the reader of the output has gone; Python's own last flush must not complain either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:  # a full disk, a folder that is gone: no fault of the program
         status, message = 1, f"error: {error}"
-    if distributed.is_to_tell(is_interrupt=status > 128):
+    if processes.is_to_tell(is_interrupt=status > 128):
         print(message, file=sys.stderr)
     return status

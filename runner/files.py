@@ -21,28 +21,19 @@ import torch
 # --- errors that a user sees, as one line and without a traceback ---
 
 
-class UsageError(ValueError):
-    """An option, a combination of options or an input file that cannot be used."""
+class UserError(Exception):
+    """What a user can do something about; `status` is the exit status: 2 for an option or a file, 1 for the rest."""
+
+    def __init__(self, message, status=2):
+        super().__init__(message)
+        self.status = status
 
 
-class FileError(ValueError):
-    """A file is damaged, or is not the file that it should be."""
-
-
-class FetchError(RuntimeError):
-    """Something could not be downloaded."""
-
-
-class OutputError(RuntimeError):
-    """Training finished, but not everything that was asked for could be written."""
-
-
-class ProcessError(RuntimeError):
-    """Another process of the same run has ended."""
-
-
-class NonFiniteError(RuntimeError):
+class NonFiniteError(UserError):
     """A loss, a logit or a parameter is infinite or not a number: the run cannot be trusted."""
+
+    def __init__(self, message):
+        super().__init__(message, status=1)
 
 
 # --- checksums and values ---

@@ -8,12 +8,11 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from gpt_download import COLLECTION_NAMES
-
-from . import distributed
-from .dataset import SPLITS
-from .export import check_experiment, check_folder
-from .files import UsageError
-from .parsers import image, number, page
+from runner.data.datasets import SPLITS
+from runner.files import UserError
+from runner.machine import processes
+from runner.parsers import image, number, page
+from runner.saved.export import check_experiment, check_folder
 
 # --- options as fields ---
 
@@ -31,7 +30,7 @@ def option(default, group, help, **arguments):
 class RunOptions:
     """What one call does besides its experiment, or instead of it. No number of a seed depends on it.
 
-    Raises UsageError for options that cannot be combined, and for files in folders that do not exist.
+    Raises UserError for options that cannot be combined, and for files in folders that do not exist.
     """
 
     quiet: bool = option(False, RESULTS, "print finished rows only")
@@ -121,16 +120,16 @@ class RunOptions:
             ("restart", "checkpoint"),
         ):
             if getattr(self, name) and getattr(self, needed) is None:
-                raise UsageError(f"--{name} needs --{needed}")
-        if self.shard and not distributed.is_launched():
-            raise UsageError(
+                raise UserError(f"--{name} needs --{needed}")
+        if self.shard and not processes.is_launched():
+            raise UserError(
                 "--shard needs several processes: torchrun --nproc_per_node N additional_experiments.py ..."
             )
         if self.load_model is not None and not self.classify and self.export is None:
-            raise UsageError("--load_model needs --classify or --export")
+            raise UserError("--load_model needs --classify or --export")
         for name in ("save_model", "export"):
             if getattr(self, name) is not None and self.repeats > 1:
-                raise UsageError(f"--{name} is for one classifier, --repeats trains several")
+                raise UserError(f"--{name} is for one classifier, --repeats trains several")
         self.check_paths()
 
     def check_paths(self):
@@ -138,7 +137,7 @@ class RunOptions:
         if self.export is not None:
             check_folder(self.export)
         if self.feature_cache and os.path.exists(self.feature_cache) and not os.path.isdir(self.feature_cache):
-            raise UsageError(f"--feature_cache {self.feature_cache} is not a folder")
+            raise UserError(f"--feature_cache {self.feature_cache} is not a folder")
         names = {}
         for name in (
             "report",
@@ -153,20 +152,20 @@ class RunOptions:
             if (path := getattr(self, name)) is None:
                 continue
             if self.export is not None and Path(self.export).resolve() in Path(path).resolve().parents:
-                raise UsageError(f"--{name} {path} is in the folder of --export, which holds nothing else")
+                raise UserError(f"--{name} {path} is in the folder of --export, which holds nothing else")
             if name == "results_file" and (path == "" or self.report is not None):
                 continue
             if path == "":
-                raise UsageError(f"--{name} is given without the name of a file")
+                raise UserError(f"--{name} is given without the name of a file")
             if not Path(path).parent.is_dir():
-                raise UsageError(f"--{name} {path}: there is no folder {Path(path).parent}")
+                raise UserError(f"--{name} {path}: there is no folder {Path(path).parent}")
             if Path(path).is_dir():
-                raise UsageError(f"--{name} {path} is a folder")
+                raise UserError(f"--{name} {path} is a folder")
             if is_special(path):
                 hint = '; for none: --results_file ""' if name == "results_file" else ""
-                raise UsageError(f"--{name} {path} is not a regular file{hint}")
+                raise UserError(f"--{name} {path} is not a regular file{hint}")
             if (other := names.setdefault(Path(path).resolve(), name)) != name:
-                raise UsageError(f"--{other} and --{name} name the same file, {path}")
+                raise UserError(f"--{other} and --{name} name the same file, {path}")
 
 
 def is_special(path):
@@ -187,10 +186,10 @@ COMPANIONS = {
 
 
 class Parser(argparse.ArgumentParser):
-    """An argparse parser whose errors are a UsageError: one line."""
+    """An argparse parser whose errors are a UserError: one line."""
 
     def error(self, message):  # argparse's own prints the whole usage before the one line that matters
-        raise UsageError(f"{message} (--help lists the options)")
+        raise UserError(f"{message} (--help lists the options)")
 
 
 def make_parser(description, experiment_type, rows, demo):
@@ -239,7 +238,7 @@ def split_texts(argv, experiment_type):
     if "--classify" not in argv:
         return argv, {}
     if argv[: (argv.index("--") if "--" in argv else None)].count("--classify") > 1:
-        raise UsageError("--classify is given twice")
+        raise UserError("--classify is given twice")
     start = argv.index("--classify") + 1
     names = {"--row", "--demo", "--help"}
     names |= {f"--{setting.name}" for setting in (*fields(experiment_type), *fields(RunOptions))}
@@ -250,7 +249,7 @@ def split_texts(argv, experiment_type):
     if rest[:1] == ["--"]:
         texts, rest = texts + rest[1:], []
     if not texts:
-        raise UsageError("--classify needs a message, or - for standard input")
+        raise UserError("--classify needs a message, or - for standard input")
     return argv[: start - 1] + rest, {"classify": tuple(texts)}
 
 
@@ -258,7 +257,7 @@ def parse(argv, description, experiment_type, rows, demo):
     """A command line as (Experiment, RunOptions, the options of the experiment that were given).
 
     `rows` maps numbers to Rows and `demo` options to values: the presets. The Experiment is None where nothing is to
-    be trained. Raises UsageError.
+    be trained. Raises UserError.
     """
     argv, texts = split_texts(sys.argv[1:] if argv is None else argv, experiment_type)
     given = vars(make_parser(description, experiment_type, rows, demo).parse_args(argv)) | texts
@@ -267,12 +266,12 @@ def parse(argv, description, experiment_type, rows, demo):
         refused = sorted((given.keys() | run_options.keys()) - {mode, *companions})
         if mode in run_options and refused:
             what = "trains no GPT-2" if mode == "baseline" else "trains nothing"
-            raise UsageError(f"--{refused[0]} cannot be combined with --{mode}, which {what}")
-        if mode in run_options and distributed.world_size() > 1:
-            raise UsageError(f"--{mode} runs in one process: call it without torchrun")
+            raise UserError(f"--{refused[0]} cannot be combined with --{mode}, which {what}")
+        if mode in run_options and processes.world_size() > 1:
+            raise UserError(f"--{mode} runs in one process: call it without torchrun")
     run_options = RunOptions(**run_options)
     if run_options.baseline and not importlib.util.find_spec("sklearn"):
-        raise UsageError("--baseline needs scikit-learn, which is not installed: pip install scikit-learn")
+        raise UserError("--baseline needs scikit-learn, which is not installed: pip install scikit-learn")
     if run_options.report is not None or run_options.load_model is not None:
         return None, run_options, given
     presets = demo if given.pop("demo", False) else {}
@@ -280,14 +279,14 @@ def parse(argv, description, experiment_type, rows, demo):
         presets = rows[row].options
     settings = presets | given
     if settings.get("dataset") == "sample" and "data_dir" in given:
-        raise UsageError("--data_dir is not read with the sample; add --dataset uci, or leave --data_dir out")
+        raise UserError("--data_dir is not read with the sample; add --dataset uci, or leave --data_dir out")
     experiment = experiment_type(**settings)
     check_outputs(experiment, run_options)
     return experiment, run_options, given
 
 
 def check_outputs(experiment, run_options):
-    """Raises UsageError if an output would overwrite an input."""
+    """Raises UserError if an output would overwrite an input."""
     if run_options.export is not None:
         check_experiment(experiment)
     inputs = {Path(experiment.weights).resolve(): "the weights"}
@@ -296,4 +295,4 @@ def check_outputs(experiment, run_options):
     for name in ("checkpoint", "save_model", "plot", "results_file"):
         path = getattr(run_options, name)
         if path and (input := inputs.get(Path(path).resolve())):
-            raise UsageError(f"--{name} {path} would overwrite {input}")
+            raise UserError(f"--{name} {path} would overwrite {input}")

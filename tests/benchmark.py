@@ -35,11 +35,11 @@ import plain
 
 import additional_experiments as ae
 from gpt_download import Weights
-from runner import dataset
-from runner.checkpoints import Checkpointer
 from runner.console import Console
-from runner.devices import describe_device, peak_memory, reset_peak_memory, resolve_device, set_precision
-from runner.features import FrozenFeatures
+from runner.data import datasets
+from runner.data.features import FrozenFeatures
+from runner.machine.devices import describe_device, peak_memory, reset_peak_memory, resolve_device, set_precision
+from runner.saved.checkpoints import Checkpointer
 
 PLAIN_STEPS, PLAIN_EVALUATIONS = 3, 4
 
@@ -248,7 +248,7 @@ def measure(number, arguments):
         experiment = replace(experiment, dataset="sample")
     device = resolve_device(experiment.device)
     set_precision(experiment.precision, device)
-    splits, _ = dataset.load_splits(experiment.data_dir, experiment.dataset)
+    splits, _ = datasets.load_splits(experiment.data_dir, experiment.dataset)
     tokenizer = ae.load_vocabulary()
     messages, max_tokens, _ = ae.encode(tokenizer, splits, experiment)
     token_lists = tokenizer.encode_ordinary_batch(list(splits["train"]["Text"]))
@@ -290,7 +290,7 @@ def classify(arguments):
     options = ["--trainable_token_pos=flexible", "--weights=random", f"--data_dir={arguments.data_dir}"]
     options += [f"--model_size={arguments.model_size}"] if arguments.model_size else []
     experiment, *_ = ae.parse_args([*options, f"--device={arguments.device}", *arguments.options.split()])
-    splits, _ = dataset.load_splits(experiment.data_dir, arguments.dataset)
+    splits, _ = datasets.load_splits(experiment.data_dir, arguments.dataset)
     texts = [text for frame in splits.values() for text in frame["Text"]]
     experiment = replace(experiment, context_length=120)
     device = resolve_device(experiment.device)

@@ -12,12 +12,12 @@ import pytest
 import torch
 
 import additional_experiments as ae
-from runner import dataset
-from runner.accuracy import Accuracy, Confusion, Mistake
-from runner.checkpoints import Checkpointer
 from runner.console import Console
+from runner.data import datasets
 from runner.options import RunOptions
-from runner.records import Record
+from runner.results.accuracy import Accuracy, Confusion, Mistake
+from runner.results.records import Record
+from runner.saved.checkpoints import Checkpointer
 
 CPU = torch.device("cpu")
 QUIET = Console(quiet=True)
@@ -25,7 +25,7 @@ QUIET = Console(quiet=True)
 
 def encoded(experiment):
     """{split: Messages} of an experiment."""
-    splits, _ = dataset.load_splits(experiment.data_dir, experiment.dataset)
+    splits, _ = datasets.load_splits(experiment.data_dir, experiment.dataset)
     return ae.encode(ae.load_vocabulary(), splits, experiment)[0]
 
 

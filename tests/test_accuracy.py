@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest
 
 import additional_experiments as ae
-from runner.accuracy import Accuracy, Confusion, Mistake, describe_mistakes
+from runner.results.accuracy import Accuracy, Confusion, Mistake, describe_mistakes
 
 
 def test_accuracy_is_printed_in_percent():

@@ -19,9 +19,10 @@ import additional_experiments as ae
 import gpt_download
 from additional_experiments import ROWS, build_classifier, main, parse_args
 from previous_chapters import THIRD_OF_C_ATTN, TransformerBlock, checkpoint_name
-from runner import dataset, devices, features
-from runner.accuracy import mean_and_deviation
+from runner.data import datasets, features
 from runner.files import sha256_of
+from runner.machine import devices
+from runner.results.accuracy import mean_and_deviation
 
 SCRIPT = Path(ae.__file__)
 
@@ -107,9 +108,9 @@ def test_quiet_leaves_the_row_only(nano, capsys):
 
 def test_published_figures_are_shown_with_the_result_of_a_row(nano, capsys, monkeypatch):
     """On the collection itself, which is not at hand here: its splits are what a test says they are."""
-    load_splits = dataset.load_splits
-    monkeypatch.setattr(dataset, "load_splits", lambda *arguments: (load_splits(*arguments)[0], "uci"))
-    options = dict(model_size=ae.NANO, weights="random", num_epochs=1)
+    load_splits = datasets.load_splits
+    monkeypatch.setattr(datasets, "load_splits", lambda *arguments: (load_splits(*arguments)[0], "uci"))
+    options = dict(model_size=ae.DEMO["model_size"], weights="random", num_epochs=1)
     monkeypatch.setitem(ROWS, 20, replace(ROWS[2], options=options))
     assert main([*nano, "--quiet"]) == 0
     row = capsys.readouterr().out
@@ -144,7 +145,7 @@ def test_demo_learns_without_a_network(tmp_path):
 )
 def test_weights_that_cannot_be_used(tmp_path, monkeypatch, capsys, damage, message):
     """Refused before the collection is asked for."""
-    monkeypatch.setattr(dataset, "load_splits", lambda *_: pytest.fail("the data was asked for"))
+    monkeypatch.setattr(datasets, "load_splits", lambda *_: pytest.fail("the data was asked for"))
     path = tmp_path / "file.safetensors"
     save_file({"wte.weight": torch.ones(1000)}, path)
     damage(path)
@@ -329,10 +330,10 @@ def test_weights_file_that_transformers_wrote(nano, tmp_path, layers, capsys):
 
 def test_published_weights_under_another_name_are_the_row_too(nano, nano_weights, monkeypatch, capfd):
     pinned = gpt_download.HubFile("nobody/nano", "0", sha256_of(nano_weights))
-    monkeypatch.setitem(gpt_download.PRETRAINED, ae.NANO, pinned)
-    monkeypatch.setitem(ROWS, 20, replace(ROWS[1], options=dict(model_size=ae.NANO, num_epochs=1)))
-    load_splits = dataset.load_splits
-    monkeypatch.setattr(dataset, "load_splits", lambda *arguments: (load_splits(*arguments)[0], "uci"))
+    monkeypatch.setitem(gpt_download.PRETRAINED, ae.DEMO["model_size"], pinned)
+    monkeypatch.setitem(ROWS, 20, replace(ROWS[1], options=dict(model_size=ae.DEMO["model_size"], num_epochs=1)))
+    load_splits = datasets.load_splits
+    monkeypatch.setattr(datasets, "load_splits", lambda *arguments: (load_splits(*arguments)[0], "uci"))
     nano[nano.index("random")] = nano_weights
     assert ae.main([*nano, "--quiet"]) == 0
     assert capfd.readouterr().out.startswith("| 20 |") and records_in()[0]["row"] == "20"

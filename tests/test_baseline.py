@@ -9,7 +9,7 @@ import pytest
 from helpers import records_in
 
 from additional_experiments import main
-from runner.results_file import read_records
+from runner.results.results_file import read_records
 
 
 def test_baselines_of_own_data(data_dir, capfd):

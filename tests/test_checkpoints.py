@@ -22,12 +22,15 @@ from safetensors.torch import save_file
 
 import additional_experiments as ae
 from previous_chapters import GPT_SIZES
-from runner import checkpoints, features, locks, outputs, training_state
-from runner.files import FileError, NonFiniteError
+from runner import locks
+from runner.data import features
+from runner.data.tensor_files import read_tensors
+from runner.files import NonFiniteError, UserError
 from runner.locks import LockFile
-from runner.signals import DeferredSignals
-from runner.tensor_files import read_tensors
-from runner.training_state import TrainingState
+from runner.results import outputs
+from runner.saved import checkpoints, training_state
+from runner.saved.signals import DeferredSignals
+from runner.saved.training_state import TrainingState
 
 CONFIGURATIONS = {
     "last_block": "",
@@ -361,9 +364,9 @@ def test_another_run_is_refused_by_the_setting_that_differs(tmp_path):
     checkpoints.write_checkpoint(path, dict(seed=1, device="cpu"), content)
     found = checkpoints.read_checkpoint(path, dict(seed=1, device="cpu"))
     assert found["n"] == [1.5, None] and found["tensors"]["a"].equal(torch.ones(2))
-    with pytest.raises(FileError, match="is of a run with device cpu, not cuda"):
+    with pytest.raises(UserError, match="is of a run with device cpu, not cuda"):
         checkpoints.read_checkpoint(path, dict(seed=1, device="cuda"))
-    with pytest.raises(FileError, match="is of a run with momentum None, not 1"):
+    with pytest.raises(UserError, match="is of a run with momentum None, not 1"):
         checkpoints.read_checkpoint(path, dict(seed=1, device="cpu", momentum=1))
 
 

@@ -7,9 +7,9 @@ import pytest
 from scipy.optimize import brentq, minimize_scalar
 from scipy.stats import binomtest
 
-from runner import comparison
-from runner.accuracy import Z95
-from runner.comparison import Sample, compare, holm, mcnemar, smallest_difference, tango_interval
+from runner.results import comparison
+from runner.results.accuracy import Z95
+from runner.results.comparison import Sample, compare, holm, mcnemar, smallest_difference, tango_interval
 
 
 @pytest.mark.parametrize("a, b", [(0, 0), (1, 0), (0, 6), (3, 3), (8, 2), (86, 150), (150, 86), (0, 300), (700, 800)])

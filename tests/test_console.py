@@ -8,7 +8,7 @@ import pytest
 
 import additional_experiments
 from runner.console import Console, exit_status
-from runner.files import FetchError, FileError, NonFiniteError, OutputError, UsageError
+from runner.files import NonFiniteError, UserError
 
 SCRIPT = Path(additional_experiments.__file__)
 
@@ -16,10 +16,9 @@ SCRIPT = Path(additional_experiments.__file__)
 @pytest.mark.parametrize(
     "error, status, message",
     [
-        (UsageError("a"), 2, "error: a\n"),
-        (FileError("a"), 2, "error: a\n"),
-        (FetchError("a"), 1, "error: a\n"),
-        (OutputError("a"), 1, "error: training finished, but a\n"),
+        (UserError("a"), 2, "error: a\n"),
+        (UserError("a"), 2, "error: a\n"),
+        (UserError("a", status=1), 1, "error: a\n"),
         (NonFiniteError("a"), 1, "error: a\n"),
         (OSError(28, "No space left on device"), 1, "error: [Errno 28] No space left on device\n"),
         (KeyboardInterrupt(), 130, "interrupted\n"),

@@ -11,13 +11,13 @@ from helpers import encoded
 import additional_experiments as ae
 import gpt_download
 from additional_experiments import main, parse_args
-from runner import dataset
-from runner.files import FetchError, FileError, sha256_of
+from runner.data import datasets
+from runner.files import UserError, sha256_of
 
 
 def load_splits(options):
     experiment, *_ = parse_args([str(option) for option in options])
-    return dataset.load_splits(experiment.data_dir, experiment.dataset)
+    return datasets.load_splits(experiment.data_dir, experiment.dataset)
 
 
 # --- bad data ---
@@ -90,8 +90,8 @@ def test_a_pipe_is_not_waited_for(nano, data_dir, capsys):
 
 
 def test_as_many_blanks_as_the_tokenizer_takes():
-    text = "a" + " " * dataset.MAX_SPACES + "b"
-    assert dataset.problem_of_text(text) is None and len(ae.load_vocabulary().encode_ordinary(text)) > 1000
+    text = "a" + " " * datasets.MAX_SPACES + "b"
+    assert datasets.problem_of_text(text) is None and len(ae.load_vocabulary().encode_ordinary(text)) > 1000
 
 
 # --- the folder ---
@@ -121,22 +121,22 @@ def test_a_folder_from_which_somebody_expects_other_data(no_download, tmp_path, 
 
 def test_links_of_the_three_files_that_lead_nowhere(nano, no_download, data_dir, tmp_path_factory, capsys):
     elsewhere = tmp_path_factory.mktemp("elsewhere")
-    for split in dataset.SPLITS:
+    for split in datasets.SPLITS:
         (data_dir / f"{split}.csv").rename(elsewhere / f"{split}.csv")
         (data_dir / f"{split}.csv").symlink_to(elsewhere / f"{split}.csv")
     assert main([*nano, "--quiet"]) == 0
-    for split in dataset.SPLITS:
+    for split in datasets.SPLITS:
         (elsewhere / f"{split}.csv").unlink()
     assert main(nano) == 2
     assert f"train.csv is a link to {elsewhere}/train.csv, which does not exist" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", [dataset.DEFAULT_DATA_DIR, "made"])
+@pytest.mark.parametrize("name", [datasets.DEFAULT_DATA_DIR, "made"])
 def test_the_default_folder_is_made_and_any_other_must_be_there(monkeypatch, capsys, name):
     """What a failed download made is removed again, what the user made stays."""
 
     def fail(*_):
-        raise FetchError("no network")
+        raise UserError("no network", status=1)
 
     monkeypatch.setattr(gpt_download, "fetch_collection", fail)
     if name == "made":
@@ -200,7 +200,7 @@ def test_three_classes_and_messages_without_a_label(nano, data_dir, capsys):
 
 
 def test_sample_is_split_70_10_20_and_balanced(sample_splits):
-    assert [len(sample_splits[split]) for split in dataset.SPLITS] == [840, 120, 240]
+    assert [len(sample_splits[split]) for split in datasets.SPLITS] == [840, 120, 240]
     assert sum(frame["Label"].sum() for frame in sample_splits.values()) == 600
 
 
@@ -210,13 +210,13 @@ def test_collection_is_split_and_written_once(tmp_path, monkeypatch):
     collection.write_bytes(gpt_download.SAMPLE.read_bytes())
     monkeypatch.setattr(gpt_download, "COLLECTION_SHA256", gpt_download.SAMPLE_SHA256)
     options = ["--data_dir", tmp_path]
-    with pytest.raises(FileError, match="splits the collection differently"):
+    with pytest.raises(UserError, match="splits the collection differently"):
         load_splits(options)
     assert list(tmp_path.iterdir()) == [collection]
 
-    contents = {s: frame.to_csv(index=None).encode() for s, frame in dataset.balanced_splits(collection).items()}
+    contents = {s: frame.to_csv(index=None).encode() for s, frame in datasets.balanced_splits(collection).items()}
     sums = {split: hashlib.sha256(content).hexdigest() for split, content in contents.items()}
-    monkeypatch.setattr(dataset, "UCI_SPLITS_SHA256", sums)
+    monkeypatch.setattr(datasets, "UCI_SPLITS_SHA256", sums)
     splits, name = load_splits(options)
     assert {split: len(frame) for split, frame in splits.items()} == dict(train=840, validation=120, test=240)
     assert name == "uci"

@@ -7,7 +7,7 @@ import torch
 from helpers import CPU
 
 from additional_experiments import main
-from runner import devices
+from runner.machine import devices
 
 
 def test_auto_device_prefers_an_accelerator(monkeypatch):

@@ -22,11 +22,14 @@ from helpers import CPU, encoded, finish_together, records_in, save_random_weigh
 import additional_experiments as ae
 from gpt_download import find_weights
 from previous_chapters import GPT_SIZES
-from runner import checkpoints, devices, distributed, feature_cache, features, outputs, placement
-from runner.files import UsageError
-from runner.messages import Batch, Stage
+from runner.data import feature_cache, features, placement
+from runner.data.messages import Batch, Stage
+from runner.files import UserError
+from runner.machine import devices, processes
 from runner.options import RunOptions
-from runner.results_file import read_records
+from runner.results import outputs
+from runner.results.results_file import read_records
+from runner.saved import checkpoints
 
 # Each with 43 training messages: no number of processes divides the batches, nor a batch the messages.
 CONFIGURATIONS = {f"row {number}": row.options for number, row in ae.ROWS.items()} | {
@@ -49,7 +52,7 @@ RUNS = {
 def make_tiny():
     """Set what the tests of this file need, here or in another process: losses are printed every other batch."""
     GPT_SIZES[TINY], ae.EVALUATE_EVERY, features.MIN_SECONDS = TINY_SIZE, 2, 0
-    distributed.TIMEOUT = timedelta(minutes=1)
+    processes.TIMEOUT = timedelta(minutes=1)
 
 
 def results(data_dir, weights, shard=False, names=(*CONFIGURATIONS, *RUNS)):
@@ -78,11 +81,11 @@ def results(data_dir, weights, shard=False, names=(*CONFIGURATIONS, *RUNS)):
 
 def write_results(data_dir, weights):
     make_tiny()
-    with distributed.process_group(CPU):
+    with processes.process_group(CPU):
         for shard in (False, True):
             names = SHARDED if shard else (*CONFIGURATIONS, *RUNS)
             found = results(data_dir, weights, shard, names)
-            if distributed.rank() == 0:
+            if processes.rank() == 0:
                 Path(f"{shard}.json").write_text(json.dumps(found))
 
 
@@ -92,7 +95,7 @@ def tiny(monkeypatch):
     monkeypatch.setitem(GPT_SIZES, TINY, TINY_SIZE)
     monkeypatch.setattr(ae, "EVALUATE_EVERY", 2)
     monkeypatch.setattr(features, "MIN_SECONDS", 0)
-    monkeypatch.setattr(distributed, "TIMEOUT", distributed.TIMEOUT)
+    monkeypatch.setattr(processes, "TIMEOUT", processes.TIMEOUT)
     make_tiny()
 
 
@@ -132,7 +135,7 @@ def main(options, elsewhere=None):
     """A run as the command line starts it; process 1 may have another folder, as on a host that shares none."""
     make_tiny()
     ae.EVALUATE_EVERY = 5
-    if elsewhere is not None and distributed.rank() == 1:
+    if elsewhere is not None and processes.rank() == 1:
         os.chdir(elsewhere)
     return ae.main(options)
 
@@ -226,7 +229,7 @@ def test_a_silent_process_is_given_up(long_options, tmp_path):
 
 def impatient_main(options):
     make_tiny()
-    distributed.TIMEOUT = timedelta(seconds=3)
+    processes.TIMEOUT = timedelta(seconds=3)
     return ae.main(options)
 
 
@@ -243,7 +246,7 @@ def test_what_all_find_is_told_once(long_options, tmp_path):
 def main_with(wrong, options):
     """A run in which something is wrong with the clock of process 1, or with writing the features or the record."""
     make_tiny()
-    if wrong == "clock" and distributed.rank() == 1:  # far slower: it would not save when the other one does
+    if wrong == "clock" and processes.rank() == 1:  # far slower: it would not save when the other one does
         clock, start = time.monotonic, time.monotonic()
         checkpoints.time = SimpleNamespace(monotonic=lambda: start + (clock() - start) / 1000)
     if wrong == "features":
@@ -353,7 +356,7 @@ def measure_shards(path):
     """Print bytes: of all parameters; of this process's part of them, their gradients and moments; while loading."""
     GPT_SIZES["wide"] = dict(emb_dim=256, n_layers=24, n_heads=4)
     experiment = ae.Experiment(model_size="wide", weights=path, device="cpu", trainable_layers="all")
-    with distributed.process_group(CPU):
+    with processes.process_group(CPU):
         import torch.distributed.fsdp as fsdp
 
         fully_shard, held = fsdp.fully_shard, [memory_of_its_own()]
@@ -364,7 +367,7 @@ def measure_shards(path):
 
         fsdp.fully_shard = measured
         classifier = ae.build_classifier(experiment, 2, find_weights(path, "wide").tensors)
-        distributed.shard(classifier, CPU)
+        processes.shard(classifier, CPU)
         peak = max(*held, memory_of_its_own()) - held[0]
         state = ae.make_training_state(classifier, experiment)
         batch = Batch(Stage.TOKEN_IDS, torch.ones(2, 5, dtype=torch.int32), torch.tensor([4, 4]), None)
@@ -400,17 +403,17 @@ def test_a_device_for_each(launched, monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_device", lambda number: None)
     assert devices.resolve_device("auto") == torch.device("cuda:1")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(UsageError, match="2 processes cannot have a CUDA device each: this host has 1"):
+    with pytest.raises(UserError, match="2 processes cannot have a CUDA device each: this host has 1"):
         devices.resolve_device("cuda")
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    with pytest.raises(UsageError, match="--device mps is for one process; use --device cpu with several"):
+    with pytest.raises(UserError, match="--device mps is for one process; use --device cpu with several"):
         devices.resolve_device("mps")
 
 
 def test_an_empty_share_is_one_message_without_weight(launched):
     indices, weights = torch.tensor([7, 8, 9]), torch.tensor([0.2, 0.3, 0.5])
-    assert [part.tolist() for part in distributed.own_share(indices, weights)] == [[8], [weights[1].item()]]
-    assert [part.tolist() for part in distributed.own_share(indices[:1], weights[:1])] == [[7], [0.0]]
+    assert [part.tolist() for part in processes.own_share(indices, weights)] == [[8], [weights[1].item()]]
+    assert [part.tolist() for part in processes.own_share(indices[:1], weights[:1])] == [[7], [0.0]]
 
 
 def test_memory_is_counted_for_each_process(launched, nano, monkeypatch):
@@ -431,7 +434,7 @@ def test_memory_is_counted_for_each_process(launched, nano, monkeypatch):
 
 @pytest.mark.parametrize("mode", ["--report", "--baseline", "--load_model"])
 def test_what_trains_nothing_needs_no_torchrun(launched, mode, capfd, monkeypatch):
-    monkeypatch.setattr(distributed, "WAIT_TO_BE_ENDED", 0)
+    monkeypatch.setattr(processes, "WAIT_TO_BE_ENDED", 0)
     Path("model").touch()
     assert ae.main([mode, *(["model", "--classify", "text"] if mode == "--load_model" else [])]) == 2
     assert capfd.readouterr().err == f"error: {mode} runs in one process: call it without torchrun\n"

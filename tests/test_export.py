@@ -14,7 +14,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipe
 
 import additional_experiments as ae
 from gpt_download import Weights, find_weights, load_vocabulary
-from runner import export, files
+from runner import files
+from runner.saved import export
 
 NANO = "gpt2-nano (7M)"
 FILES = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md"}

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import additional_experiments as ae
 from additional_experiments import Experiment, build_classifier
 from previous_chapters import TransformerBlock
-from runner import features, placement
+from runner.data import features, placement
 
 TINY = {"tiny-1": (12, 3, 2), "tiny-2": (8, 2, 1), "tiny-3": (16, 5, 8)}  # width, layers, heads
 

@@ -22,11 +22,13 @@ from helpers import damaged_at, encoded, no_file_above, processes, records_in, s
 import additional_experiments as ae
 from gpt_download import Weights
 from previous_chapters import GPT_SIZES, TransformerBlock
-from runner import feature_cache, features, files, locks, placement, saved_models
+from runner import files, locks
 from runner.console import Console
-from runner.feature_cache import FeatureCache, HiddenStates
-from runner.features import FrozenFeatures
-from runner.tensor_files import FileRows, create_rows, read_tensors, write_tensors
+from runner.data import feature_cache, features, placement
+from runner.data.feature_cache import FeatureCache, HiddenStates
+from runner.data.features import FrozenFeatures
+from runner.data.tensor_files import FileRows, create_rows, read_tensors, write_tensors
+from runner.saved import classifiers
 
 
 @pytest.fixture(autouse=True)
@@ -139,7 +141,7 @@ def test_whole_runs_are_the_same_to_the_bit(options, tmp_path, capfd, changes):
         lines = [line for line in out.splitlines() if " loss " in line or " accuracy" in line]
         [record] = records_in(f"{number}.csv")
         record.pop("features")
-        description, tensors = read_tensors(saved, saved_models.KIND, saved_models.VERSION)
+        description, tensors = read_tensors(saved, classifiers.KIND, classifiers.VERSION)
         description["settings"].pop("features")
         description.pop("record")  # with its times
         runs.append((told(out).split()[0], lines, record, description, tensors))
@@ -672,13 +674,13 @@ def test_two_users_share_a_folder_by_links(options, tmp_path, capfd):
 
 def test_the_folder_is_no_data_of_somebody_else(tmp_path, monkeypatch, capfd):
     """A folder with nothing but kept features is one into which the collection may be downloaded."""
-    from runner import dataset
+    from runner.data import datasets
 
     (tmp_path / "features").mkdir()
-    dataset.check_data_dir(tmp_path, {})
+    datasets.check_data_dir(tmp_path, {})
     (tmp_path / "other").mkdir()
-    with pytest.raises(ae.UsageError):
-        dataset.check_data_dir(tmp_path, {})
+    with pytest.raises(ae.UserError):
+        datasets.check_data_dir(tmp_path, {})
 
 
 # --- larger than memory ---
@@ -688,7 +690,7 @@ import resource, sys
 sys.path[:0] = {path!r}
 import torch
 import additional_experiments as ae
-from runner import features
+from runner.data import features
 
 def vm_size():
     return int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()

@@ -9,8 +9,8 @@ from helpers import damaged_at, no_file_above
 from safetensors.torch import save_file
 
 from runner import files
-from runner.files import FileError
-from runner.tensor_files import read_tensors, write_tensors
+from runner.data.tensor_files import read_tensors, write_tensors
+from runner.files import UserError
 
 TENSORS = {"a": torch.arange(6.0).reshape(2, 3).T, "step": torch.tensor(3.0), "rng": torch.get_rng_state()}
 TENSORS |= {"half": torch.ones(3, dtype=torch.bfloat16), "none": torch.empty(0, dtype=torch.long)}
@@ -49,7 +49,7 @@ def test_files_that_are_not_what_was_written(tmp_path, damage, message):
     path = tmp_path / "file"
     write_tensors(path, "checkpoint", 1, dict(loss=0.1), TENSORS)
     damage(path)
-    with pytest.raises(FileError, match=message):
+    with pytest.raises(UserError, match=message):
         read_tensors(path, "checkpoint", 1)
 
 
@@ -60,7 +60,7 @@ def test_any_flipped_byte_is_found(tmp_path):
     padding = set(range(len(whole) - 16 - 8, len(whole) - 16))  # spaces behind the header, which say nothing
     for position in set(range(len(whole))) - padding:
         damaged_at(position)(path)
-        with pytest.raises(FileError):
+        with pytest.raises(UserError):
             read_tensors(path, "checkpoint", 1)
         path.write_bytes(whole)
 

@@ -31,8 +31,9 @@ from transformers import GPT2Config, GPT2Model
 import additional_experiments
 import gpt_download
 from gpt_download import HubFile, fetch_collection, fetch_weights, load_vocabulary, open_weights
-from runner import dataset, downloads, files
-from runner.files import FetchError, FileError, UsageError
+from runner import downloads, files
+from runner.data import datasets
+from runner.files import UserError
 
 # --- a server that does as it is told ---
 
@@ -269,7 +270,7 @@ def test_answer_without_end_is_left(collection, server, tmp_path, monkeypatch):
 def test_collection_that_cannot_be_had(collection, server, tmp_path, monkeypatch, waits, fault, attempts, why):
     monkeypatch.setattr(downloads, "TIMEOUT", (5, 0.3))
     server.plan = [fault] * 6
-    with pytest.raises(FetchError) as error:
+    with pytest.raises(UserError) as error:
         fetch_collection(tmp_path)
 
     archive = server.files["/first.zip"]
@@ -308,13 +309,13 @@ def test_collection_that_is_there(collection, server, tmp_path, name):
     assert fetch_collection(tmp_path) == path
 
     path.write_bytes(MESSAGES[:-1])
-    with pytest.raises(FileError, match=f"{path} is not the SMS Spam Collection: .*{sha256(MESSAGES)}"):
+    with pytest.raises(UserError, match=f"{path} is not the SMS Spam Collection: .*{sha256(MESSAGES)}"):
         fetch_collection(tmp_path)
     assert path.read_bytes() == MESSAGES[:-1]  # whose it is, we do not know
 
     path.unlink()
     path.mkdir()
-    with pytest.raises(FileError, match=f"{path} is not the SMS Spam Collection"):
+    with pytest.raises(UserError, match=f"{path} is not the SMS Spam Collection"):
         fetch_collection(tmp_path)
     assert server.requests == []
 
@@ -322,7 +323,7 @@ def test_collection_that_is_there(collection, server, tmp_path, name):
 def test_folder_that_cannot_be_written(collection, server, tmp_path):
     (tmp_path / "file").touch()
     folder = tmp_path / "file" / "folder"  # not a folder without permissions: root may write there
-    with pytest.raises(FetchError, match=f"nothing can be written into {folder} .Not a directory.(.|\n)*--data_dir"):
+    with pytest.raises(UserError, match=f"nothing can be written into {folder} .Not a directory.(.|\n)*--data_dir"):
         fetch_collection(folder)
     assert server.requests == []
 
@@ -417,7 +418,7 @@ def test_weights_are_asked_for_again(hub, server, tmp_path, monkeypatch, plan, r
 )
 def test_weights_that_cannot_be_had(hub, server, tmp_path, monkeypatch, plan, n_requests, why):
     server.plan = list(plan)
-    with pytest.raises(FetchError) as error:
+    with pytest.raises(UserError) as error:
         fetch_weights("tiny")
     asked_for, reason, *advice = str(error.value).splitlines()
     assert asked_for == f"model.safetensors of nobody/tiny at revision {REVISION} could not be downloaded"
@@ -436,7 +437,7 @@ def test_weights_from_a_server_that_stalls(hub, server, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.1)
     monkeypatch.setattr(downloads, "ATTEMPTS", 1)
     server.plan = ["whole"] + ["stall"] * 6
-    with pytest.raises(FetchError, match=f"from {server.url}: .*timed out"):
+    with pytest.raises(UserError, match=f"from {server.url}: .*timed out"):
         fetch_weights("tiny")
     assert server.requests == ["HEAD model.safetensors"] + ["GET model.safetensors"] * 6
 
@@ -444,7 +445,7 @@ def test_weights_from_a_server_that_stalls(hub, server, monkeypatch):
 def test_weights_with_another_checksum(hub, server, tmp_path):
     server.plan = ["whole", "garbled"]
     found = sha256(WEIGHTS[:-1] + bytes([WEIGHTS[-1] ^ 1]))
-    with pytest.raises(FetchError, match=f"the file's SHA-256 is {found}, not {sha256(WEIGHTS)}; it was removed"):
+    with pytest.raises(UserError, match=f"the file's SHA-256 is {found}, not {sha256(WEIGHTS)}; it was removed"):
         fetch_weights("tiny")
     assert files_below(tmp_path) == []
     assert fetch_weights("tiny").read_bytes() == WEIGHTS
@@ -455,7 +456,7 @@ def test_weights_in_the_cache_are_verified_too(hub, server):
     """A run that is killed before it has verified its download leaves such a file."""
     path = fetch_weights("tiny")
     path.write_bytes(WEIGHTS[:-1])
-    with pytest.raises(FetchError, match="the file's SHA-256 is .* it was removed from the cache"):
+    with pytest.raises(UserError, match="the file's SHA-256 is .* it was removed from the cache"):
         fetch_weights("tiny")
     assert fetch_weights("tiny").read_bytes() == WEIGHTS
     assert server.requests == ["HEAD model.safetensors", "GET model.safetensors"] * 2
@@ -463,7 +464,7 @@ def test_weights_in_the_cache_are_verified_too(hub, server):
 
 def test_weights_offline(hub, server, waits):
     hub(HF_HUB_OFFLINE="1")
-    with pytest.raises(FetchError, match="offline mode is enabled.* unset the `HF_HUB_OFFLINE`"):
+    with pytest.raises(UserError, match="offline mode is enabled.* unset the `HF_HUB_OFFLINE`"):
         fetch_weights("tiny")
     assert server.requests == []
     assert waits == []
@@ -472,7 +473,7 @@ def test_weights_offline(hub, server, waits):
 def test_cache_that_cannot_be_written(hub, tmp_path):
     (tmp_path / "file").touch()
     hub(HF_HOME=str(tmp_path / "file" / "hf"))
-    with pytest.raises(FetchError, match=f"Not a directory: '{tmp_path}/file/hf"):
+    with pytest.raises(UserError, match=f"Not a directory: '{tmp_path}/file/hf"):
         fetch_weights("tiny")
 
 
@@ -531,7 +532,7 @@ def test_what_is_no_address_is_told(monkeypatch, url):
 def test_a_proxy_that_is_no_address_is_told(collection, tmp_path, monkeypatch):
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:99999")
     monkeypatch.setenv("no_proxy", "")
-    with pytest.raises(FetchError, match="http://127.0.0.1:99999 is not an address: Port out of range"):
+    with pytest.raises(UserError, match="http://127.0.0.1:99999 is not an address: Port out of range"):
         fetch_collection(tmp_path)
 
 
@@ -541,7 +542,7 @@ def test_a_dead_proxy_is_named(collection, closed_port, tmp_path, monkeypatch, s
     for name in ("http_proxy", "https_proxy"):
         monkeypatch.setenv(name, scheme + host)
     monkeypatch.setenv("no_proxy", "")
-    with pytest.raises(FetchError, match=f"the proxy {host} cannot be reached: ConnectionRefusedError"):
+    with pytest.raises(UserError, match=f"the proxy {host} cannot be reached: ConnectionRefusedError"):
         fetch_collection(tmp_path)
 
 
@@ -573,9 +574,9 @@ def test_first_run_downloads_everything_and_the_second_nothing(collection, hub, 
     server.files[f"/nobody/nano/resolve/{REVISION}/model.safetensors"] = weights
     monkeypatch.setitem(gpt_download.PRETRAINED, nano, HubFile("nobody/nano", REVISION, sha256(weights)))
     (tmp_path / "collection.tsv").write_bytes(MESSAGES)
-    splits = dataset.balanced_splits(tmp_path / "collection.tsv")
+    splits = datasets.balanced_splits(tmp_path / "collection.tsv")
     sums = {split: sha256(frame.to_csv(index=None).encode()) for split, frame in splits.items()}
-    monkeypatch.setattr(dataset, "UCI_SPLITS_SHA256", sums)
+    monkeypatch.setattr(datasets, "UCI_SPLITS_SHA256", sums)
 
     command = ["--model_size", nano, "--num_epochs", "1", "--device", "cpu", "--data_dir", str(tmp_path / "data")]
     (tmp_path / "data").mkdir()
@@ -597,13 +598,13 @@ def test_weights_with_values_that_are_not_finite(tmp_path, nano_weights):
         changed[3, 5] = value
         save_file(tensors | {name: changed}, tmp_path / "weights")
         message = f"{tmp_path}/weights: tensor {name} has values that are infinite or not a number"
-        with pytest.raises(UsageError, match=message):
+        with pytest.raises(UserError, match=message):
             gpt_download.find_weights(str(tmp_path / "weights"), "gpt2-nano (7M)")
     for dtype, value in ((torch.float64, 1e300), (torch.float8_e4m3fn, float("nan"))):  # the model takes float32
         changed = tensors[names[0]].to(dtype)
         changed[3, 5] = value
         save_file(tensors | {names[0]: changed}, tmp_path / "weights")
-        with pytest.raises(UsageError, match=f"tensor {names[0]} has values that are infinite or not a number"):
+        with pytest.raises(UserError, match=f"tensor {names[0]} has values that are infinite or not a number"):
             gpt_download.find_weights(str(tmp_path / "weights"), "gpt2-nano (7M)")
     masks = {f"transformer.h.0.attn.{kind}": torch.tensor(-torch.inf) for kind in ("bias", "masked_bias")}
     save_file(tensors | masks, tmp_path / "weights")
@@ -637,7 +638,7 @@ def test_open_weights_of_a_file_that_is_none(tmp_path, content, why):
         path.mkdir()
     elif content != "missing":
         path.write_bytes(content)
-    with pytest.raises(FileError, match=f"{path} cannot be read as a .safetensors file: .*{why}"):
+    with pytest.raises(UserError, match=f"{path} cannot be read as a .safetensors file: .*{why}"):
         open_weights(path)
 
 
@@ -686,10 +687,10 @@ def test_changed_vocabulary_is_refused(tmp_path, monkeypatch):
     assert load_vocabulary().n_vocab == 50257
 
     path.write_bytes(path.read_bytes().replace(b"IQ== 0\nIg== 1\n", b"Ig== 0\nIQ== 1\n"))  # "!" and '"' in exchange
-    with pytest.raises(FileError, match=f"the vocabulary {path} .*{gpt_download.VOCABULARY_SHA256}"):
+    with pytest.raises(UserError, match=f"the vocabulary {path} .*{gpt_download.VOCABULARY_SHA256}"):
         load_vocabulary()
     path.unlink()
-    with pytest.raises(FileError, match=f"the vocabulary {path} "):
+    with pytest.raises(UserError, match=f"the vocabulary {path} "):
         load_vocabulary()
 
 
@@ -697,5 +698,5 @@ def test_changed_sample_is_refused(tmp_path, monkeypatch):
     path = tmp_path / "sample"
     path.write_bytes(gpt_download.sample_path().read_bytes() + b"ham\tone more\n")
     monkeypatch.setattr(gpt_download, "SAMPLE", path)
-    with pytest.raises(FileError, match=f"the sample {path} is missing or changed: .*{gpt_download.SAMPLE_SHA256}"):
+    with pytest.raises(UserError, match=f"the sample {path} is missing or changed: .*{gpt_download.SAMPLE_SHA256}"):
         gpt_download.sample_path()

@@ -5,9 +5,9 @@ import pytest
 from helpers import made_up_confusion, made_up_record, made_up_run
 
 from additional_experiments import DEFAULTS, QUESTIONS, ROWS
-from runner.accuracy import Confusion, Mistake
-from runner.grouping import Group, answer_questions, arrange, compare_groups, paired_samples
-from runner.results_file import append_record, read_records
+from runner.results.accuracy import Confusion, Mistake
+from runner.results.results_file import append_record, read_records
+from runner.results.summary import Group, answer_questions, arrange, compare_groups, paired_samples
 
 
 def nano(run, number, wrong=(), **changes):

@@ -24,8 +24,8 @@ from additional_experiments import (
     copy_trained_parameters,
     optimize_frozen_blocks,
 )
-from runner.dataset import SPLITS
-from runner.messages import Batch, Messages, Stage
+from runner.data.datasets import SPLITS
+from runner.data.messages import Batch, Messages, Stage
 
 RANK, ALPHA, CLASSES = 3, 2.5, 4
 NANO = dict(model_size="gpt2-nano (7M)", weights="random", lora_rank=RANK, lora_alpha=ALPHA)

@@ -6,8 +6,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from gpt_download import load_vocabulary
-from runner import messages
-from runner.messages import cut_and_pad, tokenize
+from runner.data import messages
+from runner.data.messages import cut_and_pad, tokenize
 
 END = "<|endoftext|>"
 SPECIAL = [END, f"a{END}b", "<|endoftext|", "|>", " ", "\n\n"]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from additional_experiments import Experiment, main, parse_args
-from runner.files import UsageError
+from runner.files import UserError
 from runner.options import RunOptions
 
 
@@ -146,5 +146,5 @@ def test_help_names_every_option_and_its_default(capsys):
 
 
 def test_settings_are_checked_without_a_command_line_too():
-    with pytest.raises(UsageError, match="no pretrained weights"):
+    with pytest.raises(UserError, match="no pretrained weights"):
         Experiment(model_size="gpt2-nano (7M)")

@@ -12,9 +12,10 @@ import pytest
 from helpers import made_up_confusion, made_up_record, made_up_run
 
 from additional_experiments import DEFAULTS, QUESTIONS, ROWS, main
-from runner import dataset, page
-from runner.grouping import answer_questions, arrange
-from runner.records import History
+from runner.data import datasets
+from runner.results import page
+from runner.results.records import History
+from runner.results.summary import answer_questions, arrange
 
 HISTORY = History(steps=[0, 50, 100], train_losses=[1.0, 0.5, 0.1], val_losses=[1.0, 0.6, 0.4])
 VOID = {"meta", "br", "link", "img"}
@@ -163,9 +164,9 @@ def test_hostile_values_are_texts(text):
 def test_hostile_messages_are_texts(tmp_path, text):
     for split in ("train", "validation", "test"):
         pd.DataFrame({"Label": [0, 1], "Text": [text, "b"]}).to_csv(tmp_path / f"{split}.csv", index=None)
-    splits, _ = dataset.load_splits(tmp_path, "uci")
+    splits, _ = datasets.load_splits(tmp_path, "uci")
     record = made_up_run(
-        "x", [], row=None, data="own", data_sha256=dataset.sha256_of_splits(splits), data_dir=str(tmp_path)
+        "x", [], row=None, data="own", data_sha256=datasets.sha256_of_splits(splits), data_dir=str(tmp_path)
     )
     record.confusions["test"] = made_up_confusion({0: 0.99}, totals=(1, 1))
     found = page_of(record)

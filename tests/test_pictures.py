@@ -6,10 +6,10 @@ import pytest
 from helpers import made_up_record
 from test_report import FIRST_ROWS, six_records, standing_of
 
-from runner import pictures
-from runner.accuracy import Accuracy
 from runner.parsers import IMAGE_FORMATS
-from runner.records import History
+from runner.results import pictures
+from runner.results.accuracy import Accuracy
+from runner.results.records import History
 
 SIGNATURES = {".png": b"\x89PNG", ".pdf": b"%PDF", ".svg": b"<?xml"}
 

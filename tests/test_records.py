@@ -4,8 +4,8 @@ import json
 
 from helpers import made_up_record, made_up_run
 
-from runner.accuracy import Accuracy
-from runner.records import History, Record
+from runner.results.accuracy import Accuracy
+from runner.results.records import History, Record
 
 
 def test_records_and_their_history_survive_json():

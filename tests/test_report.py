@@ -7,10 +7,10 @@ import pytest
 from helpers import made_up_record, made_up_run
 
 from additional_experiments import DEFAULTS, QUESTIONS, ROWS, main
-from runner import report
-from runner.accuracy import Accuracy
-from runner.grouping import answer_questions, arrange
-from runner.results_file import append_record, read_records
+from runner.results import report
+from runner.results.accuracy import Accuracy
+from runner.results.results_file import append_record, read_records
+from runner.results.summary import answer_questions, arrange
 
 FIRST_ROWS = {number: ROWS[number] for number in (1, 2, 3)}
 

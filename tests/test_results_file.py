@@ -8,9 +8,9 @@ import pytest
 from helpers import made_up_record, no_file_above, processes
 
 from runner import locks
-from runner.accuracy import Accuracy
-from runner.files import FileError
-from runner.results_file import append_record, read_records
+from runner.files import UserError
+from runner.results.accuracy import Accuracy
+from runner.results.results_file import append_record, read_records
 
 
 def lines_of(path):
@@ -87,7 +87,7 @@ def test_a_file_that_is_no_results_file(tmp_path, content, message):
     path = tmp_path / "results.csv"
     if content is not None:
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(FileError, match=message):
+    with pytest.raises(UserError, match=message):
         read_records(path)
 
 

@@ -14,9 +14,9 @@ import torch
 from helpers import CPU, damaged_at, save_random_weights
 
 import additional_experiments as ae
-from runner import saved_models
-from runner.devices import peak_memory, reset_peak_memory
-from runner.tensor_files import read_tensors, write_tensors
+from runner.data.tensor_files import read_tensors, write_tensors
+from runner.machine.devices import peak_memory, reset_peak_memory
+from runner.saved import classifiers
 
 
 @pytest.mark.parametrize(
@@ -229,10 +229,10 @@ def test_more_messages_than_one_pass_takes(trained, monkeypatch):
 
 
 def test_a_saved_classifier_whose_values_are_not_finite(trained, tmp_path, capsys):
-    description, tensors = read_tensors(trained[0], saved_models.KIND, saved_models.VERSION)
+    description, tensors = read_tensors(trained[0], classifiers.KIND, classifiers.VERSION)
     tensors["out_head.bias"] = torch.tensor([0.0, float("nan")])
     path = str(tmp_path / "sick")
-    write_tensors(path, saved_models.KIND, saved_models.VERSION, description, tensors)
+    write_tensors(path, classifiers.KIND, classifiers.VERSION, description, tensors)
     assert ae.main(["--load_model", path, "--classify", "a"]) == 2
     message = f"error: {path} cannot be used: parameter out_head.bias has values that are infinite or not a number\n"
     assert capsys.readouterr().err == message
@@ -261,7 +261,7 @@ def test_classify_refuses(trained, capsys, options, message):
 
 def test_a_classifier_of_the_first_version_is_read(trained, tmp_path, capsys):
     """Its format, written out: whatever this version writes must not change it."""
-    description, tensors = read_tensors(trained[0], saved_models.KIND, saved_models.VERSION)
+    description, tensors = read_tensors(trained[0], classifiers.KIND, classifiers.VERSION)
     keys = ("settings", "width", "labels", "base_sha256", "torch")
     assert tuple(description) == (*keys, "record") and description["labels"] == ["ham", "spam"]
     path = tmp_path / "first"
@@ -273,8 +273,8 @@ def test_a_classifier_of_the_first_version_is_read(trained, tmp_path, capsys):
 
 
 def test_random_weights_are_hashed_only_to_save_a_classifier(nano, monkeypatch):
-    hashed, frozen_sha256 = [], saved_models.frozen_sha256
-    monkeypatch.setattr(saved_models, "frozen_sha256", lambda classifier: hashed.append(1) or frozen_sha256(classifier))
+    hashed, frozen_sha256 = [], classifiers.frozen_sha256
+    monkeypatch.setattr(classifiers, "frozen_sha256", lambda classifier: hashed.append(1) or frozen_sha256(classifier))
     assert ae.main([*nano, "--checkpoint", "run.ckpt", "--repeats", "2"]) == 0 and hashed == []
     assert ae.main([*nano, "--save_model", "trained.safetensors"]) == 0 and hashed == [1]
 
@@ -299,12 +299,12 @@ def test_weights_are_not_overwritten(nano, nano_weights, capsys):
 
 def test_a_classifier_trained_on_a_device_that_is_not_here(trained, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    description, tensors = read_tensors(trained[0], saved_models.KIND, saved_models.VERSION)
+    description, tensors = read_tensors(trained[0], classifiers.KIND, classifiers.VERSION)
     description["settings"] |= dict(device="cuda", precision="tf32")
-    write_tensors(tmp_path / "elsewhere", saved_models.KIND, saved_models.VERSION, description, tensors)
+    write_tensors(tmp_path / "elsewhere", classifiers.KIND, classifiers.VERSION, description, tensors)
     assert ae.main(["--load_model", str(tmp_path / "elsewhere"), "--classify", "a"]) == 0
 
     del tensors["out_head.weight"]
-    write_tensors(tmp_path / "part", saved_models.KIND, saved_models.VERSION, description, tensors)
+    write_tensors(tmp_path / "part", classifiers.KIND, classifiers.VERSION, description, tensors)
     assert ae.main(["--load_model", str(tmp_path / "part"), "--classify", "a"]) == 2
     assert "does not hold the trained parameters that its settings name" in capsys.readouterr().err

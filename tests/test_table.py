@@ -9,8 +9,8 @@ from helpers import made_up_record
 
 from additional_experiments import DEFAULTS, ROWS, Experiment, parse_args
 from gpt_download import find_weights
-from runner import table
-from runner.accuracy import Accuracy
+from runner.results import table
+from runner.results.accuracy import Accuracy
 
 UCI = SimpleNamespace(name="uci", sha256="")
 

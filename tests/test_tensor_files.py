@@ -8,9 +8,9 @@ import torch
 from helpers import damaged_at, no_file_above
 from safetensors import safe_open
 
-from runner import tensor_files
-from runner.files import FileError
-from runner.tensor_files import HEADER_BYTES, create_rows, open_rows, write_tensors
+from runner.data import tensor_files
+from runner.data.tensor_files import HEADER_BYTES, create_rows, open_rows, write_tensors
+from runner.files import UserError
 
 SHAPES = {"train": (7, 3), "test": (2, 3)}
 
@@ -138,7 +138,7 @@ def test_what_cannot_be_used_is_refused(tmp_path, damage, message):
     path = tmp_path / "file"
     written(path)
     damage(path)
-    with pytest.raises(FileError, match=message):
+    with pytest.raises(UserError, match=message):
         read(path)
 
 
@@ -149,6 +149,6 @@ def test_every_byte_that_says_something_is_protected(tmp_path):
     said = len(whole[:HEADER_BYTES].rstrip())
     for position in [*range(said), *range(HEADER_BYTES, len(whole))]:
         damaged_at(position)(path)
-        with pytest.raises(FileError):
+        with pytest.raises(UserError):
             read(path)
         path.write_bytes(whole)

@@ -6,10 +6,10 @@ from functools import cached_property
 
 import numpy as np
 
-from .accuracy import Accuracy, mean_and_deviation
-from .comparison import Sample, compare, holm
-from .dataset import SPLITS
-from .table import FREE_OPTIONS, describe_settings
+from runner.data.datasets import SPLITS
+from runner.results.accuracy import Accuracy, mean_and_deviation
+from runner.results.comparison import Sample, compare, holm
+from runner.results.table import FREE_OPTIONS, describe_settings
 
 # A table is that of the rows' options with one choice of these, which a row's own are then ignored for.
 TABLE_OPTIONS = ("model_size", "weights", "dataset", "learning_rate")

@@ -6,9 +6,9 @@ meta device.
 
 import torch
 
-from . import distributed
-from .devices import free_memory
-from .messages import Stage
+from runner.data.messages import Stage
+from runner.machine import processes
+from runner.machine.devices import free_memory
 
 CPU = torch.device("cpu")
 
@@ -53,7 +53,7 @@ def choose_placement(choice, size, device, reserved=0, is_room_on_disk=False):
 
 def free_for_each(holder):
     """Bytes that each process can allocate on `holder`: those of a host share its main memory."""
-    return free_memory(holder) // (distributed.local_world_size() if holder == CPU else 1)
+    return free_memory(holder) // (processes.local_world_size() if holder == CPU else 1)
 
 
 def parameter_bytes(classifier, only_trained=False):
@@ -65,9 +65,9 @@ def parameter_bytes(classifier, only_trained=False):
 def memory_needs(classifier, messages, placement, device, shard=False):
     """Bytes on `device` that each process of a run needs at least, item by item; activations are not included."""
     trained = parameter_bytes(classifier, only_trained=True)
-    n_shards = distributed.world_size() if shard else 1
-    summed = trained if distributed.world_size() > n_shards else 0  # a copy of the gradients, in one piece
-    gathered = 0  # what is whole at a time: two of the modules that `distributed.shard` divides
+    n_shards = processes.world_size() if shard else 1
+    summed = trained if processes.world_size() > n_shards else 0  # a copy of the gradients, in one piece
+    gathered = 0  # what is whole at a time: two of the modules that `processes.shard` divides
     if shard:
         gathered = 2 * max(map(parameter_bytes, (classifier.gpt.tok_emb, *classifier.gpt.trf_blocks)))
     is_there = placement == "device" or (placement == "host" and device == CPU)

@@ -1,38 +1,12 @@
 """The table: its rows and their published figures, settings as text, and the printed row of a run."""
 
 import re
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import fields, replace
 
-from .accuracy import mean_and_deviation, shown
-from .dataset import DATASET_NAMES, SPLITS
+from runner.data.datasets import DATASET_NAMES, SPLITS
+from runner.results.accuracy import mean_and_deviation, shown
 
 # --- its rows ---
-
-
-@dataclass(frozen=True)
-class Row:
-    """A row: published accuracies in percent, minutes on an A100, and the options that differ from the defaults."""
-
-    train: float
-    validation: float
-    test: float
-    minutes: float
-    options: dict = field(default_factory=dict)
-
-    @property
-    def published(self):
-        """The published figures in one cell."""
-        return f"{self.train:.2f}% / {self.validation:.2f}% / {self.test:.2f}%, {self.minutes:.2f} min (A100)"
-
-
-@dataclass(frozen=True)
-class Question:
-    """What the comparison of row `b` with row `a` asks."""
-
-    a: int
-    b: int
-    asks: str
-
 
 # Options that are free in a row: the row stays the same with any value of these.
 FREE_OPTIONS = ("seed", "device", "precision", "features", "data_dir")

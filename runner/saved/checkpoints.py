@@ -8,12 +8,12 @@ from pathlib import Path
 
 import torch
 
-from . import distributed
-from .files import FileError, NonFiniteError, UsageError, require_finite
-from .locks import LockFile, lock_path
-from .records import Record
-from .signals import DeferredSignals
-from .tensor_files import read_tensors, write_tensors
+from runner.data.tensor_files import read_tensors, write_tensors
+from runner.files import NonFiniteError, UserError, require_finite
+from runner.locks import LockFile, lock_path
+from runner.machine import processes
+from runner.results.records import Record
+from runner.saved.signals import DeferredSignals
 
 KIND, VERSION = "checkpoint", 2
 
@@ -48,12 +48,12 @@ def write_checkpoint(path, identity, content):
 
 
 def read_checkpoint(path, identity):
-    """What `write_checkpoint` was given. Raises FileError that names the first entry of `identity` that differs."""
+    """What `write_checkpoint` was given. Raises UserError that names the first entry of `identity` that differs."""
     description, tensors = read_tensors(path, KIND, VERSION)
     tree = unflatten(description | tensors)
     for name, value in identity.items():
         if (theirs := tree["identity"].get(name)) != value:
-            raise FileError(f"{path} is of a run with {name} {theirs}, not {value}")
+            raise UserError(f"{path} is of a run with {name} {theirs}, not {value}")
     return tree["content"]
 
 
@@ -113,15 +113,15 @@ class Checkpointer:
     def load(self):
         """Read the file, if there is one and it is not to be overwritten.
 
-        Raises FileError for one that is damaged or of another run, UsageError where --save_model or --export asks for
+        Raises UserError for one that is damaged or of another run, UserError where --save_model or --export asks for
         a classifier that is no longer in it.
         """
         if self.run_options.restart or not Path(self.path).exists():
             return
         try:
             self.checkpoint = Checkpoint.from_dict(read_checkpoint(self.path, self.identity))
-        except FileError as error:
-            raise FileError(f"{error}; --restart overwrites it") from None
+        except UserError as error:
+            raise UserError(f"{error}; --restart overwrites it") from None
         self.is_written = True
         for name, tensor in self.checkpoint.parameters.items():  # out of the memory map of a file that will be replaced
             self.checkpoint.parameters[name] = tensor.clone()
@@ -130,16 +130,14 @@ class Checkpointer:
         for name in ("save_model", "export"):
             if getattr(self.run_options, name) is not None and is_replaced:
                 seed = self.identity["seed"]
-                raise UsageError(
-                    f"--{name}: {self.path} no longer holds the classifier of seed {seed}, but a later one"
-                )
+                raise UserError(f"--{name}: {self.path} no longer holds the classifier of seed {seed}, but a later one")
 
     def take_lock(self):
-        """Raises UsageError if another run has the lock."""
+        """Raises UserError if another run has the lock."""
         problem = None
         try:
             if holder := self.lock.acquire():
-                raise UsageError(f"--checkpoint {self.path} is used by {holder}; wait for it, or use another file")
+                raise UserError(f"--checkpoint {self.path} is used by {holder}; wait for it, or use another file")
             if not self.lock.is_effective:
                 problem = "its file system has no locks"
         except OSError as error:
@@ -170,13 +168,13 @@ class Checkpointer:
     @contextmanager
     def update(self, state):
         """Parameters change within it; after it, training can be resumed from `state`."""
-        with self.signals.deferred(stay=distributed.world_size() > 1):
+        with self.signals.deferred(stay=processes.world_size() > 1):
             self.latest = None  # an error during the update leaves nothing to resume from but the file
             yield
             self.remember(state)
             age = time.monotonic() - self.written_at
-            signal_number, self.age = distributed.largest(self.signals.pending or 0, age)
-        if distributed.world_size() > 1 and signal_number:
+            signal_number, self.age = processes.largest(self.signals.pending or 0, age)
+        if processes.world_size() > 1 and signal_number:
             self.is_stopped_by_all, self.signals.pending = True, int(signal_number)
             self.signals.end_run()
 
@@ -218,7 +216,7 @@ class Checkpointer:
         """Write the file, with these entries of Checkpoint. Where that fails, the run warns, once, and continues."""
         try:
             content = self.checkpoint.to_dict() | dict(training_state=None, parameters={}) | parts
-            if distributed.rank() == 0:
+            if processes.rank() == 0:
                 write_checkpoint(self.path, self.identity, content)
             self.is_written = True
         except OSError as error:
@@ -230,8 +228,8 @@ class Checkpointer:
 
     def __enter__(self):
         if self.path is not None:
-            with distributed.main_first():
-                if distributed.rank() == 0:
+            with processes.main_first():
+                if processes.rank() == 0:
                     self.take_lock()
                 try:
                     self.load()
@@ -239,15 +237,15 @@ class Checkpointer:
                     self.lock.release()
                     raise
             self.require_the_same_file()
-        if self.path is not None or distributed.world_size() > 1:
+        if self.path is not None or processes.world_size() > 1:
             self.signals.install()
         return self
 
     def require_the_same_file(self):
-        """Raises FileError where process 0 has read another checkpoint than this one."""
+        """Raises UserError where process 0 has read another checkpoint than this one."""
         found = (self.checkpoint.training_state or {}).get("batches_done"), len(self.checkpoint.finished)
-        if distributed.from_main(found) != found:
-            raise FileError(
+        if processes.from_main(found) != found:
+            raise UserError(
                 f"--checkpoint {self.path}: this host has another file there, or none, than that of process 0"
             )
 
@@ -260,7 +258,7 @@ class Checkpointer:
                 with suppress(NonFiniteError):
                     self.write_training()
             if self.is_stopped_by_all:
-                distributed.barrier()  # torchrun ends process 0 when another one has ended
+                processes.barrier()  # torchrun ends process 0 when another one has ended
         finally:
             self.signals.uninstall()
             self.lock.release()

@@ -13,12 +13,10 @@ from pathlib import Path
 
 import torch
 
-from . import distributed
-from .dataset import FEATURES
-from .feature_cache import FeatureCache, NothingKept, circumstances, exists
-from .files import UsageError
-from .messages import Stage, split_into_passes
-from .placement import (
+from runner.data.datasets import FEATURES
+from runner.data.feature_cache import FeatureCache, NothingKept, circumstances, exists
+from runner.data.messages import Stage, split_into_passes
+from runner.data.placement import (
     CPU,
     choose_placement,
     count_tokens,
@@ -28,8 +26,10 @@ from .placement import (
     memory_needs,
     parameter_bytes,
 )
-from .table import changed_options, command_line
-from .tensor_files import NewRows
+from runner.data.tensor_files import NewRows
+from runner.files import UserError
+from runner.machine import processes
+from runner.results.table import changed_options, command_line
 
 MIN_SECONDS = 5  # features that take less are not kept between runs
 
@@ -67,7 +67,7 @@ def compute_features(classifier, messages, compute, allocate, progress_bar=None)
 
     was_training = classifier.training
     classifier.eval()
-    for indices, (x, *residual) in distributed.in_turns(split_into_passes(messages.lengths, classifier.device), run):
+    for indices, (x, *residual) in processes.in_turns(split_into_passes(messages.lengths, classifier.device), run):
         tokens, is_real = features.token_indices(indices)
         device = features.x.device
         features.x[tokens[is_real].to(device)] = x.to(device)
@@ -82,7 +82,7 @@ def compute_features(classifier, messages, compute, allocate, progress_bar=None)
 class FrozenFeatures:
     """The frozen features of a run, seed after seed: where they are, and how they come there.
 
-    Raises UsageError for options that cannot be combined.
+    Raises UserError for options that cannot be combined.
     """
 
     def __init__(self, experiment, run_options, weights, console):
@@ -95,28 +95,28 @@ class FrozenFeatures:
         if folder != "":
             self.cache = FeatureCache(folder, run_options.feature_cache_gb * 1e9, console)
         elif experiment.features == "disk":
-            raise UsageError('--features disk needs a --feature_cache; "" is none')
+            raise UserError('--features disk needs a --feature_cache; "" is none')
 
     def placement(self, classifier, messages, device, reserved=0, is_on_disk=False):
-        """`choose_placement` for these messages. Raises UsageError where the disk is chosen and the cache too small."""
+        """`choose_placement` for these messages. Raises UserError where the disk is chosen and the cache too small."""
         choice, size = self.experiment.features, hidden_state_bytes(classifier, messages)
         is_frozen = classifier.feature_stage is not Stage.TOKEN_IDS
         if choice == "disk" and is_frozen and size > self.cache.max_bytes:
             allowed = f"--feature_cache_gb allows {self.cache.max_bytes / 1e9:g}"
-            raise UsageError(f"--features disk: they take {size / 1e9:.2f} GB, and {allowed}")
+            raise UserError(f"--features disk: they take {size / 1e9:.2f} GB, and {allowed}")
         is_room = is_on_disk or (choice == "auto" and self.cache is not None and size <= self.cache.room())
         placement = choose_placement(choice, feature_bytes(classifier, messages), device, reserved, is_room)
-        return distributed.from_main(placement)
+        return processes.from_main(placement)
 
     def warn_if_memory_is_short(self, classifier, messages, device):
         """Warn before a run that cannot fit into memory, that of `device` or of the host; of `classifier` only sizes
         are read."""
-        reserved = parameter_bytes(classifier) // (distributed.world_size() if self.shard else 1)
+        reserved = parameter_bytes(classifier) // (processes.world_size() if self.shard else 1)
         placement = self.placement(classifier, messages, device, reserved)
         needs = {device: memory_needs(classifier, messages, placement, device, self.shard)}
         if placement == "host" and device != CPU:
             needs[CPU] = {"frozen features in main memory": feature_bytes(classifier, messages)}
-        who = "each process of this run" if distributed.world_size() > 1 else "this run"
+        who = "each process of this run" if processes.world_size() > 1 else "this run"
         for holder, sizes in needs.items():
             if sum(sizes.values()) > (free := free_for_each(holder)):
                 items = ", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in sizes.items())
@@ -149,7 +149,7 @@ class FrozenFeatures:
             try:
                 features = self.finish(classifier, states.continue_from(messages), placement)
             except OSError as error:
-                if distributed.world_size() > 1:  # the others are waiting for what this process has to compute
+                if processes.world_size() > 1:  # the others are waiting for what this process has to compute
                     raise
                 self.console.warning(f"frozen features: {states.path} cannot be read: {error}; they are computed again")
                 states = NothingKept()
@@ -188,13 +188,13 @@ class FrozenFeatures:
         if states.n_blocks == depth:
             return states
         is_slow = is_to_keep and expected_seconds(classifier, states.continue_from(messages)) >= MIN_SECONDS
-        if distributed.from_main(is_slow) or placement == "disk":
-            with self.cache.turn(path) if distributed.rank() == 0 else nullcontext():
-                if distributed.from_main(exists(path)):  # another run has computed them meanwhile
+        if processes.from_main(is_slow) or placement == "disk":
+            with self.cache.turn(path) if processes.rank() == 0 else nullcontext():
+                if processes.from_main(exists(path)):  # another run has computed them meanwhile
                     states = self.open_deepest(facts, depth)
                 if states.n_blocks < depth:
                     states = self.write(classifier, messages, states, facts, is_needed=placement == "disk")
-            if not is_to_keep and distributed.rank() == 0:
+            if not is_to_keep and processes.rank() == 0:
                 with suppress(OSError):
                     path.unlink()
         return states
@@ -202,7 +202,7 @@ class FrozenFeatures:
     def open_deepest(self, facts, depth):
         """`FeatureCache.open_deepest`; NothingKept where it is not the same file for all processes."""
         states = self.cache.open_deepest(facts, depth)
-        deepest, shallowest = distributed.largest(states.n_blocks, -states.n_blocks)
+        deepest, shallowest = processes.largest(states.n_blocks, -states.n_blocks)
         if deepest != -shallowest:
             self.cache.warn(f"frozen features: not all hosts see the same {self.cache.folder}; it is not used")
             states.close()
@@ -220,13 +220,13 @@ class FrozenFeatures:
         try:
             with ExitStack() as stack:
                 new = NewRows(dict.fromkeys(shapes, NoRows()))
-                if distributed.rank() == 0:
+                if processes.rank() == 0:
                     try:
                         path = self.cache.path(facts, depth)
                         new = stack.enter_context(self.cache.create(path, shapes, is_needed))
                     except OSError as error:
                         problem = str(error)
-                if problem := distributed.from_main(problem):
+                if problem := processes.from_main(problem):
                     raise OSError(problem)
                 self.run(
                     classifier,
@@ -243,10 +243,10 @@ class FrozenFeatures:
                     circumstances=facts,
                 )
         except OSError as error:
-            if distributed.world_size() > 1 and problem is None and not is_computed:  # the others wait for passes
+            if processes.world_size() > 1 and problem is None and not is_computed:  # the others wait for passes
                 raise
             problem = str(error)
-        if problem := distributed.from_main(problem):
+        if problem := processes.from_main(problem):
             self.console.warning(f"frozen features are not kept: {problem}")
             return states
         written = self.open_deepest(facts, depth)
@@ -292,4 +292,4 @@ def expected_seconds(classifier, messages):
         x = classifier(batch, lambda batch: classifier.run_blocks(batch, classifier.n_full_blocks)).x
     float(x.sum())  # an accelerator answers when it has finished
     seconds_per_token = (time.perf_counter() - start) / int(messages["train"].lengths[indices].sum())
-    return seconds_per_token * count_tokens(messages) / distributed.world_size()
+    return seconds_per_token * count_tokens(messages) / processes.world_size()

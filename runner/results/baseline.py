@@ -9,14 +9,14 @@ from dataclasses import asdict
 
 import numpy as np
 
-from .accuracy import Confusion, describe_mistakes
-from .console import Console, describe_data
-from .dataset import SPLITS, class_names, count_classes, load_splits, sha256_of_splits
-from .devices import peak_memory, reset_peak_memory
-from .files import UsageError
-from .outputs import publish_record
-from .placement import CPU
-from .records import Record, made_now
+from runner.console import Console, describe_data
+from runner.data.datasets import SPLITS, class_names, count_classes, load_splits, sha256_of_splits
+from runner.data.placement import CPU
+from runner.files import UserError
+from runner.machine.devices import peak_memory, reset_peak_memory
+from runner.results.accuracy import Confusion, describe_mistakes
+from runner.results.outputs import publish_record
+from runner.results.records import Record, made_now
 
 
 def baselines():
@@ -77,7 +77,7 @@ def evaluate(model, splits, n_classes):
     try:
         model.fit(list(labelled["Text"]), labelled["Label"].to_numpy())
     except ValueError as error:  # an empty vocabulary
-        raise UsageError(f"a baseline cannot be trained on these messages: {error}") from None
+        raise UserError(f"a baseline cannot be trained on these messages: {error}") from None
     confusions = {}
     for split, frame in splits.items():
         texts = list(frame["Text"])

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from .pictures import plot_histories
-from .results_file import append_record
-from .saved_models import save_classifier
-from .table import mean_row_cells, row_cells
+from runner.results.pictures import plot_histories
+from runner.results.results_file import append_record
+from runner.results.table import mean_row_cells, row_cells
+from runner.saved.classifiers import save_classifier
 
 
 def publish(record, experiment, run_options, data, base, parameters, rows, defaults, console):

@@ -12,7 +12,7 @@ from functools import cached_property, lru_cache
 
 import numpy as np
 
-from .accuracy import Z95
+from runner.results.accuracy import Z95
 
 LEVEL = 0.05
 RESAMPLES = 10_000

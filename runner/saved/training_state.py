@@ -4,9 +4,9 @@ import time
 
 import torch
 
-from . import distributed
-from .devices import peak_memory, random_states, reset_peak_memory, set_random_states
-from .records import History
+from runner.machine import processes
+from runner.machine.devices import peak_memory, random_states, reset_peak_memory, set_random_states
+from runner.results.records import History
 
 
 class Usage:
@@ -63,17 +63,17 @@ class TrainingState:
         return snapshot | dict(
             history=self.history.to_dict(snapshot["history"]),
             parameters=self.full_parameters(),
-            optimizer={name: {key: distributed.full(t) for key, t in kept.items()} for name, kept in moments.items()},
+            optimizer={name: {key: processes.full(t) for key, t in kept.items()} for name, kept in moments.items()},
         )
 
     @property
     def has_shards(self):
         """Whether the parameters are shards."""
-        return any(map(distributed.is_divided, self.parameters.values()))
+        return any(map(processes.is_divided, self.parameters.values()))
 
     def full_parameters(self):
         """The trained parameters, {name: tensor}; with shards as in `state_dict_at`."""
-        return {name: distributed.full(parameter) for name, parameter in self.parameters.items()}
+        return {name: processes.full(parameter) for name, parameter in self.parameters.items()}
 
     @torch.no_grad()
     def load_state_dict(self, state):
@@ -81,9 +81,9 @@ class TrainingState:
         self.batches_done, self.usage.before, self.order = state["batches_done"], state["usage"], state["order"].clone()
         self.history = History.from_dict(state["history"])
         for name, parameter in self.parameters.items():
-            parameter.copy_(distributed.divided_like(state["parameters"][name], parameter))
+            parameter.copy_(processes.divided_like(state["parameters"][name], parameter))
             # Nothing is there of a parameter that had no gradient.
             for key, tensor in state.get("optimizer", {}).get(name, {}).items():
-                tensor = distributed.divided_like(tensor, parameter)
+                tensor = processes.divided_like(tensor, parameter)
                 self.optimizer.state[parameter][key] = tensor.to(parameter.device, copy=True)
         set_random_states(state["random_states"])

@@ -15,7 +15,7 @@ from itertools import islice
 import torch
 import torch.distributed as dist
 
-from .files import ProcessError
+from runner.files import UserError
 
 # What process 0 may do alone, while the others wait for it: a download, a checkpoint on a slow disk. Only after this
 # time a process that is silent, but not gone, is given up.
@@ -67,7 +67,7 @@ store = None  # what all processes of the group can read and count in
 def process_group(device):
     """Within it the processes that torchrun has started work together; each computes on its own `device`.
 
-    Raises ProcessError where one of the others has ended.
+    Raises UserError where one of the others has ended.
     """
     global store
     if not is_launched():
@@ -91,7 +91,7 @@ def process_group(device):
         # Gloo's errors have no class of their own; those of this program have one, and may contain any word.
         is_from_gloo = type(error) is RuntimeError and re.search("gloo/transport|Gloo connectFullMesh", str(error))
         if isinstance(error, dist.DistError) or is_from_gloo:
-            raise ProcessError(f"{describe_process()} has lost another process of this run") from None
+            raise UserError(f"{describe_process()} has lost another process of this run", status=1) from None
         raise
     dist.destroy_process_group()  # after an error it might wait for processes that are gone
 

@@ -10,34 +10,34 @@ from pathlib import Path
 
 import torch
 
-from . import distributed
-from .files import UsageError
+from runner.files import UserError
+from runner.machine import processes
 
 
 def resolve_device(name):
     """The torch.device that `--device` names, of several processes this one's.
 
-    Raises UsageError where there is none of that kind, or not one for each process.
+    Raises UserError where there is none of that kind, or not one for each process.
     """
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(kind for kind, is_available in available.items() if is_available)
     if not available[name]:
-        raise UsageError(f"--device {name}: PyTorch finds none here; use --device auto")
-    n_processes = distributed.local_world_size()
+        raise UserError(f"--device {name}: PyTorch finds none here; use --device auto")
+    n_processes = processes.local_world_size()
     if name == "mps" and n_processes > 1:
-        raise UsageError("--device mps is for one process; use --device cpu with several")
-    if name != "cuda" or not distributed.is_launched():
+        raise UserError("--device mps is for one process; use --device cpu with several")
+    if name != "cuda" or not processes.is_launched():
         return torch.device(name)
     if n_processes > (n_devices := torch.cuda.device_count()):
-        raise UsageError(f"{n_processes} processes cannot have a CUDA device each: this host has {n_devices}")
-    torch.cuda.set_device(distributed.local_rank())
-    return torch.device("cuda", distributed.local_rank())
+        raise UserError(f"{n_processes} processes cannot have a CUDA device each: this host has {n_devices}")
+    torch.cuda.set_device(processes.local_rank())
+    return torch.device("cuda", processes.local_rank())
 
 
 def describe_devices(device):
     """The devices of all processes, which are alike, by name: `2 × NVIDIA A100-SXM4-40GB`, or one's name alone."""
-    n_processes = distributed.world_size()
+    n_processes = processes.world_size()
     return f"{n_processes} × {describe_device(device)}" if n_processes > 1 else describe_device(device)
 
 
@@ -68,7 +68,7 @@ def describe_disagreement(found, expected, precision, device):
     if difference <= (0.01 if precision == "fp32" else 0.1) * spread:  # also not where it is NaN
         return None
     system = f"CUDA {torch.version.cuda}" if device.type == "cuda" else f"macOS {platform.mac_ver()[0]}"
-    whose = f"the device of {distributed.describe_process()}" if distributed.world_size() > 1 else "this device"
+    whose = f"the device of {processes.describe_process()}" if processes.world_size() > 1 else "this device"
     return (
         f"{whose} does not compute what the CPU does: logits of two messages differ by up to "
         f"{difference:.2g}, and the CPU's range over {spread:.2g} ({describe_device(device)}, PyTorch "
@@ -86,9 +86,9 @@ def describe_processor():
 
 
 def set_precision(precision, device):
-    """Allow or forbid TF32 in float32 products. Raises UsageError for `tf32` on a device without it."""
+    """Allow or forbid TF32 in float32 products. Raises UserError for `tf32` on a device without it."""
     if precision == "tf32" and device.type != "cuda":
-        raise UsageError(f"--precision tf32 is for CUDA; the device is {device}")
+        raise UserError(f"--precision tf32 is for CUDA; the device is {device}")
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
 
 

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 
-from .dataset import problem_of_text
-from .devices import resolve_device
-from .files import FileError, NonFiniteError, UsageError, require_finite, sha256_of_tensors
-from .records import Record
-from .tensor_files import read_tensors, write_tensors
+from runner.data.datasets import problem_of_text
+from runner.data.tensor_files import read_tensors, write_tensors
+from runner.files import NonFiniteError, UserError, require_finite, sha256_of_tensors
+from runner.machine.devices import resolve_device
+from runner.results.records import Record
 
 KIND, VERSION = "saved classifier", 1
 
@@ -61,14 +61,14 @@ class SavedClassifier:
     def settings_with(self, given):
         """The settings, with the model size, weights and device that `given`, {name: value}, has in place of theirs.
 
-        TF32 becomes float32 where the device has none. Raises UsageError for another model size, for a weights file
+        TF32 becomes float32 where the device has none. Raises UserError for another model size, for a weights file
         that is not there, and for a device that is not.
         """
         if (size := given.get("model_size", self.settings["model_size"])) != self.settings["model_size"]:
-            raise UsageError(f"--model_size {size}: {self.path} was trained on {self.settings['model_size']}")
+            raise UserError(f"--model_size {size}: {self.path} was trained on {self.settings['model_size']}")
         base = given.get("weights", self.settings["weights"]) if self.needs_base else "random"
         if base not in ("pretrained", "random") and not Path(base).is_file():
-            raise UsageError(f"{self.path} was trained on {base}, which does not exist; use --weights FILE")
+            raise UserError(f"{self.path} was trained on {base}, which does not exist; use --weights FILE")
         device = resolve_device(given.get("device", "cpu" if self.settings["device"] == "cpu" else "auto"))
         precision = self.settings["precision"]
         if precision == "tf32" and device.type != "cuda":
@@ -76,27 +76,27 @@ class SavedClassifier:
         return self.settings | dict(weights=base, device=device.type, precision=precision)
 
     def check_base(self, weights, sha256):
-        """Raises UsageError if the `weights` given, with this SHA-256, are not those that it was trained on."""
+        """Raises UserError if the `weights` given, with this SHA-256, are not those that it was trained on."""
         if self.needs_base and sha256 != self.base_sha256:
-            raise UsageError(f"--weights {weights}: {self.path} was trained on other weights (by their SHA-256)")
+            raise UserError(f"--weights {weights}: {self.path} was trained on other weights (by their SHA-256)")
 
     @torch.no_grad()
     def restore(self, classifier):
-        """Copy the trained parameters into a Classifier of the same settings. Raises FileError for other ones."""
+        """Copy the trained parameters into a Classifier of the same settings. Raises UserError for other ones."""
         trained = {name: p for name, p in classifier.named_parameters() if p.requires_grad}
         if {name: p.shape for name, p in trained.items()} != {name: p.shape for name, p in self.parameters.items()}:
-            raise FileError(f"{self.path} does not hold the trained parameters that its settings name")
+            raise UserError(f"{self.path} does not hold the trained parameters that its settings name")
         for name, parameter in trained.items():
             parameter.copy_(self.parameters[name])
 
 
 def read_classifier(path):
-    """The SavedClassifier at `path`. Raises FileError for a file that cannot be used."""
+    """The SavedClassifier at `path`. Raises UserError for a file that cannot be used."""
     description, parameters = read_tensors(path, KIND, VERSION)
     try:
         require_finite(parameters, "parameter")
     except NonFiniteError as error:
-        raise FileError(f"{path} cannot be used: {error}") from None
+        raise UserError(f"{path} cannot be used: {error}") from None
     settings = description["settings"] | dict(context_length=description["width"])
     record = Record.from_dict(description["record"]) if "record" in description else None
     return SavedClassifier(path, settings, description["labels"], description["base_sha256"], parameters, record)
@@ -105,24 +105,24 @@ def read_classifier(path):
 def chunks_of_texts(arguments, size, seconds):
     """The messages of `--classify`, its arguments or the lines of standard input, in lists of at most `size`.
 
-    Raises UsageError for arguments that cannot be used; for standard input see `chunks_of_lines`.
+    Raises UserError for arguments that cannot be used; for standard input see `chunks_of_lines`.
     """
     if list(arguments) == ["-"]:
         if sys.stdin is None:
-            raise UsageError("standard input is closed")
+            raise UserError("standard input is closed")
         return chunks_of_lines(sys.stdin.fileno(), size, seconds)
     for number, text in enumerate(arguments, 1):
         if not text.strip():
-            raise UsageError(f"message {number} is empty")
+            raise UserError(f"message {number} is empty")
         if problem := problem_of_text(text):
-            raise UsageError(f"message {number}: {problem}")
+            raise UserError(f"message {number}: {problem}")
     return [arguments[start : start + size] for start in range(0, len(arguments), size)]
 
 
 def chunks_of_lines(descriptor, size, seconds):
     """The lines of a file as they come: lists of at most `size`, of what has come within `seconds` of the first.
 
-    A line may be empty: each has its line of output. Raises UsageError for one that cannot be used, after those before
+    A line may be empty: each has its line of output. Raises UserError for one that cannot be used, after those before
     it were given, and for a file without lines.
     """
     n_given = 0
@@ -140,9 +140,9 @@ def chunks_of_lines(descriptor, size, seconds):
         n_given += len(texts)
         yield texts[:-1] if problem else texts
         if problem:
-            raise UsageError(f"message {n_given}: {problem}")
+            raise UserError(f"message {n_given}: {problem}")
     if n_given == 0:
-        raise UsageError("there is no message on standard input")
+        raise UserError("there is no message on standard input")
 
 
 def lines_in_time(descriptor, size, seconds):

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import jinja2
 
-from . import dataset
-from .comparison import holm
-from .dataset import SPLITS
-from .files import FileError, UsageError, write_bytes
-from .grouping import compare_groups, in_precision, options_in, rank
-from .table import command_line, describe_settings
-from .wording import against_published, describe, in_ranges, minutes_cell, p_value, runs, unanswered
+from runner.data import datasets
+from runner.data.datasets import SPLITS
+from runner.files import UserError, write_bytes
+from runner.results.comparison import holm
+from runner.results.summary import compare_groups, in_precision, options_in, rank
+from runner.results.table import command_line, describe_settings
+from runner.results.wording import against_published, describe, in_ranges, minutes_cell, p_value, runs, unanswered
 
 MAX_GROUPS = 30  # in the matrix: each with each of the others
 MAX_OTHERS = 300  # lines of the table of other runs
@@ -34,7 +34,7 @@ def render(standing, answers, rows):
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    template = environment.get_template("report.html")
+    template = environment.get_template("page.html")
     groups = standing.groups
     asked = [question_view(answer, rows) for answer in answers if answer.comparison]
     shown, n_hidden = run_views(groups)
@@ -195,7 +195,7 @@ def run_view(name, record, texts):
     )
     if record.confusions is not None:
         confusion = record.confusions["test"]
-        names = dataset.class_names(record.data, len(confusion.totals))
+        names = datasets.class_names(record.data, len(confusion.totals))
         messages = texts_of(record, texts)
         view["errors"] = confusion.describe(names)
         view["mistakes"] = [
@@ -218,13 +218,13 @@ def texts_of(record, known):
         known[place] = []
         try:
             if record.data == "sample":
-                splits, _ = dataset.load_splits("", "sample")
+                splits, _ = datasets.load_splits("", "sample")
             else:
                 folder = Path(str(record.settings.get("data_dir", "")))
-                splits = {split: dataset.read_labelled_csv(folder / f"{split}.csv") for split in SPLITS}
-            if dataset.sha256_of_splits(splits) == record.data_sha256:
+                splits = {split: datasets.read_labelled_csv(folder / f"{split}.csv") for split in SPLITS}
+            if datasets.sha256_of_splits(splits) == record.data_sha256:
                 known[place] = list(splits["test"]["Text"])
-        except (UsageError, FileError, OSError):
+        except (UserError, OSError):
             pass
     return known[place]
 

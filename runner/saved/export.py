@@ -14,51 +14,50 @@ from safetensors.torch import save_file
 
 from gpt_download import PRETRAINED
 from previous_chapters import gpt2_tensors
-
-from .dataset import DATASET_NAMES, SPLITS
-from .files import UsageError, replace_folder, sha256_of, sha256_of_json
-from .table import command_line, plain
+from runner.data.datasets import DATASET_NAMES, SPLITS
+from runner.files import UserError, replace_folder, sha256_of, sha256_of_json
+from runner.results.table import command_line, plain
 
 # --- what can be exported ---
 
 
 def check_experiment(experiment):
-    """Raises UsageError for what GPT2ForSequenceClassification cannot express: it sees the last real token only."""
+    """Raises UserError for what GPT2ForSequenceClassification cannot express: it sees the last real token only."""
     instead = "transformers classifies the last token that is not padding: use --trainable_token_pos flexible"
     if experiment.average_embeddings:
-        raise UsageError(f"--export cannot be combined with --average_embeddings; {instead}")
+        raise UserError(f"--export cannot be combined with --average_embeddings; {instead}")
     if experiment.disable_causal_mask:
-        raise UsageError("--export cannot be combined with --disable_causal_mask: GPT-2 in transformers has its mask")
+        raise UserError("--export cannot be combined with --disable_causal_mask: GPT-2 in transformers has its mask")
     position = experiment.trainable_token_pos
     if position == "first" or (position == "last" and not experiment.no_padding):
         others = " or --no_padding" if position == "last" else ""
-        raise UsageError(f"--export cannot be combined with --trainable_token_pos {position}; {instead}{others}")
+        raise UserError(f"--export cannot be combined with --trainable_token_pos {position}; {instead}{others}")
 
 
 def check_classes(n_classes, emb_dim):
-    """Raises UsageError for more classes than the model is wide: `fold_bias` has no solution then."""
+    """Raises UserError for more classes than the model is wide: `fold_bias` has no solution then."""
     if n_classes > emb_dim:
-        raise UsageError(f"--export takes {emb_dim} classes at most, the width of the model; there are {n_classes}")
+        raise UserError(f"--export takes {emb_dim} classes at most, the width of the model; there are {n_classes}")
 
 
 def check_folder(path):
-    """Raises UsageError for a path at which no export can be written, or at which there is something else than one."""
+    """Raises UserError for a path at which no export can be written, or at which there is something else than one."""
     if path == "":
-        raise UsageError("--export is given without the name of a folder")
+        raise UserError("--export is given without the name of a folder")
     path = Path(path)
     parent = path.resolve().parent
     if not parent.is_dir():
-        raise UsageError(f"--export {path}: there is no folder {path.parent}")
+        raise UserError(f"--export {path}: there is no folder {path.parent}")
     if not os.access(parent, os.W_OK):
-        raise UsageError(f"--export {path}: nothing can be written into {parent}")
+        raise UserError(f"--export {path}: nothing can be written into {parent}")
     if not path.exists():
         return
     if not path.is_dir():
-        raise UsageError(f"--export {path} is not a folder")
+        raise UserError(f"--export {path} is not a folder")
     if path.samefile(".") or os.path.ismount(path):
-        raise UsageError(f"--export {path} is the current folder or a mount point, which cannot be replaced")
+        raise UserError(f"--export {path} is the current folder or a mount point, which cannot be replaced")
     if not may_be_replaced(path):
-        raise UsageError(f"--export {path}: the folder holds something else than an unchanged export, which stays")
+        raise UserError(f"--export {path}: the folder holds something else than an unchanged export, which stays")
 
 
 def may_be_replaced(folder):

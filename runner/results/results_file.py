@@ -6,10 +6,10 @@ import io
 import os
 from pathlib import Path
 
-from .dataset import SPLITS
-from .files import FileError, append_bytes
-from .locks import locked
-from .results_cells import from_cells, to_cells
+from runner.data.datasets import SPLITS
+from runner.files import UserError, append_bytes
+from runner.locks import locked
+from runner.results.results_cells import from_cells, to_cells
 
 # What the report cannot do without; a file may lack other columns.
 NEEDED = ["row", "configuration", "seed", "minutes", "device_name"]
@@ -70,21 +70,21 @@ LINES_OF_A_RECORD = 5  # at most, of a record in which a text has line breaks
 def read_records(path):
     """([Record, ...], [numbers of the lines that are none]) of a results file.
 
-    A damaged line costs no other: a record may start at any line. Raises FileError for a file that is
+    A damaged line costs no other: a record may start at any line. Raises UserError for a file that is
     missing or has other columns.
     """
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")  # which reads \r\n as \n
     except (OSError, UnicodeDecodeError) as error:
-        raise FileError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+        raise UserError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     csv.field_size_limit(2**31 - 1)
     try:
         columns = next(csv.reader(lines[:1]), [])
     except csv.Error as error:
-        raise FileError(f"{path} is not a results file: {error}") from None
+        raise UserError(f"{path} is not a results file: {error}") from None
     for column in NEEDED:
         if column not in columns:
-            raise FileError(f"{path} is not a results file: column {column} is missing")
+            raise UserError(f"{path} is not a results file: column {column} is missing")
     records, damaged = [], []
     number = 1
     while number < len(lines):

@@ -8,9 +8,9 @@ import pandas as pd
 import tiktoken
 import torch
 
-from .accuracy import Accuracy, Confusion, Mistake
-from .dataset import SPLITS
-from .devices import describe_devices
+from runner.data.datasets import SPLITS
+from runner.machine.devices import describe_devices
+from runner.results.accuracy import Accuracy, Confusion, Mistake
 
 
 @dataclass

@@ -13,8 +13,7 @@ import numpy as np
 import pandas as pd
 
 import gpt_download
-
-from .files import FileError, UsageError, sha256_of, write_bytes
+from runner.files import UserError, sha256_of, write_bytes
 
 SPLITS = {"train": "Training", "validation": "Validation", "test": "Test"}
 
@@ -55,7 +54,7 @@ def load_splits(data_dir, dataset, quiet=False):
     """The labelled messages of each split, and what they are: "uci", "sample" or "own".
 
     Returns ({split: DataFrame with columns Label (int) and Text (str)}, name). Downloads the collection if need
-    be. Raises UsageError or FileError for files that cannot be used, FetchError for a download that failed.
+    be. Raises UserError for files that cannot be used, UserError for a download that failed.
     """
     if dataset == "sample":
         return balanced_splits(gpt_download.sample_path()), "sample"
@@ -71,26 +70,26 @@ def load_splits(data_dir, dataset, quiet=False):
 
 
 def check_data_dir(data_dir, paths):
-    """Raises UsageError for a folder that was probably meant to hold other data than the collection.
+    """Raises UserError for a folder that was probably meant to hold other data than the collection.
 
     The collection is downloaded into the default folder, or into an empty one. `paths` are those of the splits.
     """
     advice = "make an empty folder to have the collection downloaded into it, or put train.csv, validation.csv and "
     advice += "test.csv there"
     if not data_dir.exists() and (data_dir.is_symlink() or str(data_dir) != DEFAULT_DATA_DIR):
-        raise UsageError(f"--data_dir {data_dir} does not exist; {advice}")
+        raise UserError(f"--data_dir {data_dir} does not exist; {advice}")
     if data_dir.exists() and not data_dir.is_dir():
-        raise UsageError(f"--data_dir {data_dir} is not a folder")
+        raise UserError(f"--data_dir {data_dir} is not a folder")
     for path in paths.values():
         if path.is_symlink() and not path.exists():
-            raise UsageError(f"{path} is a link to {path.readlink()}, which does not exist")
+            raise UserError(f"{path} is a link to {path.readlink()}, which does not exist")
     if not data_dir.exists() or str(data_dir) == DEFAULT_DATA_DIR:
         return
     ours = {*(path.name for path in paths.values()), *gpt_download.COLLECTION_NAMES}
     names = {path.name for path in data_dir.iterdir() if not path.name.startswith(".") and path.suffix != ".part"}
     names -= {FEATURES}
     if names and not names & ours:
-        raise UsageError(f"--data_dir {data_dir} holds neither the three files nor the collection; {advice}")
+        raise UserError(f"--data_dir {data_dir} holds neither the three files nor the collection; {advice}")
 
 
 def write_uci_splits(data_dir, paths, quiet):
@@ -98,7 +97,7 @@ def write_uci_splits(data_dir, paths, quiet):
     for split, path in paths.items():  # an interrupted run may have left some of them; all others are the user's
         if path.exists() and sha256_of(path) != UCI_SPLITS_SHA256[split]:
             missing = " and ".join(other.name for other in paths.values() if not other.exists())
-            raise UsageError(f"{data_dir} holds {path.name} but not {missing}; your own data needs all three")
+            raise UserError(f"{data_dir} holds {path.name} but not {missing}; your own data needs all three")
     existed = data_dir.exists()
     try:
         gpt_download.check_writable(data_dir)
@@ -111,7 +110,7 @@ def write_uci_splits(data_dir, paths, quiet):
     contents = {split: frame.to_csv(index=None, lineterminator="\n").encode() for split, frame in splits.items()}
     for split, content in contents.items():
         if hashlib.sha256(content).hexdigest() != UCI_SPLITS_SHA256[split]:
-            raise FileError(f"pandas {pd.__version__} splits the collection differently; see requirements.txt")
+            raise UserError(f"pandas {pd.__version__} splits the collection differently; see requirements.txt")
     for split, content in contents.items():
         write_bytes(paths[split], content)
 
@@ -140,13 +139,13 @@ def balanced_splits(path):
 def read_labelled_csv(path):
     """The columns Label and Text of a CSV file, and for each row the line on which it ends, as a DataFrame.
 
-    Raises UsageError that names file and line. (Not pandas: it takes a message "NA" for a missing one, and knows
+    Raises UserError that names file and line. (Not pandas: it takes a message "NA" for a missing one, and knows
     no line numbers.)
     """
     labels, texts, lines = array("q"), [], array("q")
     csv.field_size_limit(2**31 - 1)
     if Path(path).exists() and not Path(path).is_file():  # a pipe would be waited for
-        raise UsageError(f"{path}: not a regular file")
+        raise UserError(f"{path}: not a regular file")
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file, strict=True)
@@ -160,31 +159,31 @@ def read_labelled_csv(path):
                     fields += [""] * (len(columns) - len(fields))
                 label, text = fields[label_at], fields[text_at]
                 if problem := problem_of(label, text, len(fields) > len(columns)):
-                    raise UsageError(f"{path}, line {reader.line_num}: {problem}")
+                    raise UserError(f"{path}, line {reader.line_num}: {problem}")
                 labels.append(int(label))
                 texts.append(text)
                 lines.append(reader.line_num)
     except UnicodeDecodeError as error:
-        raise UsageError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+        raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
     except csv.Error as error:
-        raise UsageError(f"{path}, line {reader.line_num}: {error}") from None
+        raise UserError(f"{path}, line {reader.line_num}: {error}") from None
     except OSError as error:
-        raise UsageError(f"{path}: {error.strerror}") from None
+        raise UserError(f"{path}: {error.strerror}") from None
     if not texts:
-        raise UsageError(f"{path}: no messages below the header")
+        raise UserError(f"{path}: no messages below the header")
     return pd.DataFrame({"Label": np.asarray(labels), "Text": texts, "line": np.asarray(lines)})
 
 
 def check_columns(path, columns):
-    """Raises UsageError for a header, a list of names or None, without the columns that are read."""
+    """Raises UserError for a header, a list of names or None, without the columns that are read."""
     if columns is None:
-        raise UsageError(f"{path}: the file is empty")
+        raise UserError(f"{path}: the file is empty")
     for column in columns:
         if columns.count(column) > 1:
-            raise UsageError(f"{path}: there are {columns.count(column)} columns {column}")
+            raise UserError(f"{path}: there are {columns.count(column)} columns {column}")
     for column in ("Label", "Text"):
         if column not in columns:
-            raise UsageError(f"{path}: column {column} is missing; the columns are {', '.join(columns)}")
+            raise UserError(f"{path}: column {column} is missing; the columns are {', '.join(columns)}")
 
 
 MAX_DIGITS = 18  # of a label: what is longer does not fit PyTorch's integers
@@ -213,13 +212,13 @@ def problem_of_text(text):
 
 
 def refuse_label(splits, split, data_dir, wrong, problem):
-    """Raises UsageError for the first message of a split that `wrong` (bool for each) marks."""
+    """Raises UserError for the first message of a split that `wrong` (bool for each) marks."""
     first = splits[split][wrong].iloc[0]
-    raise UsageError(f"{data_dir}/{split}.csv, line {first['line']}: label {first['Label']}, {problem}")
+    raise UserError(f"{data_dir}/{split}.csv, line {first['line']}: label {first['Label']}, {problem}")
 
 
 def count_classes(splits, ignore_index, data_dir):
-    """K, from the labels 0..K-1 of the training messages. Raises UsageError for labels that are not these.
+    """K, from the labels 0..K-1 of the training messages. Raises UserError for labels that are not these.
 
     A negative label equal to `ignore_index` marks a message without a label: it adds nothing to the loss and is
     not counted in an accuracy.
@@ -228,7 +227,7 @@ def count_classes(splits, ignore_index, data_dir):
     unlabelled = {split: (column < 0) & (column == ignore_index) for split, column in labels.items()}
     train = labels["train"]
     if (train == ignore_index).all():
-        raise UsageError(f"every training label is the ignored one, {ignore_index}: nothing to learn from")
+        raise UserError(f"every training label is the ignored one, {ignore_index}: nothing to learn from")
     classes = sorted(train[~unlabelled["train"]].unique().tolist())
     if classes[0] != 0:
         problem = f"but labels start at 0; the training file's start at {classes[0]}"
@@ -238,7 +237,7 @@ def count_classes(splits, ignore_index, data_dir):
             problem = f"but no training message has label {expected}"
             refuse_label(splits, "train", data_dir, train == label, problem)
     if len(classes) == 1:
-        raise UsageError(f"{data_dir}/train.csv: every label is 0; a classifier needs two classes or more")
+        raise UserError(f"{data_dir}/train.csv: every label is 0; a classifier needs two classes or more")
     for split in SPLITS:
         unknown = ~labels[split].isin(classes) & ~unlabelled[split]
         if unknown.any():

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from .files import FileError, atomic_write, sha256_of_tensors
+from runner.files import UserError, atomic_write, sha256_of_tensors
 
 # --- at once: checkpoints and saved classifiers ---
 
@@ -35,31 +35,31 @@ def write_tensors(path, kind, version, description, tensors):
 def read_tensors(path, kind, version):
     """(description, tensors) of a file that `write_tensors` wrote. Nothing in it can run code.
 
-    Raises FileError for a file that is damaged, of another kind or of another version of the format.
+    Raises UserError for a file that is damaged, of another kind or of another version of the format.
     """
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, OSError) as error:
-        raise FileError(f"{path} cannot be read as a {kind}: {error}") from None
+        raise UserError(f"{path} cannot be read as a {kind}: {error}") from None
     check_kind(path, metadata, kind, version)
     check_sha256(path, metadata, sha256_of_tensors(tensors, kind, str(version), metadata.get("description")))
     return json.loads(metadata["description"]), tensors
 
 
 def check_kind(path, metadata, kind, version):
-    """Raises FileError for a file of another kind or format, according to its metadata."""
+    """Raises UserError for a file of another kind or format, according to its metadata."""
     if metadata.get("kind") != kind:
-        raise FileError(f"{path} is not a {kind} of this program")
+        raise UserError(f"{path} is not a {kind} of this program")
     if metadata.get("format") != str(version):
-        raise FileError(f"{path} is a {kind} in format {metadata.get('format')}; this program reads format {version}")
+        raise UserError(f"{path} is a {kind} in format {metadata.get('format')}; this program reads format {version}")
 
 
 def check_sha256(path, metadata, sha256):
-    """Raises FileError for a file whose content has another SHA-256 than its metadata say."""
+    """Raises UserError for a file whose content has another SHA-256 than its metadata say."""
     if metadata.get("sha256") != sha256:
-        raise FileError(f"{path} is damaged: its SHA-256 differs from the one that it was written with")
+        raise UserError(f"{path} is damaged: its SHA-256 differs from the one that it was written with")
 
 
 # --- rows as they come: kept hidden states ---
@@ -146,7 +146,7 @@ def create_rows(path, kind, version, shapes):
 def open_rows(file, kind, version):
     """(description, {name: FileRows}) of a file that `create_rows` wrote, open for reading and unbuffered.
 
-    Raises FileError for a file that is damaged, of another kind or of another version of the format.
+    Raises UserError for a file that is damaged, of another kind or of another version of the format.
     """
     try:
         header = file.read(HEADER_BYTES)
@@ -156,7 +156,7 @@ def open_rows(file, kind, version):
         if header_of(metadata, rows) != header:
             raise ValueError("its header is not one of this program")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise FileError(f"{file.name} cannot be read as a {kind}: {error}") from None
+        raise UserError(f"{file.name} cannot be read as a {kind}: {error}") from None
     check_kind(file.name, metadata, kind, version)
     check_sha256(file.name, metadata, sha256_of_rows(file, metadata, rows))
     return json.loads(metadata["description"]), rows

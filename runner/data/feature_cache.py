@@ -18,12 +18,12 @@ from pathlib import Path
 
 import torch
 
-from . import distributed
-from .devices import describe_device, describe_processor
-from .files import FileError, remove_left_overs, sha256_of, sha256_of_json, sha256_of_tensors
-from .locks import LockFile, lock_path, try_lock
-from .messages import Stage
-from .tensor_files import create_rows, file_size, open_rows
+from runner.data.messages import Stage
+from runner.data.tensor_files import create_rows, file_size, open_rows
+from runner.files import UserError, remove_left_overs, sha256_of, sha256_of_json, sha256_of_tensors
+from runner.locks import LockFile, lock_path, try_lock
+from runner.machine import processes
+from runner.machine.devices import describe_device, describe_processor
 
 KIND, VERSION = "file of hidden states", 1
 FILE_NAME = re.compile(r"[0-9a-f]{16}-\d+-blocks\.safetensors")  # what the cache may remove
@@ -57,7 +57,7 @@ def circumstances(classifier, messages, experiment, weights):
         "token ids": sha256_of_tensors(tensors),
         "precision": experiment.precision,
         "device": f"{device.type}: {describe_device(device)}",
-        "shards": distributed.is_divided(classifier.gpt.final_norm.weight),  # their blocks are not fused
+        "shards": processes.is_divided(classifier.gpt.final_norm.weight),  # their blocks are not fused
         "processor": describe_processor(),
         "threads": torch.get_num_threads(),
         "PyTorch": torch.__version__,
@@ -109,7 +109,7 @@ class NothingKept:
 class HiddenStates:
     """The hidden states in one file, which nobody removes as long as this object is there.
 
-    Raises FileNotFoundError, FileError for a file that is damaged or of something else, and OSError.
+    Raises FileNotFoundError, UserError for a file that is damaged or of something else, and OSError.
     """
 
     def __init__(self, path, circumstances, n_blocks):
@@ -123,7 +123,7 @@ class HiddenStates:
                 raise FileNotFoundError
             self.description, self.rows = open_rows(self.file, KIND, VERSION)
             if (self.description.get("circumstances"), self.description.get("blocks")) != (circumstances, n_blocks):
-                raise FileError(f"{path} is of other circumstances than its name says")
+                raise UserError(f"{path} is of other circumstances than its name says")
         except BaseException:
             self.file.close()
             raise
@@ -186,9 +186,9 @@ class FeatureCache:
                     return HiddenStates(path, circumstances, depth)
             except FileNotFoundError:
                 continue
-            except (FileError, OSError) as error:
+            except (UserError, OSError) as error:
                 self.warn(f"frozen features: {error}; they are computed again")
-                if isinstance(error, FileError):
+                if isinstance(error, UserError):
                     remove_if_unused(path)
         return NothingKept()
 

@@ -4,7 +4,7 @@ import math
 import statistics
 from dataclasses import dataclass
 
-from .dataset import SPLITS
+from runner.data.datasets import SPLITS
 
 # --- accuracies ---
 

@@ -5,9 +5,9 @@ from collections import Counter
 from contextlib import suppress
 from dataclasses import fields
 
-from .accuracy import Accuracy, Confusion, Mistake
-from .dataset import SPLITS
-from .records import History, Record
+from runner.data.datasets import SPLITS
+from runner.results.accuracy import Accuracy, Confusion, Mistake
+from runner.results.records import History, Record
 
 ACCURACY_PARTS = ("correct", "total", "fraction")
 DECIMALS = {"minutes": 4, "seconds": 2, "peak_memory_gb": 3}

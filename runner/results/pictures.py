@@ -4,9 +4,9 @@ import math
 import textwrap
 from pathlib import Path
 
-from .files import atomic_write
-from .grouping import in_precision, rank
-from .table import describe_settings
+from runner.files import atomic_write
+from runner.results.summary import in_precision, rank
+from runner.results.table import describe_settings
 
 # Told apart by colour-blind readers too (Okabe and Ito 2008), and also by their line or mark.
 BLUE, ORANGE = "#0072B2", "#D55E00"

@@ -5,26 +5,26 @@ import textwrap
 from dataclasses import replace
 from pathlib import Path
 
-from .dataset import SPLITS
-from .files import FileError
-from .grouping import answer_questions, arrange, in_precision, options_in, rank
-from .page import write_page
-from .pictures import plot_report
-from .results_file import read_records
-from .table import command_line, markdown_header, markdown_line, plain
-from .wording import against_published, describe, in_ranges, minutes_cell, unanswered, where
+from runner.data.datasets import SPLITS
+from runner.files import UserError
+from runner.results.page import write_page
+from runner.results.pictures import plot_report
+from runner.results.results_file import read_records
+from runner.results.summary import answer_questions, arrange, in_precision, options_in, rank
+from runner.results.table import command_line, markdown_header, markdown_line, plain
+from runner.results.wording import against_published, describe, in_ranges, minutes_cell, unanswered, where
 
 
 def print_report(run_options, rows, defaults, questions):
     """Print the report of a results file, and write its page and its picture, if they are asked for.
 
-    `rows` maps the number of each row to its Row, `defaults` are those of the settings. Raises FileError or OSError.
+    `rows` maps the number of each row to its Row, `defaults` are those of the settings. Raises UserError or OSError.
     """
     records = []
     for path in files_of(run_options.report):
         try:
             found, damaged = read_records(path)
-        except FileError:
+        except UserError:
             if path == run_options.report:
                 raise
             continue  # somebody else's, which only has such a name
