@@ -22,6 +22,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import math
+import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from itertools import islice, takewhile
@@ -45,9 +46,11 @@ from runner.data.messages import Messages, Stage, cut_and_pad, split_into_passes
 from runner.files import NonFiniteError, UserError
 from runner.machine import processes
 from runner.machine.devices import (
+    TOLERANCE,
     describe_devices,
-    describe_disagreement,
-    is_accelerator,
+    describe_system,
+    largest_deviation,
+    release_memory,
     resolve_device,
     set_precision,
 )
@@ -502,22 +505,28 @@ def accumulate_gradients(classifier, messages, window, experiment):
     Over frozen features little is left to run, and the window runs in passes of MESSAGES_PER_PASS, wherever its
     batches end. Elsewhere accumulation is there to save memory, and each batch is a pass. Of several processes each
     takes its share of every pass, and the gradients are summed: the weights sum to one over the window.
+
+    Returns the logits (n, K) of the messages and the loss, of this process's share. Raises NonFiniteError.
     """
     indices = torch.cat(window)
     weights = loss_weights(messages.labels[indices], [len(batch) for batch in window], experiment.ignore_index)
     size = MESSAGES_PER_PASS if classifier.n_frozen_blocks else experiment.batch_size
-    is_finite = []
+    outputs, loss = [], torch.zeros((), device=classifier.device)
     for pass_indices, pass_weights in map(processes.own_share, indices.split(size), weights.split(size)):
         logits = classifier(messages.batch(pass_indices, classifier.device))
         labels = messages.labels[pass_indices].to(classifier.device)
         losses = F.cross_entropy(logits, labels, ignore_index=experiment.ignore_index, reduction="none")
-        (losses @ pass_weights.to(losses)).backward()
-        is_finite.append(logits.isfinite().all() & losses.isfinite().all())
+        pass_loss = losses @ pass_weights.to(losses.dtype).to(losses.device)  # no accelerator sees a float64
+        pass_loss.backward()
+        outputs.append(logits.detach())
+        loss += pass_loss.detach()
+    outputs = torch.cat(outputs)
     # Once per update: on an accelerator each question waits for the answer.
-    (is_diverged,) = processes.largest(not torch.stack(is_finite).all())
+    (is_diverged,) = processes.largest(not (outputs.isfinite().all() & loss.isfinite()))
     if is_diverged:
         raise NonFiniteError("a training loss is not finite")
     processes.sum_gradients(classifier.parameters())
+    return outputs, loss
 
 
 def make_training_state(classifier, experiment, usage=None):
@@ -609,21 +618,6 @@ def predict(classifier, messages, indices):
     return logits[torch.cat(order).argsort().to(classifier.device)]
 
 
-FEW_MESSAGES, FEW_TOKENS = 2, 32
-
-
-def predict_few(classifier, messages, bf16=False):
-    """Logits (2, K) of the beginning of two messages: so few that a CPU can check them for any accelerator."""
-    batch = messages.batch(torch.arange(min(FEW_MESSAGES, len(messages))), classifier.device)
-    key_mask = None if batch.key_mask is None else batch.key_mask[..., :FEW_TOKENS]
-    positions = batch.positions.clamp(max=FEW_TOKENS - 1)
-    before, classifier.bf16 = classifier.bf16, bf16
-    with torch.no_grad():
-        logits = classifier(replace(batch, x=batch.x[:, :FEW_TOKENS], positions=positions, key_mask=key_mask))
-    classifier.bf16 = before
-    return logits
-
-
 class Predictions(NamedTuple):
     """What one pass over a loader gave, batch after batch of these sizes."""
 
@@ -644,7 +638,8 @@ def predict_batches(classifier, messages, loader, n_batches=None):
 def mean_loss(predictions, ignore_index):
     """The mean of the batches' mean cross entropies, each over the labels that count."""
     losses = F.cross_entropy(predictions.logits, predictions.labels, ignore_index=ignore_index, reduction="none")
-    return (losses @ loss_weights(predictions.labels, predictions.batch_sizes, ignore_index).to(losses)).item()
+    weights = loss_weights(predictions.labels, predictions.batch_sizes, ignore_index)
+    return (losses @ weights.to(losses.dtype).to(losses.device)).item()
 
 
 def accuracy(predictions):
@@ -655,11 +650,78 @@ def accuracy(predictions):
 
 def confusion(predictions):
     """Which of the labelled messages were not classified as labelled, and as what: a Confusion."""
-    logits = predictions.logits.double()  # in float32, probabilities near one are all the same
+    # In float32, probabilities near one are all the same. On the CPU: MPS has no float64.
+    logits = predictions.logits.cpu().double()
     called = logits.argmax(-1)
     confidences = logits.softmax(-1).gather(-1, called[:, None]).squeeze(-1)
     columns = (predictions.indices, predictions.labels, called, confidences)
     return Confusion.of(*(column.tolist() for column in columns), n_classes=logits.shape[1])
+
+
+# --- the device compared with the CPU ---
+
+COMPARE_SECONDS = 10  # that the CPU may take for it
+
+
+def first_window(experiment, messages):
+    """The batches of the first update of training, [indices (B,), ...]; the random state stays as it is."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(experiment.seed)
+        return list(islice(make_loaders(messages, experiment.batch_size)["train"], experiment.accumulation_steps))
+
+
+def window_results(classifier, messages, window, experiment, shard):
+    """What training computes for a window, {name: tensor}: logits, loss, gradients. Of shards the logits only."""
+    if shard:
+        return {"the logits": predict(classifier, messages, torch.cat(window)).cpu()}
+    logits, loss = accumulate_gradients(classifier.train(), messages, window, experiment)
+    results = {"the logits": logits, "the loss": loss}
+    results |= {f"the gradient of {name}": p.grad for name, p in classifier.named_parameters() if p.grad is not None}
+    classifier.zero_grad()
+    return {name: tensor.cpu() for name, tensor in results.items()}
+
+
+def check_device(experiment, shard, data, weights, device, console):
+    """Compare the first update of a run on `device` with the CPU's. Returns the device to run on.
+
+    It is the update that this run begins with, at its own shapes and in its own precision; of a large model as many of
+    its messages as the CPU does in COMPARE_SECONDS. The device computes it twice: what changes from call to call may
+    be right once. Where they disagree, `--device auto` goes on on the CPU. Raises UserError for another `--device`.
+    """
+    if device.type == "cpu":
+        return device
+    messages, window = data.messages["train"], first_window(experiment, data.messages)
+    classifier = build_classifier(replace(experiment, precision="fp32"), len(data.class_names), weights.tensors)
+    copy_trained_parameters(classifier)
+    start = time.perf_counter()
+    window_results(classifier, messages, [window[0][:1]], experiment, shard)
+    n_messages = int(COMPARE_SECONDS / (time.perf_counter() - start))
+    n_messages = processes.from_main(min(max(n_messages, 1), sum(map(len, window))))
+    window = torch.cat(window)[:n_messages].split(experiment.batch_size)
+    expected = window_results(classifier, messages, window, experiment, shard)
+
+    classifier.bf16 = experiment.precision == "bf16"
+    classifier = place(classifier, device, shard)
+    deviation, name, problem = 0.0, "", None
+    try:
+        for _ in range(2):
+            results = window_results(classifier, messages, window, experiment, shard)
+            deviation, name = max((deviation, name), largest_deviation(results, expected))
+        if deviation > TOLERANCE[experiment.precision]:
+            problem = f"{name} differs by {deviation:.1%} of the largest entry"
+    except (NonFiniteError, NotImplementedError) as error:
+        problem = str(error).splitlines()[0]
+    del classifier
+    release_memory(device)
+    of_messages = f"the first {n_messages} training message{'s' if n_messages > 1 else ''}"
+    if (problem := processes.from_any(problem)) is None:
+        console.info(f"Compared with the CPU on {of_messages}: agrees, largest deviation {deviation:.1e} ({name})")
+        return device
+    problem = f"{describe_system(device)} does not compute what the CPU does on {of_messages}: {problem}"
+    if experiment.device != "auto":
+        raise UserError(f"{problem}\nTry: --device cpu", status=1)
+    console.warning(f"{problem}; the run goes on on the CPU")
+    return torch.device("cpu")
 
 
 # --- one run ---
@@ -693,7 +755,9 @@ def run(experiment, run_options=None):
     """
     run_options = run_options or RunOptions()
     console = Console(run_options.quiet)
-    device = resolve_device(experiment.device)
+    device, why_not = resolve_device(experiment.device)
+    if why_not:
+        console.warning(why_not)
     set_precision(experiment.precision, device)
     weights = find_weights(experiment.weights, experiment.model_size)
     features = FrozenFeatures(experiment, run_options, weights, console)
@@ -706,12 +770,13 @@ def run(experiment, run_options=None):
         console.warning(
             f"a batch has {experiment.batch_size} messages, so {n_idle} processes will have few or none to train on"
         )
+    with processes.main_first():
+        weights.open(console.quiet)
+    device = check_device(experiment, run_options.shard, data, weights, device, console)
     with Checkpointer(run_options, run_identity(experiment, data, weights, device), console) as checkpointer:
         with torch.device("meta"):
             sizes = optimize_frozen_blocks(build_classifier(experiment, len(data.class_names)))
         features.warn_if_memory_is_short(sizes, data.messages, device)
-        with processes.main_first():
-            weights.open(console.quiet)
 
         finished = checkpointer.checkpoint.finished[: run_options.repeats]
         for record in finished:
@@ -752,18 +817,12 @@ def export_trained(path, record, experiment, data, weights, parameters):
     export_classifier(path, classifier, experiment, weights, data.limit, data.class_names, record)
 
 
-def place(classifier, experiment, messages, device, shard, console):
-    """Move a classifier from the CPU to its device, or this process's shard of it. Some messages test the device."""
-    expected = predict_few(classifier, messages) if is_accelerator(device) else None
+def place(classifier, device, shard):
+    """Move a classifier from the CPU to its device, or this process's shard of it. Returns the classifier."""
     if shard:
         processes.shard(classifier, device)
-    else:
-        optimize_frozen_blocks(copy_trained_parameters(classifier).to(device))
-    if expected is not None:
-        found = predict_few(classifier, messages, classifier.bf16)
-        disagreement = describe_disagreement(found, expected, experiment.precision, device)
-        if disagreement := processes.from_any(disagreement):  # of whichever process: only one prints
-            console.warning(disagreement)
+        return classifier
+    return optimize_frozen_blocks(copy_trained_parameters(classifier).to(device))
 
 
 def run_seed(experiment, run_options, data, weights, features, device, checkpointer, console):
@@ -772,7 +831,7 @@ def run_seed(experiment, run_options, data, weights, features, device, checkpoin
     classifier = build_classifier(experiment, len(data.class_names), weights.tensors)
     base = (weights.sha256 or classifiers.frozen_sha256(classifier)) if run_options.save_model else None
     classifier.gpt.activation_checkpointing = run_options.activation_checkpointing
-    place(classifier, experiment, data.messages["train"], device, run_options.shard, console)
+    place(classifier, device, run_options.shard)
     console.info(describe_model(experiment, classifier))
     state = make_training_state(classifier, experiment, usage)
     inputs = features.of(classifier, data.messages, experiment.seed)
@@ -821,7 +880,7 @@ def load_classifier(path, given):
     Arguments and errors are those of `restore_classifier`.
     """
     classifier, experiment, _, saved = restore_classifier(path, given)
-    device = resolve_device(experiment.device)
+    device, _ = resolve_device(experiment.device)
     set_precision(experiment.precision, device)
     return optimize_frozen_blocks(classifier.to(device)).eval(), experiment, saved.class_names
 
@@ -888,7 +947,7 @@ def execute(experiment, run_options, given):
         if run_options.classify:
             classify(run_options, given)
     else:
-        with processes.process_group(resolve_device(experiment.device)):
+        with processes.process_group(resolve_device(experiment.device)[0]):
             run(experiment, run_options)
 
 

@@ -43,6 +43,18 @@ GPT_SIZES = {
 # --- the model ---
 
 
+class LayerNorm(nn.LayerNorm):
+    """nn.LayerNorm that learns on MPS too: PyTorch up to 2.12 gives wrong gradients there over a frozen input.
+
+    (pytorch issue 183825: they are right where the input takes a gradient, so here it takes one that nobody reads.)
+    """
+
+    def forward(self, x):
+        if x.device.type == "mps" and torch.is_grad_enabled() and not x.requires_grad:
+            x = x.detach().requires_grad_(self.weight.requires_grad)
+        return super().forward(x)
+
+
 class MultiHeadAttention(nn.Module):
     """Scaled dot-product attention over H heads (Vaswani et al. 2017, section 3.2).
 
@@ -67,24 +79,30 @@ class MultiHeadAttention(nn.Module):
         `key_mask` lets it; under the causal mask that must be the tokens up to and including it.
         """
         one_query = query_positions is not None
+        # Inputs of products are 2-dimensional: on some Macs PyTorch multiplies 3-dimensional ones wrongly.
         if self.W_qkv is not None and not one_query:
-            queries, keys, values = F.linear(x, *self.W_qkv).chunk(3, dim=-1)
+            projected = F.linear(x.flatten(0, 1), *self.W_qkv).chunk(3, dim=-1)
         else:
             query_input = select_positions(x, query_positions) if one_query else x
-            queries, keys, values = self.W_query(query_input), self.W_key(x), self.W_value(x)
-        causal = self.causal and not one_query
-        queries, keys, values = (self.split_heads(part) for part in (queries, keys, values))
-        # On a CPU the fused kernel takes bfloat16 but is slower in it than in float32, backward by half.
-        if x.device.type == "cpu" and queries.dtype == torch.bfloat16:
+            queries = self.W_query(query_input.flatten(0, 1))
+            projected = queries, self.W_key(x.flatten(0, 1)), self.W_value(x.flatten(0, 1))
+        queries, keys, values = (self.split_heads(part, len(x)) for part in projected)
+        # Attention is in float32 also under bf16, but for CUDA: on a CPU the fused kernel is slower in bfloat16,
+        # backward by half; on MPS it has let tokens see later ones, and misread tensors that are not contiguous.
+        if x.device.type != "cuda" and queries.dtype == torch.bfloat16:
             queries, keys, values = queries.float(), keys.float(), values.float()
-        with torch.autocast("cpu", enabled=False):  # which would make them bfloat16 again
+        if x.device.type == "mps":
+            queries, keys, values = queries.contiguous(), keys.contiguous(), values.contiguous()
+        causal = self.causal and not one_query
+        with torch.autocast("mps" if x.device.type == "mps" else "cpu", enabled=False):  # not bfloat16 again
             context = F.scaled_dot_product_attention(
                 queries, keys, values, attn_mask=None if causal else key_mask, is_causal=causal
             )
-        return self.out_proj(context.transpose(1, 2).flatten(2))
+        context = context.transpose(1, 2).flatten(2).flatten(0, 1)  # (B, H, T, D/H) -> (B T, D)
+        return self.out_proj(context).unflatten(0, (len(x), -1))
 
-    def split_heads(self, x):
-        return x.unflatten(2, (self.n_heads, -1)).transpose(1, 2)  # (B, T, D) -> (B, H, T, D/H)
+    def split_heads(self, x, batch_size):
+        return x.view(batch_size, -1, self.n_heads, x.shape[-1] // self.n_heads).transpose(1, 2)  # to (B, H, T, D/H)
 
     def attend_to_normalized(self, query_input, x_hat, norm, key_mask=None):
         """What `forward` gives for one query per message, without forming keys and values.
@@ -96,7 +114,7 @@ class MultiHeadAttention(nn.Module):
         So all T positions take part in two batched products only, and b and c of the keys in none.
         """
         head_dim = query_input.shape[2] // self.n_heads
-        queries = self.W_query(query_input).unflatten(2, (self.n_heads, head_dim)).squeeze(1)  # (B, H, D/H)
+        queries = self.W_query(query_input.squeeze(1)).unflatten(1, (self.n_heads, head_dim))  # (B, H, D/H)
         W_key = self.W_key.weight.unflatten(0, (self.n_heads, head_dim))  # (H, D/H, D)
         W_value = self.W_value.weight.unflatten(0, (self.n_heads, head_dim))
 
@@ -147,22 +165,25 @@ class TransformerBlock(nn.Module):
         super().__init__()
         self.att = MultiHeadAttention(cfg)
         self.ff = FeedForward(cfg)
-        self.norm1 = nn.LayerNorm(cfg.emb_dim)
-        self.norm2 = nn.LayerNorm(cfg.emb_dim)
+        self.norm1 = LayerNorm(cfg.emb_dim)
+        self.norm2 = LayerNorm(cfg.emb_dim)
 
     def forward(self, x, key_mask=None, query_positions=None):
         """x (B, T, D) to (B, T, D), or to (B, 1, D) with `query_positions`; arguments as in the attention."""
         residual = x if query_positions is None else select_positions(x, query_positions)
-        x = residual + self.att(self.norm1(x), key_mask, query_positions)
-        return x + self.ff(self.norm2(x))
+        return self.feed_forward(residual + self.att(self.norm1(x), key_mask, query_positions))
+
+    def feed_forward(self, x):
+        return x + self.ff(self.norm2(x).flatten(0, 1)).view_as(x)
 
     def forward_normalized(self, residual, x_hat, key_mask=None):
         """What `forward` gives for one query per message, from the kept parts of a frozen input x (B, T, D).
 
         residual (B, 1, D) is x at the query's position; x_hat (B, T, D) is x standardized, as `standardize` does.
         """
-        x = residual + self.att.attend_to_normalized(self.norm1(residual), x_hat, self.norm1, key_mask)
-        return x + self.ff(self.norm2(x))
+        return self.feed_forward(
+            residual + self.att.attend_to_normalized(self.norm1(residual), x_hat, self.norm1, key_mask)
+        )
 
     def standardize(self, x):
         """`norm1` without its scale and shift: all of it that does not change when the block is trained."""
@@ -178,7 +199,7 @@ class GPTModel(nn.Module):
         self.tok_emb = nn.Embedding(cfg.vocab_size, cfg.emb_dim)
         self.pos_emb = nn.Embedding(cfg.context_length, cfg.emb_dim)
         self.trf_blocks = nn.ModuleList(TransformerBlock(cfg) for _ in range(cfg.n_layers))
-        self.final_norm = nn.LayerNorm(cfg.emb_dim)
+        self.final_norm = LayerNorm(cfg.emb_dim)
         self.activation_checkpointing = False  # whether blocks compute again in the backward pass what it needs
 
     def embed(self, token_ids):

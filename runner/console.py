@@ -107,15 +107,20 @@ OUT_OF_MEMORY_ADVICE = (
 )
 
 
+DEVICE_FAILURES = ("CUDA error", "CUDA driver", "CUBLAS_STATUS", "cuDNN error", "NCCL error", "MPS backend")
+DEVICE_ADVICE = "Try: the same command again, which resumes where there is a --checkpoint; --device cpu"
+
+
 def prepare_streams():
     """Make standard output and error take any text, and replace them where they were closed.
 
-    A terminal without an en dash shows a question mark for it.
+    Into a file or a pipe they write UTF-8 on every system. A terminal without an en dash shows a question mark for it.
     """
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w"))
-        getattr(sys, name).reconfigure(errors="replace")
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+        stream = getattr(sys, name)
+        stream.reconfigure(encoding=None if stream.isatty() else "utf-8", errors="replace")
 
 
 def exit_status(command):
@@ -131,9 +136,12 @@ def exit_status(command):
     except UserError as error:
         status, message = error.status, f"error: {error}"
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and not any(words in str(error) for words in OUT_OF_MEMORY):
+        if isinstance(error, MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY):
+            status, message = 1, f"error: out of memory\n{OUT_OF_MEMORY_ADVICE}"
+        elif any(words in str(error) for words in DEVICE_FAILURES):  # lost, overheated, defective memory
+            status, message = 1, f"error: the device failed: {str(error).splitlines()[0]}\n{DEVICE_ADVICE}"
+        else:
             raise
-        status, message = 1, f"error: out of memory\n{OUT_OF_MEMORY_ADVICE}"
     except KeyboardInterrupt as error:
         status = 128 + (error.number if isinstance(error, Terminated) else signal.SIGINT)
         message = error.args[0] if error.args else "interrupted"

@@ -23,7 +23,7 @@ from runner.data.tensor_files import create_rows, file_size, open_rows
 from runner.files import UserError, remove_left_overs, sha256_of, sha256_of_json, sha256_of_tensors
 from runner.locks import LockFile, lock_path, try_lock
 from runner.machine import processes
-from runner.machine.devices import describe_device, describe_processor
+from runner.machine.devices import describe_device
 
 KIND, VERSION = "file of hidden states", 1
 FILE_NAME = re.compile(r"[0-9a-f]{16}-\d+-blocks\.safetensors")  # what the cache may remove
@@ -58,7 +58,6 @@ def circumstances(classifier, messages, experiment, weights):
         "precision": experiment.precision,
         "device": f"{device.type}: {describe_device(device)}",
         "shards": processes.is_divided(classifier.gpt.final_norm.weight),  # their blocks are not fused
-        "processor": describe_processor(),
         "threads": torch.get_num_threads(),
         "PyTorch": torch.__version__,
         "libraries": [torch.__config__.show(), torch.backends.cudnn.version() if device.type == "cuda" else None],

@@ -69,7 +69,7 @@ class SavedClassifier:
         base = given.get("weights", self.settings["weights"]) if self.needs_base else "random"
         if base not in ("pretrained", "random") and not Path(base).is_file():
             raise UserError(f"{self.path} was trained on {base}, which does not exist; use --weights FILE")
-        device = resolve_device(given.get("device", "cpu" if self.settings["device"] == "cpu" else "auto"))
+        device, _ = resolve_device(given.get("device", "cpu" if self.settings["device"] == "cpu" else "auto"))
         precision = self.settings["precision"]
         if precision == "tf32" and device.type != "cuda":
             precision = "fp32"
