@@ -176,7 +176,7 @@ def pretended_device(monkeypatch, kind, falsify=None):
 
 @contextmanager
 def pretended_windows(monkeypatch):
-    """Within it a file that this process has open or mapped can be neither replaced nor removed, and SIGHUP is missing."""
+    """Within it a file that this process has open or mapped can be neither replaced nor removed; there is no SIGHUP."""
 
     def refuse_in_use(path):
         path = os.path.realpath(path)

@@ -2,13 +2,16 @@
 
 import ast
 import graphlib
+import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 import additional_experiments
+import gpt_download
 import previous_chapters
 
 ROOT = Path(additional_experiments.__file__).parent
@@ -44,7 +47,7 @@ def test_directions_of_imports():
 
 
 TOP = {"additional_experiments.py", "previous_chapters.py", "gpt_download.py", "runner", "tests", "data"}
-TOP |= {"README.md", "LICENSE", "requirements.txt", "pyproject.toml", ".gitignore", ".ci"}
+TOP |= {".gitattributes", "README.md", "LICENSE", "requirements.txt", "pyproject.toml", ".gitignore", ".ci"}
 
 
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="only git knows which files are the project's")
@@ -53,6 +56,30 @@ def test_nothing_else_stands_at_the_top():
         ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout.splitlines()
     assert {Path(name).parts[0] for name in files} == TOP
+
+
+def windows_clone(folder):
+    """A clone of what is committed, as Git makes it on Windows."""
+    command = ["git", "-c", "core.autocrlf=true", "clone", "--quiet", str(ROOT), str(folder / "clone")]
+    subprocess.run(command, check=True)
+    return folder / "clone"
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="there is nothing to clone")
+def test_a_clone_with_the_line_ends_of_windows_has_the_same_data(tmp_path):
+    clone = windows_clone(tmp_path)
+    for path in (gpt_download.VOCABULARY, gpt_download.SAMPLE):
+        assert (clone / path.relative_to(ROOT)).read_bytes() == path.read_bytes()
+    assert b"\r" not in (clone / "additional_experiments.py").read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="there is nothing to clone")
+def test_a_clone_with_the_line_ends_of_windows_runs_the_demo(tmp_path):
+    clone = windows_clone(tmp_path)
+    command = [sys.executable, "additional_experiments.py", "--demo", "--num_epochs", "1", "--device", "cpu"]
+    done = subprocess.run(command, cwd=clone, capture_output=True, text=True, env=os.environ | dict(PYTHONPATH=""))
+    assert done.returncode == 0 and "Test accuracy" in done.stdout, done.stderr
 
 
 SECTION = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Where each switch acts\n")[2]
