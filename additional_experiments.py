@@ -202,15 +202,14 @@ def encode_split(token_ids, lengths, labels, limit, experiment):
 
 
 def prepare_data(experiment, quiet=False):
-    """The datasets.Dataset of an experiment. Errors: those of `datasets.load_splits` and `datasets.count_classes`."""
+    """The datasets.Dataset of an experiment. Errors: those of `datasets.load_splits` and `datasets.number_labels`."""
     splits, name = datasets.load_splits(experiment.data_dir, experiment.dataset, quiet)
-    n_classes = datasets.count_classes(splits, experiment.ignore_index, experiment.data_dir)
+    sha256, test_texts = datasets.sha256_of_splits(splits), list(splits["test"]["Text"])
+    splits, names, warnings = datasets.number_labels(splits, name, experiment.data_dir, experiment.ignore_index)
     if experiment.batch_size > (n := len(splits["train"])):
         raise UserError(f"--batch_size {experiment.batch_size}: there are only {n} training messages")
     messages, limit, longest = encode(load_vocabulary(), splits, experiment)
-    class_names = datasets.class_names(name, n_classes)
-    sha256, test_texts = datasets.sha256_of_splits(splits), list(splits["test"]["Text"])
-    return datasets.Dataset(messages, limit, longest, name, class_names, sha256, test_texts)
+    return datasets.Dataset(messages, limit, longest, name, names, sha256, test_texts, warnings)
 
 
 # --- classifier ---
@@ -702,6 +701,8 @@ def run(experiment, run_options=None):
     if run_options.export is not None:
         export.check_classes(len(data.class_names), experiment.config.emb_dim)
     console.info(describe_setup(experiment, data, device))
+    for warning in data.warnings:
+        console.warning(warning)
     if (n_idle := processes.world_size() - experiment.batch_size) > 0:
         console.warning(
             f"a batch has {experiment.batch_size} messages, so {n_idle} processes will have few or none to train on"
