@@ -71,7 +71,7 @@ class Experiment:
     """
 
     model_size: str = option(
-        "gpt2-small (124M)", MODEL, f"{', '.join(GPT_SIZES)}; the first word is enough", type=parsers.model_size
+        "gpt2-small (124M)", MODEL, f"{', '.join(GPT_SIZES)}; xl is enough", type=parsers.model_size
     )
     weights: str = option("pretrained", MODEL, "pretrained, random, or a GPT-2 .safetensors file", metavar="W")
     trainable_layers: str = option(
@@ -85,7 +85,7 @@ class Experiment:
     trainable_token_pos: str = option(
         "last",
         INPUT,
-        "the position that is classified; flexible: the last token that is not padding",
+        "position to classify; flexible: the last that is no padding",
         choices=("last", "first", "flexible"),
     )
     average_embeddings: bool = option(
@@ -97,23 +97,20 @@ class Experiment:
         f"tokens of a message: longest_training_example, model_context_length, or a number from 1 to {MAX_CONTEXT}",
         type=parsers.context_length,
     )
-    no_padding: bool = option(False, INPUT, "do not pad; a message's result does not depend on its batch")
-    disable_causal_mask: bool = option(False, MODEL, "let every token attend to every other, including later ones")
+    no_padding: bool = option(False, INPUT, "do not pad; results do not depend on the batch")
+    disable_causal_mask: bool = option(False, MODEL, "let every token attend to later ones too")
     ignore_index: int = option(-100, TRAINING, "label that the loss ignores", type=number(int))
     batch_size: int = option(8, TRAINING, "messages in a batch", type=number(int, 1))
-    accumulation_steps: int = option(1, TRAINING, "batches whose gradients an update averages", type=number(int, 1))
+    accumulation_steps: int = option(1, TRAINING, "batches that an update averages", type=number(int, 1))
     num_epochs: int = option(5, TRAINING, "passes over the training messages", type=number(int, 1))
     learning_rate: float = option(5e-5, TRAINING, "step size of AdamW", type=number(float, above=0))
     weight_decay: float = option(0.1, TRAINING, "decoupled weight decay of AdamW", type=number(float, 0))
-    seed: int = option(123, TRAINING, "seed of weights, head and training order", type=number(int, 0))
-    device: str = option(
-        "auto", MACHINE, "where to run; auto: cuda, else mps, else cpu", choices=("auto", "cpu", "mps", "cuda")
-    )
+    seed: int = option(123, TRAINING, "of weights, head and training order", type=number(int, 0))
+    device: str = option("auto", MACHINE, "auto: cuda, else mps, else cpu", choices=("auto", "cpu", "mps", "cuda"))
     precision: str = option(
         "fp32",
         MACHINE,
-        "of the matrix products; trained weights, optimizer, loss and final logits stay float32. bf16: bfloat16; tf32: "
-        "on CUDA only",
+        "of matrix products; trained weights, optimizer, loss and logits stay float32; tf32 is for CUDA",
         choices=("fp32", "bf16", "tf32"),
     )
     features: str = option(

@@ -46,9 +46,9 @@ def parse_number(kind, text):
 
 
 def model_size(text):
-    """The name of a model size, from itself or its part before the bracket."""
+    """The name of a model size, from itself or a part of it: "gpt2-xl (1558M)", "gpt2-xl" or "xl"."""
     for name in GPT_SIZES:
-        if text in (name, name.split(" ")[0]):
+        if text in (name, name.split(" ")[0], name.split(" ")[0].removeprefix("gpt2-")):
             return name
     hint = ""
     if (start := text.find("--")) > 0:
