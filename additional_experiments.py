@@ -67,7 +67,7 @@ from runner.saved.training_state import TrainingState, Usage
 class Experiment:
     """All settings of one run; each field is an option of the command line, with its default.
 
-    The parser checks single values. Raises UserError for values that cannot be combined.
+    Raises UserError for a value that an option does not take, and for values that cannot be combined.
     """
 
     model_size: str = option(
@@ -132,6 +132,7 @@ class Experiment:
     )
 
     def __post_init__(self):
+        options.check_values(self)
         if self.weights == "pretrained" and self.model_size not in PRETRAINED:
             raise UserError(f"{self.model_size} has no pretrained weights; use --weights random or --weights FILE")
         if self.weights not in ("pretrained", "random") and not Path(self.weights).is_file():

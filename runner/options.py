@@ -28,6 +28,24 @@ def option(default, group, help, **arguments):
     return field(default=default, metadata=dict(group=group, help=help, **arguments))
 
 
+def check_values(settings):
+    """Raises UserError for a field of a dataclass of options with a value that the command line would not give it."""
+    for setting in fields(settings):
+        value, arguments = getattr(settings, setting.name), setting.metadata
+        parse, choices = arguments.get("type", str), arguments.get("choices")
+        items = value if "nargs" in arguments and isinstance(value, tuple | list) else [value]
+        try:
+            if setting.type is bool:
+                is_right = isinstance(value, bool)
+            else:
+                is_right = value is setting.default is None or all(parse(str(item)) == item for item in items)
+        except argparse.ArgumentTypeError as error:
+            raise UserError(f"--{setting.name}: {error}") from None
+        if not is_right or choices and value not in choices:
+            hint = f"; choose from {', '.join(choices)}" if choices else ""
+            raise UserError(f"--{setting.name} does not take {value!r}{hint}")
+
+
 @dataclass(frozen=True)
 class RunOptions:
     """What one call does besides its experiment, or instead of it. No number of a seed depends on it.
@@ -115,6 +133,7 @@ class RunOptions:
     )
 
     def __post_init__(self):
+        check_values(self)
         for name, needed in (
             ("report_plot", "report"),
             ("report_page", "report"),

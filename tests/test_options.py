@@ -1,6 +1,7 @@
 """The command line: what options mean, what bad ones are told, and --help."""
 
 import importlib.util
+import math
 from dataclasses import fields
 from pathlib import Path
 
@@ -165,6 +166,42 @@ def test_help_names_every_option_and_its_default(capsys):
         assert all(f"{choice}, " in text or f"{choice}; " in text for choice in field.metadata.get("choices", ()))
 
 
-def test_settings_are_checked_without_a_command_line_too():
-    with pytest.raises(UserError, match="no pretrained weights"):
-        Experiment(model_size="gpt2-nano (7M)")
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (dict(model_size=NANO), "no pretrained weights"),
+        (dict(model_size="xl"), "--model_size does not take 'xl'"),
+        (dict(precision="fp16"), "--precision does not take 'fp16'; choose from fp32, bf16, tf32"),
+        (dict(num_epochs=0), "--num_epochs: 0 is less than 1"),
+        (dict(num_epochs="3"), "--num_epochs does not take '3'"),
+        (dict(num_epochs=2.5), '--num_epochs: "2.5" is not a whole number'),
+        (dict(num_epochs=True), '--num_epochs: "True" is not a whole number'),
+        (dict(num_epochs=None), '--num_epochs: "None" is not a whole number'),
+        (dict(learning_rate=math.nan), '--learning_rate: "nan" is not a finite number'),
+        (dict(learning_rate=[5e-5]), "is not a finite number"),
+        (dict(context_length="120"), "--context_length does not take '120'"),
+        (dict(context_length=1025), "--context_length: 1025 is more than 1024"),
+        (dict(no_padding=0), "--no_padding does not take 0"),
+        (dict(no_padding="yes"), "--no_padding does not take 'yes'"),
+        (dict(weights=None), "--weights does not take None"),
+        (dict(device=["cpu"]), "--device does not take ['cpu']; choose from auto, cpu, mps, cuda"),
+        (dict(repeats=0), "--repeats: 0 is less than 1"),
+        (dict(quiet=None), "--quiet does not take None"),
+        (dict(checkpoint=3), "--checkpoint does not take 3"),
+        (dict(plot="a.gif"), '"a.gif" does not end in .png'),
+    ],
+)
+def test_settings_are_checked_without_a_command_line_too(settings, message):
+    kind = Experiment if settings.keys() <= Experiment.__dataclass_fields__.keys() else RunOptions
+    with pytest.raises(UserError) as error:
+        kind(**settings)
+    assert message in str(error.value)
+
+
+def test_settings_of_a_command_line_and_of_python_are_the_same():
+    settings = dict(
+        context_length=50, learning_rate=1, weight_decay=0, lora_alpha=1e-9, ignore_index=-1, seed=2**63 - 1
+    )
+    given = [word for name, value in settings.items() for word in (f"--{name}", value)]
+    assert Experiment(no_padding=True, **settings) == parse("--no_padding", *given)
+    assert RunOptions(classify=("a", "b"), load_model="c") == parse_args(["--load_model=c", "--classify", "a", "b"])[1]
