@@ -43,6 +43,7 @@ def test_dashes_and_short_names():
     "options, message",
     [
         ("--batch 8", "there is no option --batch; the nearest is --batch_size"),  # no guessing of abbreviations
+        ("--model 3", "there is no option --model; the nearest is --model_size"),
         ("--epochs=8", "there is no option --epochs=8; the nearest is --num_epochs"),
         ("--learning-rte 1", "there is no option --learning_rte; the nearest is --learning_rate"),
         ("-row 2", "there is no option -row; the nearest is --row"),
