@@ -70,11 +70,11 @@ from runner.saved.training_state import TrainingState, Usage
 class Experiment:
     """All settings of one run; each field is an option of the command line, with its default.
 
-    The parser checks single values. Raises UserError for values that cannot be combined.
+    Raises UserError for a value that an option does not take, and for values that cannot be combined.
     """
 
     model_size: str = option(
-        "gpt2-small (124M)", MODEL, f"{', '.join(GPT_SIZES)}; the first word is enough", type=parsers.model_size
+        "gpt2-small (124M)", MODEL, f"{', '.join(GPT_SIZES)}; xl is enough", type=parsers.model_size
     )
     weights: str = option("pretrained", MODEL, "pretrained, random, or a GPT-2 .safetensors file", metavar="W")
     trainable_layers: str = option(
@@ -88,7 +88,7 @@ class Experiment:
     trainable_token_pos: str = option(
         "last",
         INPUT,
-        "the position that is classified; flexible: the last token that is not padding",
+        "position to classify; flexible: the last that is no padding",
         choices=("last", "first", "flexible"),
     )
     average_embeddings: bool = option(
@@ -100,23 +100,20 @@ class Experiment:
         f"tokens of a message: longest_training_example, model_context_length, or a number from 1 to {MAX_CONTEXT}",
         type=parsers.context_length,
     )
-    no_padding: bool = option(False, INPUT, "do not pad; a message's result does not depend on its batch")
-    disable_causal_mask: bool = option(False, MODEL, "let every token attend to every other, including later ones")
+    no_padding: bool = option(False, INPUT, "do not pad; results do not depend on the batch")
+    disable_causal_mask: bool = option(False, MODEL, "let every token attend to later ones too")
     ignore_index: int = option(-100, TRAINING, "label that the loss ignores", type=number(int))
     batch_size: int = option(8, TRAINING, "messages in a batch", type=number(int, 1))
-    accumulation_steps: int = option(1, TRAINING, "batches whose gradients an update averages", type=number(int, 1))
+    accumulation_steps: int = option(1, TRAINING, "batches that an update averages", type=number(int, 1))
     num_epochs: int = option(5, TRAINING, "passes over the training messages", type=number(int, 1))
     learning_rate: float = option(5e-5, TRAINING, "step size of AdamW", type=number(float, above=0))
     weight_decay: float = option(0.1, TRAINING, "decoupled weight decay of AdamW", type=number(float, 0))
-    seed: int = option(123, TRAINING, "seed of weights, head and training order", type=number(int, 0))
-    device: str = option(
-        "auto", MACHINE, "where to run; auto: cuda, else mps, else cpu", choices=("auto", "cpu", "mps", "cuda")
-    )
+    seed: int = option(123, TRAINING, "of weights, head and training order", type=number(int, 0))
+    device: str = option("auto", MACHINE, "auto: cuda, else mps, else cpu", choices=("auto", "cpu", "mps", "cuda"))
     precision: str = option(
         "fp32",
         MACHINE,
-        "of the matrix products; trained weights, optimizer, loss and final logits stay float32. bf16: bfloat16; tf32: "
-        "on CUDA only",
+        "of matrix products; trained weights, optimizer, loss and logits stay float32; tf32 is for CUDA",
         choices=("fp32", "bf16", "tf32"),
     )
     features: str = option(
@@ -138,6 +135,7 @@ class Experiment:
     )
 
     def __post_init__(self):
+        options.check_values(self)
         if self.weights == "pretrained" and self.model_size not in PRETRAINED:
             raise UserError(f"{self.model_size} has no pretrained weights; use --weights random or --weights FILE")
         if self.weights not in ("pretrained", "random") and not Path(self.weights).is_file():
@@ -205,15 +203,14 @@ def encode_split(token_ids, lengths, labels, limit, experiment):
 
 
 def prepare_data(experiment, quiet=False):
-    """The datasets.Dataset of an experiment. Errors: those of `datasets.load_splits` and `datasets.count_classes`."""
+    """The datasets.Dataset of an experiment. Errors: those of `datasets.load_splits` and `datasets.number_labels`."""
     splits, name = datasets.load_splits(experiment.data_dir, experiment.dataset, quiet)
-    n_classes = datasets.count_classes(splits, experiment.ignore_index, experiment.data_dir)
+    sha256, test_texts = datasets.sha256_of_splits(splits), list(splits["test"]["Text"])
+    splits, names, warnings = datasets.number_labels(splits, name, experiment.data_dir, experiment.ignore_index)
     if experiment.batch_size > (n := len(splits["train"])):
         raise UserError(f"--batch_size {experiment.batch_size}: there are only {n} training messages")
     messages, limit, longest = encode(load_vocabulary(), splits, experiment)
-    class_names = datasets.class_names(name, n_classes)
-    sha256, test_texts = datasets.sha256_of_splits(splits), list(splits["test"]["Text"])
-    return datasets.Dataset(messages, limit, longest, name, class_names, sha256, test_texts)
+    return datasets.Dataset(messages, limit, longest, name, names, sha256, test_texts, warnings)
 
 
 # --- classifier ---
@@ -766,6 +763,8 @@ def run(experiment, run_options=None):
     if run_options.export is not None:
         export.check_classes(len(data.class_names), experiment.config.emb_dim)
     console.info(describe_setup(experiment, data, device))
+    for warning in data.warnings:
+        console.warning(warning)
     if (n_idle := processes.world_size() - experiment.batch_size) > 0:
         console.warning(
             f"a batch has {experiment.batch_size} messages, so {n_idle} processes will have few or none to train on"

@@ -1,8 +1,10 @@
 """From dataclass fields to the command line: what a call does, and which options can be combined."""
 
 import argparse
+import difflib
 import importlib.util
 import os
+import re
 import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -24,6 +26,24 @@ MACHINE, RESULTS, INTERRUPTION, USE = "machine", "results", "interrupted runs", 
 def option(default, group, help, **arguments):
     """A dataclass field that is an option of the command line, a bool a switch; `arguments` are those of argparse."""
     return field(default=default, metadata=dict(group=group, help=help, **arguments))
+
+
+def check_values(settings):
+    """Raises UserError for a field of a dataclass of options with a value that the command line would not give it."""
+    for setting in fields(settings):
+        value, arguments = getattr(settings, setting.name), setting.metadata
+        parse, choices = arguments.get("type", str), arguments.get("choices")
+        items = value if "nargs" in arguments and isinstance(value, tuple | list) else [value]
+        try:
+            if setting.type is bool:
+                is_right = isinstance(value, bool)
+            else:
+                is_right = value is setting.default is None or all(parse(str(item)) == item for item in items)
+        except argparse.ArgumentTypeError as error:
+            raise UserError(f"--{setting.name}: {error}") from None
+        if not is_right or choices and value not in choices:
+            hint = f"; choose from {', '.join(choices)}" if choices else ""
+            raise UserError(f"--{setting.name} does not take {value!r}{hint}")
 
 
 @dataclass(frozen=True)
@@ -113,6 +133,7 @@ class RunOptions:
     )
 
     def __post_init__(self):
+        check_values(self)
         for name, needed in (
             ("report_plot", "report"),
             ("report_page", "report"),
@@ -185,17 +206,52 @@ COMPANIONS = {
 }
 
 
+EXAMPLES = """examples:
+  python additional_experiments.py --demo       # a toy model, without network
+  python additional_experiments.py --row 16     # row 16 of the table, see below
+  python additional_experiments.py --model_size xl --trainable_layers lora"""
+
+
+def as_options(settings):
+    """Settings as the command line takes them, names of model sizes in short."""
+    words = []
+    for name, value in settings.items():
+        value = value.split(" (")[0].removeprefix("gpt2-") if name == "model_size" else value
+        words.append(f"--{name}" if value is True else f"--{name} {value}")
+    return " ".join(words) or "the defaults"
+
+
+def with_underscores(argv):
+    """A command line in which the names of options have underscores: --batch-size is --batch_size."""
+    return [re.sub("^--[^=]+", lambda name: "--" + name[0][2:].replace("-", "_"), word) for word in argv]
+
+
 class Parser(argparse.ArgumentParser):
     """An argparse parser whose errors are a UserError: one line."""
 
     def error(self, message):  # argparse's own prints the whole usage before the one line that matters
         raise UserError(f"{message} (--help lists the options)")
 
+    def parse(self, argv):
+        """What the options on a command line say, {name: value}. An unknown one is answered with the nearest."""
+        given, unknown = self.parse_known_args(with_underscores(argv))
+        if unknown and (name := unknown[0].split("=")[0].strip("-")) != unknown[0]:
+            options = [option[2:] for option in self._option_string_actions if option.startswith("--")]
+            longer = [option for option in options if option.startswith(name)]
+            nearest = (longer or difflib.get_close_matches(name, options, cutoff=0.5))[:1]
+            self.error("; the nearest is --".join([f"there is no option {unknown[0]}", *nearest]))
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return vars(given)
 
-def make_parser(description, experiment_type, rows, demo):
+
+def make_parser(description, experiment_type, rows):
     """The parser of all options: presets, and the fields of `experiment_type` and of RunOptions by their headings."""
     parser = Parser(
-        description=description,
+        usage="%(prog)s [options]",
+        description=f"{description}\n\n{EXAMPLES}",
+        epilog="rows of the table:\n" + "\n".join(f"  {n:2}  {as_options(row.options)}" for n, row in rows.items()),
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=26, width=80),
         argument_default=argparse.SUPPRESS,  # so that options given can be told from defaults and presets
         allow_abbrev=False,
     )
@@ -204,13 +260,12 @@ def make_parser(description, experiment_type, rows, demo):
         "--row",
         type=number(int, 1, maximum=len(rows)),
         metavar="N",
-        help=f"preset the options of row N of the table, 1 to {len(rows)}; further options override them",
+        help=f"preset row N, 1 to {len(rows)}, of the table; other options override it",
     )
     presets.add_argument(
         "--demo",
         action="store_true",
-        help="preset a run that needs no network and half a minute: "
-        + ", ".join(f"{name} {value}" for name, value in demo.items()),
+        help="preset a toy run of half a minute without network",
     )
     groups = {}
     for setting in (*fields(experiment_type), *fields(RunOptions)):
@@ -219,9 +274,10 @@ def make_parser(description, experiment_type, rows, demo):
         if setting.type is bool:
             arguments["action"] = "store_true"
         if setting.default not in (False, None, ()):
-            arguments["help"] += f" (default: {setting.default})"
-        if "choices" not in arguments and "action" not in arguments:
-            arguments.setdefault("metavar", "N" if setting.type in (int, float) else setting.name.upper())
+            choices = f"{', '.join(arguments['choices'])}; " if "choices" in arguments else ""
+            arguments["help"] += f" ({choices}default: {setting.default})"
+        if "action" not in arguments:
+            arguments.setdefault("metavar", "N" if setting.type in (int, float) else "X")
         if heading not in groups:
             groups[heading] = parser.add_argument_group(heading)
         groups[heading].add_argument(f"--{setting.name}", **arguments)
@@ -243,7 +299,8 @@ def split_texts(argv, experiment_type):
     names = {"--row", "--demo", "--help"}
     names |= {f"--{setting.name}" for setting in (*fields(experiment_type), *fields(RunOptions))}
     end = start
-    while end < len(argv) and argv[end].split("=")[0] not in names and argv[end] != "--":
+    words = [word.split("=")[0] for word in with_underscores(argv)]
+    while end < len(argv) and words[end] not in {*names, "--"}:
         end += 1
     texts, rest = argv[start:end], argv[end:]
     if rest[:1] == ["--"]:
@@ -260,7 +317,7 @@ def parse(argv, description, experiment_type, rows, demo):
     be trained. Raises UserError.
     """
     argv, texts = split_texts(sys.argv[1:] if argv is None else argv, experiment_type)
-    given = vars(make_parser(description, experiment_type, rows, demo).parse_args(argv)) | texts
+    given = make_parser(description, experiment_type, rows).parse(argv) | texts
     run_options = {setting.name: given.pop(setting.name) for setting in fields(RunOptions) if setting.name in given}
     for mode, companions in COMPANIONS.items():
         refused = sorted((given.keys() | run_options.keys()) - {mode, *companions})

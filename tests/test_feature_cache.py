@@ -677,10 +677,10 @@ def test_the_folder_is_no_data_of_somebody_else(tmp_path, monkeypatch, capfd):
     from runner.data import datasets
 
     (tmp_path / "features").mkdir()
-    datasets.check_data_dir(tmp_path, {})
+    datasets.names_in(tmp_path)
     (tmp_path / "other").mkdir()
     with pytest.raises(ae.UserError):
-        datasets.check_data_dir(tmp_path, {})
+        datasets.names_in(tmp_path)
 
 
 # --- larger than memory ---

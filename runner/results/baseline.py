@@ -10,7 +10,7 @@ from dataclasses import asdict
 import numpy as np
 
 from runner.console import Console, describe_data
-from runner.data.datasets import SPLITS, class_names, count_classes, load_splits, sha256_of_splits
+from runner.data.datasets import SPLITS, load_splits, number_labels, sha256_of_splits
 from runner.data.placement import CPU
 from runner.files import UserError
 from runner.machine.devices import peak_memory, reset_peak_memory
@@ -48,14 +48,16 @@ def run_baselines(experiment, run_options):
     """
     console = Console(run_options.quiet)
     splits, data_name = load_splits(experiment.data_dir, experiment.dataset, console.quiet)
-    n_classes = count_classes(splits, experiment.ignore_index, experiment.data_dir)
-    names, sha256 = class_names(data_name, n_classes), sha256_of_splits(splits)
+    sha256 = sha256_of_splits(splits)
+    splits, names, warnings = number_labels(splits, data_name, experiment.data_dir, experiment.ignore_index)
     console.info(describe_data(data_name, splits))
+    for warning in warnings:
+        console.warning(warning)
     finished = []
     for name, model in baselines().items():
         console.info(f"\n{name}")
         known_above, start = reset_peak_memory(CPU), time.perf_counter()
-        confusions = evaluate(model, splits, n_classes)
+        confusions = evaluate(model, splits, len(names))
         seconds = time.perf_counter() - start
         for split, confusion in confusions.items():
             console.info(f"{SPLITS[split]} accuracy: {confusion.accuracy.in_full}")

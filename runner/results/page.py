@@ -195,7 +195,7 @@ def run_view(name, record, texts):
     )
     if record.confusions is not None:
         confusion = record.confusions["test"]
-        names = datasets.class_names(record.data, len(confusion.totals))
+        names = ["ham", "spam"] if record.data != "own" else [str(label) for label in range(len(confusion.totals))]
         messages = texts_of(record, texts)
         view["errors"] = confusion.describe(names)
         view["mistakes"] = [
