@@ -72,32 +72,45 @@ def require_finite(tensors, what):
 # --- whole or not at all ---
 
 
+def resolve(path):
+    """The Path that `path` leads to, through whatever links. Raises OSError for a link that leads back to itself."""
+    path = Path(os.path.realpath(path))
+    if path.is_symlink():
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
+    return path
+
+
 @contextmanager
 def atomic_write(path):
     """A temporary path to write to; at the end its file, flushed to disk, replaces `path`. After an error it does not.
 
-    The temporary file lies in a folder next to `path`. A killed process leaves that folder behind; the next writer
-    of `path` removes it. The mode of a file that is replaced is kept. Raises OSError, also where `path` is no
-    regular file: a device or a pipe is never replaced by one.
+    Where `path` is a link, the file that it leads to is replaced. Raises OSError, also for a device or a pipe.
     """
-    path = Path(path).resolve()  # of a link the file that it points to is replaced
+    path = resolve(path)
     if path.exists() and not path.is_file():
-        raise OSError(errno.EINVAL, "not a regular file")
-    remove_left_overs(path.parent, glob.escape(path.name))
-    folder = part_folder(path)
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    # The name is short, so that `path` may be as long as the file system allows, and keeps the suffix, which tells
+    # matplotlib the format.
+    temporary = path.with_name(f".{secrets.token_hex(4)}.part{path.suffix[:8]}")
     try:
-        folder.mkdir()
-        yield folder / path.name
-        flush(folder / path.name, path.stat().st_mode & 0o7777 if path.exists() else None)
-        os.replace(folder / path.name, path)
-        if os.name == "posix":  # the new name is to outlast a power failure too
-            descriptor = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+        temporary.touch(exist_ok=False)
+        mode = temporary.stat().st_mode
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(mode)  # safetensors replaces the file by one that only its owner can read
+        os.replace(temporary, path)
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        temporary.unlink(missing_ok=True)
+
+
+def write_bytes(path, content):
+    """Write `content` (bytes) to `path`, whole or not at all. Raises OSError."""
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(content)
+
+
+# --- used by modules that are being replaced; goes with them ---
 
 
 @contextmanager
@@ -188,12 +201,6 @@ def current_umask():
     umask = os.umask(0)
     os.umask(umask)
     return umask
-
-
-def write_bytes(path, content):
-    """Write `content` (bytes) to `path`, whole or not at all. Raises OSError."""
-    with atomic_write(path) as temporary:
-        temporary.write_bytes(content)
 
 
 def append_bytes(descriptor, content, size):
