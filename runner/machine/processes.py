@@ -88,27 +88,22 @@ def barrier():
     largest(0)
 
 
-def from_main(value):
-    """The value of process 0, anything that can be pickled."""
-    return from_process(0, value)
-
-
-def from_process(owner, value):
-    """The value of process `owner`, likewise."""
+def gather(value):
+    """What each process has, anything that can be pickled, in the order of the processes."""
+    values = [value] * world_size()
     if world_size() > 1:
-        values = [value]
-        dist.broadcast_object_list(values, owner, device=torch.device("cpu"))
-        value = values[0]
-    return value
+        dist.all_gather_object(values, value)
+    return values
+
+
+def from_main(value):
+    """The value of process 0."""
+    return gather(value)[0]
 
 
 def from_any(value):
     """The first value that is not None, in the order of the processes; None if there is none."""
-    for owner in range(world_size()):
-        found = from_process(owner, value)
-        if found is not None:
-            return found
-    return None
+    return next((found for found in gather(value) if found is not None), None)
 
 
 @contextmanager

@@ -103,7 +103,7 @@ def write_checkpoint(path, content):
     with atomic_write(path) as temporary, open(temporary, "wb") as file:
         try:
             torch.save(content, file)
-        except RuntimeError as error:  # with which PyTorch covers the error of the file
+        except RuntimeError as error:  # PyTorch's own, raised on the way out, hides that of the file
             raise error.__context__ if isinstance(error.__context__, OSError) else OSError(str(error)) from None
 
 
@@ -160,8 +160,7 @@ class Checkpoint:
         self.path, self.minutes = options.checkpoint, options.checkpoint_minutes
         self.identity, self.console = identity, console
         self.records, self.state, self.environment = [], None, {}
-        self.signal, self.handlers = None, {}
-        self.saved_at, self.has_warned = time.monotonic(), False
+        self.signal, self.saved_at, self.has_warned = None, time.monotonic(), False
 
     @contextmanager
     def opened(self):
@@ -208,26 +207,19 @@ class Checkpoint:
 
         A signal that is ignored stays ignored. Only the main thread can handle signals: in others nothing changes.
         """
+
+        def note(number, frame):
+            self.signal = number
+            handlers.close()
+
         is_needed = self.path is not None or processes.world_size() > 1
-        if is_needed and threading.current_thread() is threading.main_thread():
-            for number in SIGNALS:
+        can_handle = threading.current_thread() is threading.main_thread()
+        with ExitStack() as handlers:  # restores those that were there before
+            for number in SIGNALS if is_needed and can_handle else ():
                 if signal.getsignal(number) not in (signal.SIG_IGN, None):
-                    self.handlers[number] = signal.signal(number, self.note_signal)
-        try:
+                    handlers.callback(signal.signal, number, signal.signal(number, note))
             yield
-        finally:
-            self.restore_handlers()
         self.end_if(self.signal)  # it came while the last state was being saved
-
-    def note_signal(self, number, frame):
-        """The handler."""
-        self.signal = number
-        self.restore_handlers()
-
-    def restore_handlers(self):
-        """Those that were there before."""
-        while self.handlers:
-            signal.signal(*self.handlers.popitem())
 
     def end_if(self, number):
         """Raises Interrupted if there is a signal of this number."""
