@@ -146,27 +146,29 @@ def test_killed_at_random_moments(options, tmp_path, name):
 @NEEDS_POSIX
 @pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 @pytest.mark.parametrize(
-    "name, owner, function, call",
+    "name, owner, function, call, batches_done",
     [
-        ("last_block", ae, "mean_loss", 1),  # in the first evaluation
-        ("last_block", torch.optim.AdamW, "step", 4),
-        ("last_block", torch.optim.AdamW, "step", 43),  # the last update of an epoch, before its accuracies
-        ("last_block", ae, "accuracy", 1),  # between two epochs
-        ("last_block", ae, "accuracy", 3),  # after the last one
-        ("accumulation", ae, "mean_loss", 2),  # within a window, before its update
-        ("accumulation", torch.optim.AdamW, "step", 6),  # the last update of an epoch
-        ("repeats", ae, "accumulate_gradients", 90),
-        ("repeats", checkpoints, "write_checkpoint", 2),
+        ("last_block", ae, "mean_loss", 1, 1),  # in the first evaluation
+        ("last_block", torch.optim.AdamW, "step", 4, 4),
+        ("last_block", torch.optim.AdamW, "step", 43, 43),  # the last update of an epoch, before its accuracies
+        ("last_block", ae, "accuracy", 1, 43),  # between two epochs
+        ("last_block", ae, "accuracy", 3, 86),  # after the last one
+        ("accumulation", ae, "mean_loss", 2, 8),  # within a window, before its update
+        ("accumulation", torch.optim.AdamW, "step", 6, 43),  # the last update of an epoch
+        ("repeats", ae, "accumulate_gradients", 90, 4),
+        ("repeats", checkpoints, "write_checkpoint", 2, 86),
     ],
 )
-def test_interrupted(options, whole_runs, monkeypatch, capfd, name, owner, function, call, number, status):
+def test_interrupted(
+    options, whole_runs, monkeypatch, capfd, name, owner, function, call, batches_done, number, status
+):
     expected, expected_records = whole_run(name, options, whole_runs, capfd)
     options = [*options, *CONFIGURATIONS[name].split(), "--checkpoint", "run.ckpt"]
     before = [signal.getsignal(number) for number in SIGNALS]
     with monkeypatch.context() as patch:
         interrupt_at(patch, owner, function, call, number)
         assert ae.main(options) == status
-    assert capfd.readouterr().err == RESUMES
+    assert capfd.readouterr().err == RESUMES and content_of()["state"]["batches_done"] == batches_done
     assert [signal.getsignal(number) for number in SIGNALS] == before
     assert {path.name for path in Path().iterdir()} <= {"run.ckpt", "results.csv"}
 
