@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader
 
-from gpt_download import PRETRAINED, find_weights, load_vocabulary
+from gpt_download import PRETRAINED, Weights, find_weights, load_vocabulary
 from previous_chapters import GPT_SIZES, GPTConfig, GPTModel, load_gpt2_weights, select_positions
 from runner import options, parsers
 from runner.console import Console, describe_model, describe_setup, exit_status, prepare_streams
@@ -43,7 +43,7 @@ from runner.data import datasets
 from runner.data.datasets import DEFAULT_DATA_DIR, SPLITS
 from runner.data.features import FrozenFeatures, compute_features, in_memory
 from runner.data.messages import Messages, Stage, cut_and_pad, split_into_passes, tokenize
-from runner.files import NonFiniteError, UserError
+from runner.files import NonFiniteError, UserError, sha256_of_json
 from runner.machine import processes
 from runner.machine.devices import (
     TOLERANCE,
@@ -58,10 +58,10 @@ from runner.options import DATA, INPUT, MACHINE, MODEL, TRAINING, RunOptions, op
 from runner.parsers import MAX_CONTEXT, number
 from runner.results import baseline, outputs, records, report, table
 from runner.results.accuracy import Accuracy, Confusion, describe_mistakes
+from runner.results.records import History, Record
 from runner.rows import DEMO, QUESTIONS, ROWS
 from runner.saved import classifiers, export
-from runner.saved.checkpoints import Checkpointer, run_identity
-from runner.saved.training_state import TrainingState, Usage
+from runner.saved.checkpoints import Checkpoint, TrainingState, Usage, run_identity
 
 # --- the settings of an experiment ---
 
@@ -528,46 +528,42 @@ def accumulate_gradients(classifier, messages, window, experiment):
 
 def make_training_state(classifier, experiment, usage=None):
     """The TrainingState before the first step. `usage` counts from the start of the run, by default from now."""
-    usage = usage or Usage(classifier.device)
-    usage.start_training()
     trained = [parameter for parameter in classifier.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(
         trained, lr=experiment.learning_rate, weight_decay=experiment.weight_decay, fused=True
     )
-    return TrainingState(classifier, optimizer, usage)
+    return TrainingState(classifier, optimizer, History(), usage or Usage(classifier.device))
 
 
-def train(classifier, messages, experiment, state, checkpointer, console):
+def train(classifier, messages, experiment, state, checkpoint, console):
     """Fine-tune `classifier` on messages["train"], from `state` on; prints the lines of the public original.
 
-    `messages` maps each split to its Messages. Parameters change only within `checkpointer.update`, and what
-    `checkpointer` saves is a state from which `train` can continue.
+    `messages` maps each split to its Messages. After each update and its evaluation the state may be saved to
+    `checkpoint`, from which training continues as if it had not stopped. Raises Interrupted.
     """
     loaders = make_loaders(messages, experiment.batch_size)
     evaluator = Evaluator(classifier, messages, loaders, experiment.ignore_index, state.history, console)
     per_epoch = len(loaders["train"])
     classifier.train()
-    with console.progress("training", experiment.num_epochs * per_epoch, "batch", state.batches_done) as bar:
+    progress = console.progress("training", experiment.num_epochs * per_epoch, "batch", state.batches_done)
+    with checkpoint.signals_noted(), progress as bar:
         for epoch in range(len(state.history.train_accuracies) + 1, experiment.num_epochs + 1):
             done = state.batches_done - (epoch - 1) * per_epoch
             if done == 0:
                 state.order = torch.cat(list(loaders["train"]))
-            else:  # interrupted in this epoch, perhaps before the evaluation after the last update
-                evaluator.evaluate_losses(epoch, [state.batches_done - 1])
             batches = state.order.split(experiment.batch_size)[done:]
             for window in windows(batches, experiment.accumulation_steps):
-                last_step = state.batches_done + len(window) - 1
                 accumulate_gradients(classifier, messages["train"], window, experiment)
-                evaluator.evaluate_losses(epoch, range(state.batches_done, last_step))  # within the window
-                with checkpointer.update(state):
-                    state.optimizer.step()
-                    state.optimizer.zero_grad()
-                    state.batches_done = last_step + 1
+                last_step = state.batches_done + len(window) - 1
+                evaluator.evaluate_losses(epoch, range(state.batches_done, last_step))  # before the update
+                state.optimizer.step()
+                state.optimizer.zero_grad()
+                state.batches_done = last_step + 1
                 evaluator.evaluate_losses(epoch, [last_step])
-                checkpointer.save_if_due(state)
+                checkpoint.save_if_due(state)
                 bar.update(len(window))
             evaluator.evaluate_accuracies()
-            checkpointer.save(state)
+            checkpoint.save_if_due(state, is_end_of_epoch=True)
 
 
 # --- evaluation ---
@@ -585,9 +581,9 @@ class Evaluator:
         return predict_batches(self.classifier, self.messages[split], self.loaders[split], EVALUATE_BATCHES)
 
     def evaluate_losses(self, epoch, steps):
-        """Add to the history the losses at those of `steps` at which an evaluation is due and not done yet."""
+        """Add to the history the losses at those of `steps` at which an evaluation is due."""
         for step in steps:
-            if step % EVALUATE_EVERY == 0 and step not in self.history.steps[-1:]:
+            if step % EVALUATE_EVERY == 0:
                 train_loss = mean_loss(self.predict_first("train"), self.ignore_index)
                 val_loss = mean_loss(self.predict_first("validation"), self.ignore_index)
                 self.console.info(self.history.add_losses(epoch, step, train_loss, val_loss))
@@ -724,16 +720,115 @@ def check_device(experiment, shard, data, weights, device, console):
 # --- one run ---
 
 
-def fine_tune(classifier, messages, experiment, state, checkpointer, console):
-    """Train and evaluate one seed: ({split: Confusion}, minutes of training). Resumes it if it was interrupted."""
+@dataclass(frozen=True)
+class Run:
+    """What all seeds of a run have in common."""
+
+    experiment: Experiment
+    options: RunOptions
+    console: Console
+    device: torch.device
+    weights: Weights
+    data: datasets.Dataset
+    features: FrozenFeatures
+    checkpoint: Checkpoint
+
+
+def prepare(experiment, options):
+    """The Run of an experiment: device, data and weights, found or fetched, and checked. Raises UserError."""
+    console = Console(options.quiet)
+    with processes.main_first():
+        device, why_not = resolve_device(experiment.device)
+        set_precision(experiment.precision, device)
+        weights = find_weights(experiment.weights, experiment.model_size)
+        features = FrozenFeatures(experiment, options, weights, console)
+        data = prepare_data(experiment, console.quiet)
+        if options.export is not None:
+            export.check_classes(len(data.class_names), experiment.config.emb_dim)
+    for warning in [why_not, *data.warnings] if why_not else data.warnings:
+        console.warning(warning)
+    console.info(describe_setup(experiment, data, device))
+    if (n_idle := processes.world_size() - experiment.batch_size) > 0:
+        console.warning(
+            f"a batch has {experiment.batch_size} messages, so {n_idle} processes will have few or none to train on"
+        )
+    with processes.main_first():
+        weights.open(console.quiet)
+    device = check_device(experiment, options.shard, data, weights, device, console)
+    checkpoint = Checkpoint(options, run_identity(experiment, data, weights, device), console)
+    return Run(experiment, options, console, device, weights, data, features, checkpoint)
+
+
+def run(experiment, options=None):
+    """One experiment from its settings to its printed row, `options.repeats` seeds one after another.
+
+    A seed that the checkpoint holds as finished is not trained again. Returns [Record, ...]. Raises UserError.
+    """
+    all_seeds = prepare(experiment, options or RunOptions())
+    options, console, data, checkpoint = all_seeds.options, all_seeds.console, all_seeds.data, all_seeds.checkpoint
+    with checkpoint.opened():
+        records = [Record.from_dict(record) for record in checkpoint.records[: options.repeats]]
+        if records and (options.save_model or options.export):
+            raise UserError(f"{checkpoint.path} holds the classifier of a later seed than {experiment.seed}")
+        with torch.device("meta"):
+            sizes = optimize_frozen_blocks(build_classifier(experiment, len(data.class_names)))
+        all_seeds.features.warn_if_memory_is_short(sizes, data.messages, all_seeds.device)
+
+        for record in records:
+            console.info(f"Finished before, according to {checkpoint.path}; it printed:")
+            for line in record.history.lines:
+                console.info(line)
+            show_and_record(all_seeds, record)
+        for seed in range(experiment.seed + len(records), experiment.seed + options.repeats):
+            records.append(run_seed(all_seeds, replace(experiment, seed=seed)))
+            checkpoint.add_record(records[-1].to_dict())
+    outputs.publish_all(records, options, data, ROWS, DEFAULTS, console)
+    console.close()
+    return records
+
+
+def run_seed(run, experiment):
+    """One seed of a Run, from its weights to all that is asked for: its Record."""
+    options, console, weights, data = run.options, run.console, run.weights, run.data
+    usage = Usage(run.device)
+    classifier = build_classifier(experiment, len(data.class_names), weights.tensors)
+    base = (weights.sha256 or classifiers.frozen_sha256(classifier)) if options.save_model else None
+    classifier.gpt.activation_checkpointing = options.activation_checkpointing
+    place(classifier, run.device, options.shard)
+    console.info(describe_model(experiment, classifier))
+    inputs = run.features.of(classifier, data.messages, experiment.seed)
+    kept = "recomputed" if inputs["train"].stage is Stage.TOKEN_IDS else "kept"
+    environment = dict(device=describe_devices(run.device), PyTorch=str(torch.__version__), features=kept)
+    run.checkpoint.note_environment(environment)
+
+    state = make_training_state(classifier, experiment, usage)
+    confusions, minutes = fine_tune(classifier, inputs, experiment, state, run.checkpoint, console)
+    for line in describe_mistakes(confusions["test"], data.class_names, data.test_texts):
+        console.info(state.history.add_line(line))
+
+    run_id = f"{sha256_of_json(run.checkpoint.identity)[:16]}-{experiment.seed}"
+    row = table.row_number(experiment, data, weights, ROWS)
+    name = table.describe_configuration(experiment, data)
+    record = records.make_record(run_id, row, name, experiment, data, weights, confusions, minutes, state)
+    show_and_record(run, record)
+    if options.save_model or options.export:
+        parameters = state.full_parameters()  # by all processes
+        if processes.rank() == 0:
+            write_classifier(run, experiment, record, parameters, base)
+    return record
+
+
+def fine_tune(classifier, messages, experiment, state, checkpoint, console):
+    """Train one seed, from where the checkpoint has it, and evaluate it: ({split: Confusion}, minutes of training)."""
     torch.manual_seed(experiment.seed)
-    if checkpointer.resume(state):
-        console.info(f"Resuming from {checkpointer.path} after {state.batches_done:,} batches; printed before:")
+    if checkpoint.restore(state):
+        console.info(f"Resuming from {checkpoint.path} after {state.batches_done:,} batches; printed before:")
         for line in state.history.lines:
             console.info(line)
     confusions = {}
     try:
-        train(classifier, messages, experiment, state, checkpointer, console)
+        state.usage.start_training()
+        train(classifier, messages, experiment, state, checkpoint, console)
         minutes = state.usage.so_far()["training"] / 60
         console.info(state.history.add_line(f"Training completed in {minutes:.2f} minutes."))
         for split, loader in make_loaders(messages, experiment.batch_size).items():
@@ -745,75 +840,25 @@ def fine_tune(classifier, messages, experiment, state, checkpointer, console):
     return confusions, minutes
 
 
-def run(experiment, run_options=None):
-    """One experiment from its settings to its printed row, `run_options.repeats` seeds one after another.
-
-    Returns [Record, ...]. Raises UserError.
-    """
-    run_options = run_options or RunOptions()
-    console = Console(run_options.quiet)
-    device, why_not = resolve_device(experiment.device)
-    if why_not:
-        console.warning(why_not)
-    set_precision(experiment.precision, device)
-    weights = find_weights(experiment.weights, experiment.model_size)
-    features = FrozenFeatures(experiment, run_options, weights, console)
-    with processes.main_first():
-        data = prepare_data(experiment, console.quiet)
-    if run_options.export is not None:
-        export.check_classes(len(data.class_names), experiment.config.emb_dim)
-    console.info(describe_setup(experiment, data, device))
-    for warning in data.warnings:
-        console.warning(warning)
-    if (n_idle := processes.world_size() - experiment.batch_size) > 0:
-        console.warning(
-            f"a batch has {experiment.batch_size} messages, so {n_idle} processes will have few or none to train on"
-        )
-    with processes.main_first():
-        weights.open(console.quiet)
-    device = check_device(experiment, run_options.shard, data, weights, device, console)
-    with Checkpointer(run_options, run_identity(experiment, data, weights, device), console) as checkpointer:
-        with torch.device("meta"):
-            sizes = optimize_frozen_blocks(build_classifier(experiment, len(data.class_names)))
-        features.warn_if_memory_is_short(sizes, data.messages, device)
-
-        finished = checkpointer.checkpoint.finished[: run_options.repeats]
-        for record in finished:
-            publish_again(record, experiment, run_options, data, weights, checkpointer, console)
-        for seed in range(experiment.seed + len(finished), experiment.seed + run_options.repeats):
-            with_seed = replace(experiment, seed=seed)
-            finished.append(run_seed(with_seed, run_options, data, weights, features, device, checkpointer, console))
-    outputs.publish_all(finished, run_options, data, ROWS, DEFAULTS, console)
-    console.close()
-    return finished
+def show_and_record(run, record):
+    """Print the row of a finished seed and append its record to the results."""
+    run.console.table_row(table.row_cells(record, ROWS, DEFAULTS))
+    outputs.publish_record(record, run.options.results_file, run.console)
 
 
-def publish_again(record, experiment, run_options, data, weights, checkpointer, console):
-    """Show a seed that the checkpoint holds as finished, and write its outputs."""
-    console.info(f"Finished before, according to {checkpointer.path}; it printed:")
-    for line in record.history.lines:
-        console.info(line)
-    experiment, base = replace(experiment, seed=record.seed), None
-    if run_options.save_model:
-        base = weights.sha256 or classifiers.frozen_sha256(build_classifier(experiment, len(data.class_names)))
-    publish(record, experiment, run_options, data, weights, base, checkpointer.checkpoint.parameters, console)
-
-
-def publish(record, experiment, run_options, data, weights, base, parameters, console):
-    """Print the row of a finished seed, and write what is asked for."""
-    outputs.publish(record, experiment, run_options, data, base, parameters, ROWS, DEFAULTS, console)
-    if path := run_options.export:
-        console.write_output("the export", path, export_trained, record, experiment, data, weights, parameters)
-
-
-def export_trained(path, record, experiment, data, weights, parameters):
-    """`--export` beside training; `parameters` are the trained ones, {name: tensor}. Raises OSError."""
-    # Built anew: in the one that was trained, frozen weights may be bfloat16, or shards.
-    classifier = build_classifier(experiment, len(data.class_names), weights.tensors)
-    for name, parameter in classifier.named_parameters():
-        if parameter.requires_grad:
-            parameter.data = parameters[name].detach().cpu()
-    export_classifier(path, classifier, experiment, weights, data.limit, data.class_names, record)
+def write_classifier(run, experiment, record, parameters, base):
+    """`--save_model` and `--export` of the trained parameters, {name: tensor}, on weights of the SHA-256 `base`."""
+    options, data, write = run.options, run.data, run.console.write_output
+    if path := options.save_model:
+        write("the classifier", path, classifiers.save_classifier, experiment, data, base, parameters, record)
+    if path := options.export:
+        # Built anew: in the one that was trained, frozen weights may be bfloat16, or shards.
+        classifier = build_classifier(experiment, len(data.class_names), run.weights.tensors)
+        for name, parameter in classifier.named_parameters():
+            if parameter.requires_grad:
+                parameter.data = parameters[name].cpu()
+        arguments = (classifier, experiment, run.weights, data.limit, data.class_names, record)
+        write("the export", path, export_classifier, *arguments)
 
 
 def place(classifier, device, shard):
@@ -822,34 +867,6 @@ def place(classifier, device, shard):
         processes.shard(classifier, device)
         return classifier
     return optimize_frozen_blocks(copy_trained_parameters(classifier).to(device))
-
-
-def run_seed(experiment, run_options, data, weights, features, device, checkpointer, console):
-    """One seed from its weights to its printed row: its Record."""
-    usage = Usage(device)
-    classifier = build_classifier(experiment, len(data.class_names), weights.tensors)
-    base = (weights.sha256 or classifiers.frozen_sha256(classifier)) if run_options.save_model else None
-    classifier.gpt.activation_checkpointing = run_options.activation_checkpointing
-    place(classifier, device, run_options.shard)
-    console.info(describe_model(experiment, classifier))
-    state = make_training_state(classifier, experiment, usage)
-    inputs = features.of(classifier, data.messages, experiment.seed)
-    is_kept = inputs["train"].stage is not Stage.TOKEN_IDS
-    checkpointer.set_environment(
-        dict(device=describe_devices(device), PyTorch=torch.__version__, features="kept" if is_kept else "recomputed")
-    )
-    confusions, minutes = fine_tune(classifier, inputs, experiment, state, checkpointer, console)
-    for line in describe_mistakes(confusions["test"], data.class_names, data.test_texts):
-        console.info(state.history.add_line(line))
-    run_id = f"{checkpointer.checkpoint.run_id}-{experiment.seed}"
-    row = table.row_number(experiment, data, weights, ROWS)
-    name = table.describe_configuration(experiment, data)
-    record = records.make_record(run_id, row, name, experiment, data, weights, confusions, minutes, state)
-    is_wanted = any((run_options.checkpoint, run_options.save_model, run_options.export))
-    parameters = state.full_parameters() if is_wanted else {}  # of shards the whole, in main memory
-    publish(record, experiment, run_options, data, weights, base, parameters, console)
-    checkpointer.finish(record, parameters)
-    return record
 
 
 # --- using a trained classifier ---
@@ -931,22 +948,24 @@ def classify(run_options, given):
 
 def main(argv=None):
     """Run the command line and return the exit status, see `exit_status`."""
-    return exit_status(lambda: execute(*parse_args(argv)))
+    return exit_status(lambda: execute(argv))
 
 
-def execute(experiment, run_options, given):
-    """What the command line asks for; the arguments are what `parse_args` returns."""
-    if run_options.report is not None:
-        report.print_report(run_options, ROWS, DEFAULTS, QUESTIONS)
-    elif run_options.baseline:
-        baseline.run_baselines(experiment, run_options)
-    elif run_options.load_model is not None:
-        if run_options.export is not None:
-            export_loaded(run_options, given)
-        if run_options.classify:
-            classify(run_options, given)
-    else:
-        with processes.process_group(resolve_device(experiment.device)[0]):
+def execute(argv):
+    """What the command line asks for."""
+    with processes.process_group():
+        with processes.agreed():
+            experiment, run_options, given = parse_args(argv)
+        if run_options.report is not None:
+            report.print_report(run_options, ROWS, DEFAULTS, QUESTIONS)
+        elif run_options.baseline:
+            baseline.run_baselines(experiment, run_options)
+        elif run_options.load_model is not None:
+            if run_options.export is not None:
+                export_loaded(run_options, given)
+            if run_options.classify:
+                classify(run_options, given)
+        else:
             run(experiment, run_options)
 
 

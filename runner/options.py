@@ -11,7 +11,7 @@ from pathlib import Path
 
 from gpt_download import COLLECTION_NAMES
 from runner.data.datasets import SPLITS
-from runner.files import UserError
+from runner.files import UserError, resolve
 from runner.machine import processes
 from runner.parsers import image, number, page
 from runner.saved.export import check_experiment, check_folder
@@ -105,7 +105,6 @@ class RunOptions:
         metavar="FILE",
     )
     checkpoint_minutes: float = option(10.0, INTERRUPTION, "minutes between two checkpoints", type=number(float, 0))
-    restart: bool = option(False, INTERRUPTION, "start over and overwrite the checkpoint")
     save_model: str | None = option(
         None,
         USE,
@@ -138,7 +137,6 @@ class RunOptions:
             ("report_plot", "report"),
             ("report_page", "report"),
             ("classify", "load_model"),
-            ("restart", "checkpoint"),
         ):
             if getattr(self, name) and getattr(self, needed) is None:
                 raise UserError(f"--{name} needs --{needed}")
@@ -172,7 +170,7 @@ class RunOptions:
         ):
             if (path := getattr(self, name)) is None:
                 continue
-            if self.export is not None and Path(self.export).resolve() in Path(path).resolve().parents:
+            if self.export is not None and resolve(self.export) in resolve(path).parents:
                 raise UserError(f"--{name} {path} is in the folder of --export, which holds nothing else")
             if name == "results_file" and (path == "" or self.report is not None):
                 continue
@@ -185,7 +183,7 @@ class RunOptions:
             if is_special(path):
                 hint = '; for none: --results_file ""' if name == "results_file" else ""
                 raise UserError(f"--{name} {path} is not a regular file{hint}")
-            if (other := names.setdefault(Path(path).resolve(), name)) != name:
+            if (other := names.setdefault(resolve(path), name)) != name:
                 raise UserError(f"--{other} and --{name} name the same file, {path}")
 
 
@@ -346,10 +344,10 @@ def check_outputs(experiment, run_options):
     """Raises UserError if an output would overwrite an input."""
     if run_options.export is not None:
         check_experiment(experiment)
-    inputs = {Path(experiment.weights).resolve(): "the weights"}
+    inputs = {resolve(experiment.weights): "the weights"}
     for file in (*(f"{split}.csv" for split in SPLITS), *COLLECTION_NAMES):
-        inputs[Path(experiment.data_dir, file).resolve()] = "the data"
+        inputs[resolve(Path(experiment.data_dir, file))] = "the data"
     for name in ("checkpoint", "save_model", "plot", "results_file"):
         path = getattr(run_options, name)
-        if path and (input := inputs.get(Path(path).resolve())):
+        if path and (input := inputs.get(resolve(path))):
             raise UserError(f"--{name} {path} would overwrite {input}")

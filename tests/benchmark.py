@@ -39,7 +39,7 @@ from runner.console import Console
 from runner.data import datasets
 from runner.data.features import FrozenFeatures
 from runner.machine.devices import describe_device, peak_memory, reset_peak_memory, resolve_device, set_precision
-from runner.saved.checkpoints import Checkpointer
+from runner.saved.checkpoints import Checkpoint
 
 PLAIN_STEPS, PLAIN_EVALUATIONS = 3, 4
 
@@ -199,7 +199,7 @@ def time_fast(classifier, experiment, messages, fast_steps):
     def whole_run():
         inputs = compute_features(classifier, messages, experiment, console)
         state = ae.make_training_state(classifier, experiment)
-        ae.fine_tune(classifier, inputs, experiment, state, Checkpointer(ae.RunOptions()), console)
+        ae.fine_tune(classifier, inputs, experiment, state, Checkpoint(ae.RunOptions()), console)
 
     if fast_steps is None:
         return seconds(device, whole_run)
@@ -219,7 +219,7 @@ def time_fast(classifier, experiment, messages, fast_steps):
     per_message = seconds(device, ae.predict, classifier, part["train"], everything) / n
     one_epoch = replace(experiment, num_epochs=1)
     state = ae.make_training_state(classifier, one_epoch)
-    training = seconds(device, ae.train, classifier, part, one_epoch, state, Checkpointer(ae.RunOptions()), console)
+    training = seconds(device, ae.train, classifier, part, one_epoch, state, Checkpoint(ae.RunOptions()), console)
     evaluated = 2 * (min(n, ae.EVALUATE_BATCHES * experiment.batch_size) + 1)  # at step 0 and after the epoch
     evaluated += fast_steps // ae.EVALUATE_EVERY * evaluated // 2
     return feature_seconds + (training - evaluated * per_message) / fast_steps * steps + per_message * predicted

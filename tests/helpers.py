@@ -17,7 +17,7 @@ from runner.data import datasets
 from runner.options import RunOptions
 from runner.results.accuracy import Accuracy, Confusion, Mistake
 from runner.results.records import Record
-from runner.saved.checkpoints import Checkpointer
+from runner.saved.checkpoints import Checkpoint
 
 CPU = torch.device("cpu")
 QUIET = Console(quiet=True)
@@ -35,7 +35,7 @@ def train_quietly(classifier, messages, experiment):
         messages,
         experiment,
         ae.make_training_state(classifier, experiment),
-        Checkpointer(RunOptions()),
+        Checkpoint(RunOptions()),
         QUIET,
     )
 

@@ -104,7 +104,6 @@ def test_misprint_of_row_9(capsys):
         ("--report_plot a.png", "--report_plot needs --report"),
         ("--classify a", "--classify needs --load_model"),
         ("--load_model a", "--load_model needs --classify"),
-        ("--restart", "--restart needs --checkpoint"),
         ("--plot a.gif", '"a.gif" does not end in .png, .pdf, .svg'),
         ("--repeats 0", "0 is less than 1"),
         ("--repeats 2 --save_model a", "--save_model is for one classifier, --repeats trains several"),

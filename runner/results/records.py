@@ -45,14 +45,9 @@ class History:
             f"{val.correct}/{val.total}; 95% intervals {train.bounds}, {val.bounds})"
         )
 
-    @property
-    def lengths(self):
-        """How many entries each list has, by its name."""
-        return {name: len(entries) for name, entries in vars(self).items()}
-
-    def to_dict(self, lengths):
-        """The first entries of each list, as many as `lengths` says, as JSON can hold them."""
-        lists = {name: entries[: lengths[name]] for name, entries in vars(self).items()}
+    def to_dict(self):
+        """Its lists, as JSON can hold them."""
+        lists = vars(self)
         return {name: [asdict(e) if isinstance(e, Accuracy) else e for e in lists[name]] for name in lists}
 
     @classmethod
