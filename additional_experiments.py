@@ -58,6 +58,7 @@ from runner.results.accuracy import Accuracy, Confusion, describe_mistakes
 from runner.rows import DEMO, QUESTIONS, ROWS
 from runner.saved import classifiers, export
 from runner.saved.checkpoints import Checkpointer, run_identity
+from runner.saved.classifiers import SavedClassifier, load_parameters
 from runner.saved.training_state import TrainingState, Usage
 
 # --- the settings of an experiment ---
@@ -729,27 +730,24 @@ def publish_again(record, experiment, run_options, data, weights, checkpointer, 
     console.info(f"Finished before, according to {checkpointer.path}; it printed:")
     for line in record.history.lines:
         console.info(line)
-    experiment, base = replace(experiment, seed=record.seed), None
-    if run_options.save_model:
-        base = weights.sha256 or classifiers.frozen_sha256(build_classifier(experiment, len(data.class_names)))
-    publish(record, experiment, run_options, data, weights, base, checkpointer.checkpoint.parameters, console)
+    experiment = replace(experiment, seed=record.seed)
+    publish(record, experiment, run_options, data, weights, checkpointer.checkpoint.parameters, console)
 
 
-def publish(record, experiment, run_options, data, weights, base, parameters, console):
+def publish(record, experiment, run_options, data, weights, parameters, console):
     """Print the row of a finished seed, and write what is asked for."""
-    outputs.publish(record, experiment, run_options, data, base, parameters, ROWS, DEFAULTS, console)
-    if path := run_options.export:
-        console.write_output("the export", path, export_trained, record, experiment, data, weights, parameters)
-
-
-def export_trained(path, record, experiment, data, weights, parameters):
-    """`--export` beside training; `parameters` are the trained ones, {name: tensor}. Raises OSError."""
-    # Built anew: in the one that was trained, frozen weights may be bfloat16, or shards.
+    outputs.publish(record, run_options, ROWS, DEFAULTS, console)
+    if not (run_options.save_model or run_options.export) or console.is_silent:
+        return
+    # Built anew: in the classifier that was trained, frozen weights may be bfloat16, or shards.
     classifier = build_classifier(experiment, len(data.class_names), weights.tensors)
-    for name, parameter in classifier.named_parameters():
-        if parameter.requires_grad:
-            parameter.data = parameters[name].detach().cpu()
-    export_classifier(path, classifier, experiment, weights, data.limit, data.class_names, record)
+    base_sha256 = weights.sha256 or classifiers.frozen_sha256(classifier)
+    saved = SavedClassifier(asdict(experiment), data.limit, data.class_names, base_sha256, record.to_dict())
+    if path := run_options.save_model:
+        console.write_output("the classifier", path, classifiers.save_classifier, saved, parameters)
+    if path := run_options.export:
+        load_parameters(copy_trained_parameters(classifier), parameters)
+        console.write_output("the export", path, export_classifier, classifier, saved)
 
 
 def place(classifier, experiment, messages, device, shard, console):
@@ -770,7 +768,6 @@ def run_seed(experiment, run_options, data, weights, features, device, checkpoin
     """One seed from its weights to its printed row: its Record."""
     usage = Usage(device)
     classifier = build_classifier(experiment, len(data.class_names), weights.tensors)
-    base = (weights.sha256 or classifiers.frozen_sha256(classifier)) if run_options.save_model else None
     classifier.gpt.activation_checkpointing = run_options.activation_checkpointing
     place(classifier, experiment, data.messages["train"], device, run_options.shard, console)
     console.info(describe_model(experiment, classifier))
@@ -789,7 +786,7 @@ def run_seed(experiment, run_options, data, weights, features, device, checkpoin
     record = records.make_record(run_id, row, name, experiment, data, weights, confusions, minutes, state)
     is_wanted = any((run_options.checkpoint, run_options.save_model, run_options.export))
     parameters = state.full_parameters() if is_wanted else {}  # of shards the whole, in main memory
-    publish(record, experiment, run_options, data, weights, base, parameters, console)
+    publish(record, experiment, run_options, data, weights, parameters, console)
     checkpointer.finish(record, parameters)
     return record
 
@@ -797,13 +794,13 @@ def run_seed(experiment, run_options, data, weights, features, device, checkpoin
 # --- using a trained classifier ---
 
 
-def restore_classifier(path, given):
-    """What `--save_model` wrote: (Classifier on the CPU, its Experiment, its Weights, the SavedClassifier).
+def load_classifier(path, given):
+    """What `--save_model` wrote: (Classifier on the CPU, the Experiment with which it is used, its SavedClassifier).
 
-    `given` are options that override its own. Raises UserError for a file that cannot be used, UserError
-    for a model size or weights other than those it was trained on.
+    `given` are options that override its own. Raises UserError for a file that cannot be used, and for a model size or
+    weights other than those it was trained on.
     """
-    saved = classifiers.read_classifier(path)
+    saved, parameters = classifiers.read_classifier(path)
     experiment = Experiment(**saved.settings_with(given))
     weights = find_weights(experiment.weights, experiment.model_size)
     if not weights.is_random:  # before a download
@@ -811,38 +808,21 @@ def restore_classifier(path, given):
     weights.open()
     classifier = build_classifier(experiment, len(saved.class_names), weights.tensors)
     saved.check_base(experiment.weights, weights.sha256 or classifiers.frozen_sha256(classifier))
-    saved.restore(copy_trained_parameters(classifier))
-    return classifier, experiment, weights, saved
+    load_parameters(copy_trained_parameters(classifier), parameters)
+    return classifier, experiment, saved
 
 
-def load_classifier(path, given):
-    """What `--save_model` wrote, ready for use: (Classifier, its Experiment, names of the K classes).
+def export_classifier(path, classifier, saved):
+    """Write a Classifier that is on the CPU as transformers reads it; LoRA becomes part of its weights."""
+    merge_lora(classifier)
+    export.write_export(path, classifier, saved, DEFAULTS)
 
-    Arguments and errors are those of `restore_classifier`.
-    """
-    classifier, experiment, _, saved = restore_classifier(path, given)
+
+def prepare(classifier, experiment):
+    """A Classifier on the CPU, ready for `predict_texts` on the device and in the precision of its Experiment."""
     device = resolve_device(experiment.device)
     set_precision(experiment.precision, device)
-    return optimize_frozen_blocks(classifier.to(device)).eval(), experiment, saved.class_names
-
-
-def export_classifier(path, classifier, experiment, weights, limit, class_names, record):
-    """Write a Classifier that is on the CPU as transformers reads it; LoRA becomes part of its weights.
-
-    `limit` is the number of tokens to which messages are cut, `record` the Record of the run, or None.
-    """
-    merge_lora(classifier)
-    card = export.model_card(path, asdict(experiment), DEFAULTS, weights, limit, class_names, record)
-    export.write_export(path, classifier, load_vocabulary(), limit, class_names, card)
-
-
-def export_loaded(run_options, given):
-    """`--load_model FILE --export DIR`."""
-    classifier, experiment, weights, saved = restore_classifier(run_options.load_model, given)
-    export.check_experiment(experiment)
-    export.check_classes(len(saved.class_names), experiment.config.emb_dim)
-    limit = experiment.context_length
-    export_classifier(run_options.export, classifier, experiment, weights, limit, saved.class_names, saved.record)
+    return optimize_frozen_blocks(classifier.to(device)).eval()
 
 
 def predict_texts(classifier, experiment, texts):
@@ -854,18 +834,21 @@ def predict_texts(classifier, experiment, texts):
     return predict(classifier, messages, torch.arange(len(messages)))
 
 
-TEXTS_PER_PASS = 1000
-SECONDS_PER_PASS = 0.5  # of reading, before what has come is answered
-
-
-def classify(run_options, given):
-    """`--classify`: print label, probability and message, separated by tabs, for each message as it comes."""
-    chunks = classifiers.chunks_of_texts(run_options.classify, TEXTS_PER_PASS, SECONDS_PER_PASS)
-    classifier, experiment, class_names = load_classifier(run_options.load_model, given)
-    for chunk in chunks:
-        filled = [text for text in chunk if text.strip()]  # an empty line gets an empty answer
-        logits = predict_texts(classifier, experiment, filled) if filled else torch.empty(0, len(class_names))
-        classifiers.print_answers(chunk, logits.softmax(-1), class_names)
+def use(run_options, given):
+    """`--load_model`: write the export, and answer messages as they come, if these are asked for."""
+    if run_options.export is not None:
+        classifier, experiment, saved = load_classifier(run_options.load_model, given)
+        export.check_experiment(experiment)
+        export.check_classes(len(saved.class_names), experiment.config.emb_dim)
+        export_classifier(run_options.export, classifier, saved)
+    if run_options.classify:
+        chunks = classifiers.chunks_of_texts(run_options.classify)
+        classifier, experiment, saved = load_classifier(run_options.load_model, given)
+        classifier = prepare(classifier, experiment)
+        for texts in chunks:
+            filled = [text for text in texts if text.strip()]  # an empty line gets an empty answer
+            logits = predict_texts(classifier, experiment, filled) if filled else torch.empty(0, len(saved.class_names))
+            classifiers.print_answers(texts, logits.softmax(-1), saved.class_names)
 
 
 # --- main ---
@@ -883,10 +866,7 @@ def execute(experiment, run_options, given):
     elif run_options.baseline:
         baseline.run_baselines(experiment, run_options)
     elif run_options.load_model is not None:
-        if run_options.export is not None:
-            export_loaded(run_options, given)
-        if run_options.classify:
-            classify(run_options, given)
+        use(run_options, given)
     else:
         with processes.process_group(resolve_device(experiment.device)):
             run(experiment, run_options)

@@ -101,7 +101,7 @@ def write_uci_splits(data_dir, paths, quiet):
     existed = data_dir.exists()
     try:
         gpt_download.check_writable(data_dir)
-        splits = balanced_splits(gpt_download.fetch_collection(data_dir, quiet))
+        splits = balanced_splits(gpt_download.fetch_collection(data_dir))
     except BaseException:
         if not existed:
             with suppress(OSError):  # not there, or not empty

@@ -5,18 +5,12 @@ from pathlib import Path
 from runner.results.pictures import plot_histories
 from runner.results.results_file import append_record
 from runner.results.table import mean_row_cells, row_cells
-from runner.saved.classifiers import save_classifier
 
 
-def publish(record, experiment, run_options, data, base, parameters, rows, defaults, console):
-    """Print the row of a finished seed, append its record, and save its classifier, if that is asked for.
-
-    `base` and `parameters` are those of `save_classifier`, `rows` and `defaults` those of `row_cells`.
-    """
+def publish(record, run_options, rows, defaults, console):
+    """Print the row of a finished seed and append its record; `rows` and `defaults` are those of `row_cells`."""
     console.table_row(row_cells(record, rows, defaults))
     publish_record(record, run_options.results_file, console)
-    if path := run_options.save_model:
-        console.write_output("the classifier", path, save_classifier, experiment, data, base, parameters, record)
 
 
 def publish_record(record, path, console):
