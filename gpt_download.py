@@ -12,7 +12,6 @@ import hashlib
 import io
 import os
 import sys
-import tempfile
 import threading
 import zipfile
 from contextlib import contextmanager, suppress
@@ -153,37 +152,35 @@ def fetch_collection(data_dir):
                 )
             return path
 
-    path = Path(data_dir, COLLECTION_MEMBER)
-    check_writable(path.parent)
-    reasons = []
+    path, reasons = Path(data_dir, COLLECTION_MEMBER), []
     for url in COLLECTION_URLS:
         try:
             with waiting_for(url):
                 archive = download(url, COLLECTION_ZIP_SHA256)
         except (requests.RequestException, HTTPError) as error:
-            reasons.append(f"  {url}: {describe_error(error)}")
+            reasons.append(f"  {url}: {describe_error(error)}\n")
             continue
-        with atomic_write(path) as temporary:
-            temporary.write_bytes(zipfile.ZipFile(io.BytesIO(archive)).read(COLLECTION_MEMBER))
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(path) as temporary:
+                temporary.write_bytes(zipfile.ZipFile(io.BytesIO(archive)).read(COLLECTION_MEMBER))
+        except OSError as error:
+            advice = "Try: another folder with --data_dir, or --dataset sample"
+            raise UserError(f"{path} cannot be written: {error.strerror or error}\n{advice}", status=1) from error
         return path
     raise UserError(
-        "\n".join(
-            [
-                "the SMS Spam Collection could not be downloaded:",
-                *reasons,
-                "Try: the same command later; --dataset sample or --demo, which need no network; or download the zip",
-                f"by other means and put its member {COLLECTION_MEMBER} at {path}",
-            ]
-        ),
+        f"the SMS Spam Collection could not be downloaded:\n{''.join(reasons)}"
+        "Try: the same command later; --dataset sample or --demo, which need no network; or download the zip\n"
+        f"by other means and put its member {COLLECTION_MEMBER} at {path}",
         status=1,
     )
 
 
 def fetch_weights(model_size, quiet=False):
-    """Path of the pretrained weights of `model_size` in the Hugging Face cache, downloaded if not there.
+    """Path of the pretrained weights of `model_size` in the Hugging Face cache, downloaded if they are not there.
 
-    The hub's client does the work, so that its cache and its settings (HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE)
-    apply. Raises UserError if the download fails or gives another file than the pinned one.
+    The hub's client does it, with its cache, its retries and its settings (HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE).
+    Raises UserError if the download fails or gives another file than the pinned one.
     """
     file = PRETRAINED[model_size]
     where = dict(repo_id=file.repo_id, filename=file.filename, revision=file.revision)
@@ -197,8 +194,7 @@ def fetch_weights(model_size, quiet=False):
     try:
         with waiting_for(f"{file.filename} of {file.repo_id} from {constants.ENDPOINT}"):
             if not isinstance(huggingface_hub.try_to_load_from_cache(**where), str):
-                # The client itself asks a server that does not answer for six minutes. Errors of a server that does
-                # answer are left to it.
+                # The client itself would wait six minutes for a server that never answers. Errors are left to it.
                 with suppress(HfHubHTTPError):
                     url = huggingface_hub.hf_hub_url(**where)
                     huggingface_hub.get_hf_file_metadata(url, token=False, timeout=READ_TIMEOUT)
@@ -219,20 +215,6 @@ def fetch_weights(model_size, quiet=False):
         "downloaded by other means; --weights random, or --demo, which needs no network",
         status=1,
     )
-
-
-def check_writable(folder):
-    """Make `folder` if it is not there. Raises UserError where nothing can be written into it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise UserError(
-            f"nothing can be written into {folder} ({error.strerror or error})\n"
-            "Try: another folder with --data_dir, or --dataset sample",
-            status=1,
-        ) from error
 
 
 # --- opening ---
@@ -300,11 +282,16 @@ def find_weights(source, model_size):
 # --- the vocabulary and the sample ---
 
 
+def check_unchanged(what, path, sha256):
+    """Raises UserError if a file that the project carries is missing or has another SHA-256."""
+    if not path.is_file() or sha256_of(path) != sha256:
+        raise UserError(f"the {what} {path} is missing or changed: its SHA-256 is not {sha256}")
+
+
 def load_vocabulary():
     """GPT-2's byte-pair encoding, a tiktoken.Encoding, from the file in data/. Raises UserError if it was changed."""
     # The file itself is hashed, because tiktoken's loader may read its cache's copy instead.
-    if not VOCABULARY.is_file() or sha256_of(VOCABULARY) != VOCABULARY_SHA256:
-        raise UserError(f"the vocabulary {VOCABULARY} is missing or changed: its SHA-256 is not {VOCABULARY_SHA256}")
+    check_unchanged("vocabulary", VOCABULARY, VOCABULARY_SHA256)
     return build_vocabulary(str(VOCABULARY))
 
 
@@ -320,47 +307,42 @@ def build_vocabulary(path):
 
 def sample_path():
     """Path of the sample of messages in data/. Raises UserError if it was changed."""
-    if not SAMPLE.is_file() or sha256_of(SAMPLE) != SAMPLE_SHA256:
-        raise UserError(f"the sample {SAMPLE} is missing or changed: its SHA-256 is not {SAMPLE_SHA256}")
+    check_unchanged("sample", SAMPLE, SAMPLE_SHA256)
     return SAMPLE
 
 
 # --- python gpt_download.py ---
 
 
+def short_name(model_size):
+    """`gpt2-small (124M)` to `small`."""
+    return model_size.partition(" ")[0].removeprefix("gpt2-")
+
+
 def main(argv=None):
-    """Fetch and check weights, collection and splits, and print where each file is. Returns the exit status."""
-    from runner.console import exit_status  # modules that import this one
-    from runner.data.datasets import DEFAULT_DATA_DIR
+    """Fetch and check what runs need, and print where each file is. Returns the exit status."""
+    from runner.console import exit_status  # these modules import this one
+    from runner.data.datasets import DEFAULT_DATA_DIR, SPLITS, load_splits
 
-    parser = argparse.ArgumentParser(description="Fetch and check what runs need, and do nothing else.")
-    sizes = {size.split()[0].removeprefix("gpt2-"): size for size in PRETRAINED}
-    parser.add_argument(
-        "--model_size",
-        nargs="+",
-        type=lambda size: size.partition(" ")[0].removeprefix("gpt2-"),
-        choices=sizes,
-        default=["small"],
-        help="default: small",
+    parser = argparse.ArgumentParser(
+        description="Fetch and check what runs need, and do nothing else.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument(
-        "--data_dir", default=DEFAULT_DATA_DIR, metavar="DIR", help=f"for the collection (default: {DEFAULT_DATA_DIR})"
-    )
+    sizes = {short_name(size): size for size in PRETRAINED}
+    parser.add_argument("--model_size", nargs="+", type=short_name, choices=sizes, default=["small"], help="weights")
+    parser.add_argument("--data_dir", type=Path, default=DEFAULT_DATA_DIR, metavar="DIR", help="collection")
     args = parser.parse_args(argv)
-    return exit_status(lambda: fetch_all([sizes[name] for name in args.model_size], Path(args.data_dir)))
 
+    def fetch():
+        args.data_dir.mkdir(parents=True, exist_ok=True)
+        load_splits(args.data_dir, "uci")
+        for path in (args.data_dir / name for name in (*COLLECTION_NAMES, *(f"{split}.csv" for split in SPLITS))):
+            if path.exists():
+                print(path)
+        for size in args.model_size:
+            print(fetch_weights(sizes[size]))
 
-def fetch_all(model_sizes, data_dir):
-    """What `main` does. Raises UserError."""
-    from runner.data.datasets import SPLITS, load_splits
-
-    data_dir.mkdir(parents=True, exist_ok=True)
-    load_splits(data_dir, "uci")
-    paths = [fetch_collection(data_dir), *(data_dir / f"{split}.csv" for split in SPLITS)]
-    for path in paths:
-        print(path if path.exists() else f"{path} cannot be written; each run makes it in memory")
-    for size in model_sizes:
-        print(fetch_weights(size))
+    return exit_status(fetch)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ import hashlib
 import importlib
 import io
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -86,6 +85,8 @@ class Answer(BaseHTTPRequestHandler):
         self.send_header("Accept-Ranges", "bytes")
         self.send_header("ETag", f'"{sha256(whole)}"')
         self.send_header("X-Repo-Commit", REVISION)
+        self.send_header("X-Xet-Hash", sha256(whole))  # an offer that is not to be taken
+        self.send_header("X-Xet-Refresh-Route", f"{self.server.url}/xet")
         self.end_headers()
         if self.command == "HEAD":
             return
@@ -143,7 +144,7 @@ def impatient(monkeypatch):
     """Time-outs and waits between attempts are cut short; returns the seconds that were to be waited."""
     seconds, sleep = [], time.sleep
     monkeypatch.setattr(time, "sleep", lambda wait: (seconds.append(wait), sleep(wait / 100)))
-    monkeypatch.setattr(gpt_download, "READ_TIMEOUT", 0.4)
+    monkeypatch.setattr(gpt_download, "READ_TIMEOUT", 0.2)
     return seconds
 
 
@@ -316,12 +317,13 @@ def test_collection_that_is_there(collection, server, tmp_path, name):
     assert server.requests == []
 
 
-def test_folder_that_cannot_be_written(collection, server, tmp_path):
+def test_folder_that_cannot_be_written(collection, tmp_path):
     (tmp_path / "file").touch()
     folder = tmp_path / "file" / "folder"  # not a folder without permissions: root may write there
-    with pytest.raises(UserError, match=f"nothing can be written into {folder} .Not a directory.(.|\n)*--data_dir"):
+    with pytest.raises(UserError) as error:
         fetch_collection(folder)
-    assert server.requests == []
+    why = f"{folder / 'SMSSpamCollection'} cannot be written: Not a directory\nTry: another folder with --data_dir"
+    assert str(error.value).startswith(why)
 
 
 def test_two_processes_fetch_the_collection(collection, server, tmp_path):
@@ -522,28 +524,25 @@ def test_everything_is_fetched_beforehand(everything, server, tmp_path, capsys, 
     assert "error: the SMS Spam Collection could not be downloaded:\n" in capsys.readouterr().err
 
 
-def test_weights_with_values_that_are_not_finite(tmp_path, nano_weights):
+# --- opening ---
+
+
+@pytest.mark.parametrize(
+    "dtype, value", [("float32", "nan"), ("float32", "inf"), ("float64", "1e300"), ("float8_e4m3fn", "nan")]
+)
+def test_weights_with_values_that_are_not_finite(tmp_path, nano_weights, dtype, value):
+    """In float32, which the model takes. The masks of some files are infinite."""
     tensors = open_weights(nano_weights)
-    names = ["transformer.h.2.mlp.c_fc.weight", "transformer.wte.weight"]
-    for name, value in zip(names, (float("nan"), float("inf"))):
-        changed = tensors[name].clone()
-        changed[3, 5] = value
-        save_file(tensors | {name: changed}, tmp_path / "weights")
-        message = f"{tmp_path}/weights: tensor {name} has values that are infinite or not a number"
-        with pytest.raises(UserError, match=message):
-            gpt_download.find_weights(str(tmp_path / "weights"), "gpt2-nano (7M)")
-    for dtype, value in ((torch.float64, 1e300), (torch.float8_e4m3fn, float("nan"))):  # the model takes float32
-        changed = tensors[names[0]].to(dtype)
-        changed[3, 5] = value
-        save_file(tensors | {names[0]: changed}, tmp_path / "weights")
-        with pytest.raises(UserError, match=f"tensor {names[0]} has values that are infinite or not a number"):
-            gpt_download.find_weights(str(tmp_path / "weights"), "gpt2-nano (7M)")
     masks = {f"transformer.h.0.attn.{kind}": torch.tensor(-torch.inf) for kind in ("bias", "masked_bias")}
     save_file(tensors | masks, tmp_path / "weights")
     gpt_download.find_weights(str(tmp_path / "weights"), "gpt2-nano (7M)")
 
-
-# --- opening ---
+    name = "transformer.h.2.mlp.c_fc.weight"
+    changed = tensors[name].to(getattr(torch, dtype))
+    changed[3, 5] = float(value)
+    save_file(tensors | {name: changed}, tmp_path / "weights")
+    with pytest.raises(UserError, match=f"weights: tensor {name} has values that are infinite or not a number"):
+        gpt_download.find_weights(str(tmp_path / "weights"), "gpt2-nano (7M)")
 
 
 def test_open_weights(tmp_path):
@@ -614,15 +613,14 @@ def test_text_is_cut_as_tiktoken_cuts_it():
 
 def test_changed_vocabulary_is_refused(tmp_path, monkeypatch):
     path = tmp_path / "vocabulary"
-    shutil.copy(gpt_download.VOCABULARY, path)
     monkeypatch.setattr(gpt_download, "VOCABULARY", path)
-    assert load_vocabulary().n_vocab == 50257
-
-    path.write_bytes(path.read_bytes().replace(b"IQ== 0\nIg== 1\n", b"Ig== 0\nIQ== 1\n"))  # "!" and '"' in exchange
-    with pytest.raises(UserError, match=f"the vocabulary {path} .*{gpt_download.VOCABULARY_SHA256}"):
-        load_vocabulary()
-    path.unlink()
     with pytest.raises(UserError, match=f"the vocabulary {path} "):
+        load_vocabulary()
+    content = Path(gpt_download.DATA, "r50k_base.tiktoken").read_bytes()
+    path.write_bytes(content)
+    assert load_vocabulary().n_vocab == 50257
+    path.write_bytes(content.replace(b"IQ== 0\nIg== 1\n", b"Ig== 0\nIQ== 1\n"))  # "!" and '"' in exchange
+    with pytest.raises(UserError, match=f"the vocabulary {path} .*{gpt_download.VOCABULARY_SHA256}"):
         load_vocabulary()
 
 

@@ -100,7 +100,6 @@ def write_uci_splits(data_dir, paths, quiet):
             raise UserError(f"{data_dir} holds {path.name} but not {missing}; your own data needs all three")
     existed = data_dir.exists()
     try:
-        gpt_download.check_writable(data_dir)
         splits = balanced_splits(gpt_download.fetch_collection(data_dir))
     except BaseException:
         if not existed:
