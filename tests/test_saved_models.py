@@ -4,6 +4,7 @@ import io
 import json
 import os
 import shutil
+import signal
 import stat
 import threading
 import time
@@ -124,28 +125,53 @@ def test_more_lines_than_one_read_takes(trained, monkeypatch):
     assert [fields[2] for fields in whole] == texts
 
 
+class Answers(io.StringIO):
+    """Standard output that tells when a line has been written."""
+
+    def __init__(self):
+        super().__init__()
+        self.has_line = threading.Event()
+
+    def write(self, text):
+        super().write(text)
+        if text.endswith("\n"):
+            self.has_line.set()
+
+
 def test_what_has_arrived_is_answered_at_once(trained, monkeypatch):
     """The next message is written only when the one before has its answer; half a line waits for its end."""
     reader, writer = os.pipe()
-    answers_from, answers_to = os.pipe()
+    out, were_answered = Answers(), []
 
     def produce():
-        with open(writer, "w", buffering=1) as messages, open(answers_from) as answers:
+        with open(writer, "w", buffering=1) as messages:
             for number in range(3):
                 messages.write("half a ")
                 messages.flush()
                 time.sleep(0.05)
+                out.has_line.clear()
                 messages.write(f"message {number}\n")
-                received.append(answers.readline().split("\t")[2])
+                were_answered.append(out.has_line.wait(5))
 
-    received = []
     producer = threading.Thread(target=produce)
     producer.start()
-    with open(reader) as file, open(answers_to, "w") as out, redirect_stdout(out), monkeypatch.context() as patch:
+    with open(reader) as file, redirect_stdout(out), monkeypatch.context() as patch:
         patch.setattr("sys.stdin", file)
         assert ae.main(["--load_model", trained[0], "--classify", "-"]) == 0
     producer.join()
-    assert received == [f"half a message {number}\n" for number in range(3)]
+    texts = [line.split("\t")[2] for line in out.getvalue().splitlines()]
+    assert were_answered == [True] * 3 and texts == [f"half a message {number}" for number in range(3)]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows sends no signals")
+def test_ctrl_c_while_it_waits(trained, monkeypatch, capsys):
+    reader, _writer = os.pipe()
+    monkeypatch.setattr(os, "read", lambda *arguments, read=os.read: (timer.start(), read(*arguments))[1])
+    timer = threading.Timer(0.2, os.kill, [os.getpid(), signal.SIGINT])
+    with open(reader) as file, monkeypatch.context() as patch:
+        patch.setattr("sys.stdin", file)
+        assert ae.main(["--load_model", trained[0], "--classify", "-"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
 
 
 @pytest.mark.slow
