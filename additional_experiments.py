@@ -803,8 +803,6 @@ def load_classifier(path, given):
     saved, parameters = classifiers.read_classifier(path)
     experiment = Experiment(**saved.settings_with(given))
     weights = find_weights(experiment.weights, experiment.model_size)
-    if not weights.is_random:  # before a download
-        saved.check_base(experiment.weights, weights.sha256)
     weights.open()
     classifier = build_classifier(experiment, len(saved.class_names), weights.tensors)
     saved.check_base(experiment.weights, weights.sha256 or classifiers.frozen_sha256(classifier))

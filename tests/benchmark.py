@@ -299,7 +299,8 @@ def classify(arguments):
 
     with tempfile.TemporaryDirectory() as folder:
         classifier = ae.build_classifier(experiment, 2)
-        record = dict(data="sample", history=dict(lines=[]))
+        record = dict.fromkeys(("data_sha256", "device_name", "date", "python", "torch", "tiktoken"), "")
+        record |= dict(data="sample", minutes=0, history=dict(lines=["Training completed"]))
         saved = SavedClassifier(asdict(experiment), 120, ["ham", "spam"], "", record)
         ae.export_classifier(f"{folder}/out", classifier, saved)
         ae.optimize_frozen_blocks(classifier.to(device)).eval()

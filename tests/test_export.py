@@ -3,6 +3,7 @@
 import os
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -179,14 +180,16 @@ def test_folders_that_are_not_new_or_empty(flexible, capfd):
         assert ae.main([*flexible, "--export", path]) == 2
         assert capfd.readouterr().err == f"error: {message}\n"
     assert Path("mine/notes.txt").read_text() == "a"
+    assert ae.main([*flexible, "--export", "out", "--checkpoint", "out/run.ckpt"]) == 2
+    assert "--checkpoint out/run.ckpt is in the folder of --export" in capfd.readouterr().err
 
 
-def test_transformers_is_needed_before_training(flexible, monkeypatch, capfd):
-    monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None if name == "transformers" else True)
+@pytest.mark.parametrize("found", [[], [SimpleNamespace(version="4.57.1")]])
+def test_transformers_is_needed_before_training(flexible, monkeypatch, capfd, found):
+    monkeypatch.setattr(export.metadata, "distributions", lambda **_: found)
     assert ae.main([*flexible, "--export", "out"]) == 2
-    assert capfd.readouterr().err == (
-        "error: --export needs transformers, which is not installed: pip install transformers\n"
-    )
+    message = 'error: --export needs transformers 5 or later: pip install "transformers>=5"\n'
+    assert capfd.readouterr() == ("", message)
 
 
 def raising(error):

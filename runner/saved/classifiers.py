@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from runner.data.datasets import problem_of_text
-from runner.files import NonFiniteError, UserError, atomic_write, require_finite, sha256_of_tensors
+from runner.files import UserError, atomic_write, require_finite, sha256_of_tensors
 
 # --- on disk ---
 
@@ -78,10 +78,7 @@ def read_classifier(path):
         raise UserError(f"{path} cannot be read as a .safetensors file: {error}") from None
     if metadata.get("kind") != KIND:
         raise UserError(f"{path} was not written by --save_model of this version")
-    try:
-        require_finite(parameters, "parameter")
-    except NonFiniteError as error:
-        raise UserError(f"{path} cannot be used: {error}") from None
+    require_finite(parameters, f"{path}: parameter")
     return SavedClassifier(**json.loads(metadata["description"])), parameters
 
 

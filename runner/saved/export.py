@@ -1,9 +1,9 @@
 """Trained classifiers for transformers: a folder from which its AutoModelForSequenceClassification loads."""
 
-import importlib.util
 import os
 import shlex
 import tempfile
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -38,8 +38,9 @@ def check_classes(n_classes, emb_dim):
 
 def check_folder(path):
     """Raises UserError where no export can be written: without transformers, or if `path` is not new or empty."""
-    if importlib.util.find_spec("transformers") is None:
-        raise UserError("--export needs transformers, which is not installed: pip install transformers")
+    versions = [found.version for found in metadata.distributions(name="transformers")]
+    if not versions or int(versions[0].split(".")[0]) < 5:
+        raise UserError('--export needs transformers 5 or later: pip install "transformers>=5"')
     if path == "":
         raise UserError("--export is given without the name of a folder")
     is_new = not os.path.lexists(path)
