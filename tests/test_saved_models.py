@@ -244,8 +244,8 @@ def test_files_that_are_none_of_ours(trained, capsys):
     Path("cut").write_bytes(Path(path).read_bytes()[:-1])
     for file, message in (
         (weights, "was not written by --save_model of this version"),
-        ("cut", "cannot be read as a .safetensors file"),
-        ("missing", "cannot be read as a .safetensors file"),
+        ("cut", "cannot be read as a saved classifier"),
+        ("missing", "cannot be read as a saved classifier"),
     ):
         assert ae.main(["--load_model", file, "--classify", "a"]) == 2
         assert f"error: {file} {message}" in capsys.readouterr().err

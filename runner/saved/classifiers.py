@@ -75,7 +75,7 @@ def read_classifier(path):
             metadata = file.metadata() or {}
             parameters = {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} cannot be read as a .safetensors file: {error}") from None
+        raise UserError(f"{path} cannot be read as a saved classifier: {error}") from None
     if metadata.get("kind") != KIND:
         raise UserError(f"{path} was not written by --save_model of this version")
     require_finite(parameters, f"{path}: parameter")
