@@ -62,6 +62,7 @@ from runner.results.records import History, Record
 from runner.rows import DEMO, QUESTIONS, ROWS
 from runner.saved import classifiers, export
 from runner.saved.checkpoints import Checkpoint, TrainingState, Usage, run_identity
+from runner.saved.classifiers import SavedClassifier, load_parameters
 
 # --- the settings of an experiment ---
 
@@ -792,7 +793,6 @@ def run_seed(run, experiment):
     options, console, weights, data = run.options, run.console, run.weights, run.data
     usage = Usage(run.device)
     classifier = build_classifier(experiment, len(data.class_names), weights.tensors)
-    base = (weights.sha256 or classifiers.frozen_sha256(classifier)) if options.save_model else None
     classifier.gpt.activation_checkpointing = options.activation_checkpointing
     place(classifier, run.device, options.shard)
     console.info(describe_model(experiment, classifier))
@@ -814,7 +814,7 @@ def run_seed(run, experiment):
     if options.save_model or options.export:
         parameters = state.full_parameters()  # by all processes
         if processes.rank() == 0:
-            write_classifier(run, experiment, record, parameters, base)
+            write_classifier(run, experiment, record, parameters)
     return record
 
 
@@ -846,19 +846,18 @@ def show_and_record(run, record):
     outputs.publish_record(record, run.options.results_file, run.console)
 
 
-def write_classifier(run, experiment, record, parameters, base):
-    """`--save_model` and `--export` of the trained parameters, {name: tensor}, on weights of the SHA-256 `base`."""
+def write_classifier(run, experiment, record, parameters):
+    """`--save_model` and `--export`: the classifier with these trained parameters, {name: tensor}."""
     options, data, write = run.options, run.data, run.console.write_output
+    # Built anew: in the one that was trained, frozen weights may be bfloat16, or shards.
+    classifier = build_classifier(experiment, len(data.class_names), run.weights.tensors)
+    base_sha256 = run.weights.sha256 or classifiers.frozen_sha256(classifier)
+    saved = SavedClassifier(asdict(experiment), data.limit, data.class_names, base_sha256, record.to_dict())
     if path := options.save_model:
-        write("the classifier", path, classifiers.save_classifier, experiment, data, base, parameters, record)
+        write("the classifier", path, classifiers.save_classifier, saved, parameters)
     if path := options.export:
-        # Built anew: in the one that was trained, frozen weights may be bfloat16, or shards.
-        classifier = build_classifier(experiment, len(data.class_names), run.weights.tensors)
-        for name, parameter in classifier.named_parameters():
-            if parameter.requires_grad:
-                parameter.data = parameters[name].cpu()
-        arguments = (classifier, experiment, run.weights, data.limit, data.class_names, record)
-        write("the export", path, export_classifier, *arguments)
+        load_parameters(copy_trained_parameters(classifier), parameters)
+        write("the export", path, export_classifier, classifier, saved)
 
 
 def place(classifier, device, shard):
@@ -872,52 +871,33 @@ def place(classifier, device, shard):
 # --- using a trained classifier ---
 
 
-def restore_classifier(path, given):
-    """What `--save_model` wrote: (Classifier on the CPU, its Experiment, its Weights, the SavedClassifier).
+def load_classifier(path, given):
+    """What `--save_model` wrote: (Classifier on the CPU, the Experiment with which it is used, its SavedClassifier).
 
-    `given` are options that override its own. Raises UserError for a file that cannot be used, UserError
-    for a model size or weights other than those it was trained on.
+    `given` are options that override its own. Raises UserError for a file that cannot be used, and for a model size or
+    weights other than those it was trained on.
     """
-    saved = classifiers.read_classifier(path)
+    saved, parameters = classifiers.read_classifier(path)
     experiment = Experiment(**saved.settings_with(given))
     weights = find_weights(experiment.weights, experiment.model_size)
-    if not weights.is_random:  # before a download
-        saved.check_base(experiment.weights, weights.sha256)
     weights.open()
     classifier = build_classifier(experiment, len(saved.class_names), weights.tensors)
     saved.check_base(experiment.weights, weights.sha256 or classifiers.frozen_sha256(classifier))
-    saved.restore(copy_trained_parameters(classifier))
-    return classifier, experiment, weights, saved
+    load_parameters(copy_trained_parameters(classifier), parameters)
+    return classifier, experiment, saved
 
 
-def load_classifier(path, given):
-    """What `--save_model` wrote, ready for use: (Classifier, its Experiment, names of the K classes).
+def export_classifier(path, classifier, saved):
+    """Write a Classifier that is on the CPU as transformers reads it; LoRA becomes part of its weights."""
+    merge_lora(classifier)
+    export.write_export(path, classifier, saved, DEFAULTS)
 
-    Arguments and errors are those of `restore_classifier`.
-    """
-    classifier, experiment, _, saved = restore_classifier(path, given)
+
+def ready_to_use(classifier, experiment):
+    """A Classifier on the CPU, ready for `predict_texts` on the device and in the precision of its Experiment."""
     device, _ = resolve_device(experiment.device)
     set_precision(experiment.precision, device)
-    return optimize_frozen_blocks(classifier.to(device)).eval(), experiment, saved.class_names
-
-
-def export_classifier(path, classifier, experiment, weights, limit, class_names, record):
-    """Write a Classifier that is on the CPU as transformers reads it; LoRA becomes part of its weights.
-
-    `limit` is the number of tokens to which messages are cut, `record` the Record of the run, or None.
-    """
-    merge_lora(classifier)
-    card = export.model_card(path, asdict(experiment), DEFAULTS, weights, limit, class_names, record)
-    export.write_export(path, classifier, load_vocabulary(), limit, class_names, card)
-
-
-def export_loaded(run_options, given):
-    """`--load_model FILE --export DIR`."""
-    classifier, experiment, weights, saved = restore_classifier(run_options.load_model, given)
-    export.check_experiment(experiment)
-    export.check_classes(len(saved.class_names), experiment.config.emb_dim)
-    limit = experiment.context_length
-    export_classifier(run_options.export, classifier, experiment, weights, limit, saved.class_names, saved.record)
+    return optimize_frozen_blocks(classifier.to(device)).eval()
 
 
 def predict_texts(classifier, experiment, texts):
@@ -929,18 +909,21 @@ def predict_texts(classifier, experiment, texts):
     return predict(classifier, messages, torch.arange(len(messages)))
 
 
-TEXTS_PER_PASS = 1000
-SECONDS_PER_PASS = 0.5  # of reading, before what has come is answered
-
-
-def classify(run_options, given):
-    """`--classify`: print label, probability and message, separated by tabs, for each message as it comes."""
-    chunks = classifiers.chunks_of_texts(run_options.classify, TEXTS_PER_PASS, SECONDS_PER_PASS)
-    classifier, experiment, class_names = load_classifier(run_options.load_model, given)
-    for chunk in chunks:
-        filled = [text for text in chunk if text.strip()]  # an empty line gets an empty answer
-        logits = predict_texts(classifier, experiment, filled) if filled else torch.empty(0, len(class_names))
-        classifiers.print_answers(chunk, logits.softmax(-1), class_names)
+def use(run_options, given):
+    """`--load_model`: write the export, and answer messages as they come, if these are asked for."""
+    if run_options.export is not None:
+        classifier, experiment, saved = load_classifier(run_options.load_model, given)
+        export.check_experiment(experiment)
+        export.check_classes(len(saved.class_names), experiment.config.emb_dim)
+        export_classifier(run_options.export, classifier, saved)
+    if run_options.classify:
+        chunks = classifiers.chunks_of_texts(run_options.classify)
+        classifier, experiment, saved = load_classifier(run_options.load_model, given)
+        classifier = ready_to_use(classifier, experiment)
+        for texts in chunks:
+            filled = [text for text in texts if text.strip()]  # an empty line gets an empty answer
+            logits = predict_texts(classifier, experiment, filled) if filled else torch.empty(0, len(saved.class_names))
+            classifiers.print_answers(texts, logits.softmax(-1), saved.class_names)
 
 
 # --- main ---
@@ -961,10 +944,7 @@ def execute(argv):
         elif run_options.baseline:
             baseline.run_baselines(experiment, run_options)
         elif run_options.load_model is not None:
-            if run_options.export is not None:
-                export_loaded(run_options, given)
-            if run_options.classify:
-                classify(run_options, given)
+            use(run_options, given)
         else:
             run(experiment, run_options)
 

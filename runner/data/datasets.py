@@ -100,7 +100,7 @@ def names_in(data_dir):
 
 def make_uci_splits(data_dir, paths, quiet):
     """The splits of the collection, which is fetched if need be; written to `paths` where that is possible."""
-    splits = balanced_splits(gpt_download.fetch_collection(data_dir, quiet))
+    splits = balanced_splits(gpt_download.fetch_collection(data_dir))
     contents = {split: frame.to_csv(index=None, lineterminator="\n").encode() for split, frame in splits.items()}
     if {split: hashlib.sha256(content).hexdigest() for split, content in contents.items()} != UCI_SPLITS_SHA256:
         raise UserError(f"pandas {pd.__version__} splits the collection differently; see requirements.txt")
