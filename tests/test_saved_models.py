@@ -51,7 +51,7 @@ def test_a_loaded_classifier_gives_the_very_logits(options, data_dir, monkeypatc
     assert ae.main([*options, "--save_model", "trained.safetensors"]) == 0
     classifier, experiment, saved = ae.load_classifier("trained.safetensors", {})
     texts = list(pd.read_csv(data_dir / "test.csv", keep_default_na=False)["Text"])
-    assert ae.predict_texts(ae.prepare(classifier, experiment), experiment, texts).equal(given[-1].logits)
+    assert ae.predict_texts(ae.ready_to_use(classifier, experiment), experiment, texts).equal(given[-1].logits)
     assert saved.class_names == ["0", "1"] and saved.record["history"]["lines"]
     assert stat.S_IMODE(Path("trained.safetensors").stat().st_mode) == 0o666 & ~umask()
 
