@@ -53,9 +53,11 @@ from runner.machine.devices import (
 )
 from runner.options import DATA, INPUT, MACHINE, MODEL, TRAINING, RunOptions, option
 from runner.parsers import MAX_CONTEXT, number
-from runner.results import baseline, outputs, records, report, table
+from runner.results import records
 from runner.results.accuracy import Accuracy, Confusion, describe_mistakes
-from runner.rows import DEMO, QUESTIONS, ROWS
+from runner.results.pictures import plot_histories
+from runner.results.table import print_row
+from runner.rows import DEMO, ROWS
 from runner.saved import classifiers, export
 from runner.saved.checkpoints import Checkpointer, run_identity
 from runner.saved.training_state import TrainingState, Usage
@@ -210,7 +212,8 @@ def prepare_data(experiment, quiet=False):
     messages, limit, longest = encode(load_vocabulary(), splits, experiment)
     class_names = datasets.class_names(name, n_classes)
     sha256, test_texts = datasets.sha256_of_splits(splits), list(splits["test"]["Text"])
-    return datasets.Dataset(messages, limit, longest, name, class_names, sha256, test_texts)
+    repeats = datasets.find_repeats(splits)
+    return datasets.Dataset(messages, limit, longest, name, class_names, sha256, test_texts, repeats)
 
 
 # --- classifier ---
@@ -702,6 +705,8 @@ def run(experiment, run_options=None):
     if run_options.export is not None:
         export.check_classes(len(data.class_names), experiment.config.emb_dim)
     console.info(describe_setup(experiment, data, device))
+    for line in datasets.describe_repeats(data):
+        console.info(line)
     if (n_idle := processes.world_size() - experiment.batch_size) > 0:
         console.warning(
             f"a batch has {experiment.batch_size} messages, so {n_idle} processes will have few or none to train on"
@@ -718,10 +723,28 @@ def run(experiment, run_options=None):
             publish_again(record, experiment, run_options, data, weights, checkpointer, console)
         for seed in range(experiment.seed + len(finished), experiment.seed + run_options.repeats):
             with_seed = replace(experiment, seed=seed)
-            finished.append(run_seed(with_seed, run_options, data, weights, features, device, checkpointer, console))
-    outputs.publish_all(finished, run_options, data, ROWS, DEFAULTS, console)
+            if run_options.repeats > 1:
+                console.info(f"\nRun {seed - experiment.seed + 1} of {run_options.repeats}, seed {seed}")
+            record = run_options.skip_finished and find_record(with_seed, run_options, data, weights, device, console)
+            finished.append(
+                record or run_seed(with_seed, run_options, data, weights, features, device, checkpointer, console)
+            )
+    print_row(finished, console)
+    if path := run_options.plot:
+        console.write_output("the picture", path, plot_histories, finished, len(data.messages["train"]))
+    if folder := run_options.results:
+        console.info(f"All runs so far: python additional_experiments.py --report {folder}")
     console.close()
     return finished
+
+
+def find_record(experiment, run_options, data, weights, device, console):
+    """The Record of this very run, if it is in the folder of results; else None."""
+    path = Path(run_options.results, f"{records.run_name(experiment, data, weights, device)}.json")
+    if not path.exists():
+        return None
+    console.info(f"Finished before: {path}")
+    return records.read_record(path)
 
 
 def publish_again(record, experiment, run_options, data, weights, checkpointer, console):
@@ -736,8 +759,12 @@ def publish_again(record, experiment, run_options, data, weights, checkpointer, 
 
 
 def publish(record, experiment, run_options, data, weights, base, parameters, console):
-    """Print the row of a finished seed, and write what is asked for."""
-    outputs.publish(record, experiment, run_options, data, base, parameters, ROWS, DEFAULTS, console)
+    """Write what is asked for of a finished seed."""
+    if folder := run_options.results:
+        console.write_output("the record", folder, records.write_record, record)
+    if path := run_options.save_model:
+        write = classifiers.save_classifier
+        console.write_output("the classifier", path, write, experiment, data, base, parameters, record)
     if path := run_options.export:
         console.write_output("the export", path, export_trained, record, experiment, data, weights, parameters)
 
@@ -774,19 +801,18 @@ def run_seed(experiment, run_options, data, weights, features, device, checkpoin
     classifier.gpt.activation_checkpointing = run_options.activation_checkpointing
     place(classifier, experiment, data.messages["train"], device, run_options.shard, console)
     console.info(describe_model(experiment, classifier))
-    state = make_training_state(classifier, experiment, usage)
     inputs = features.of(classifier, data.messages, experiment.seed)
+    state = make_training_state(classifier, experiment, usage)
     is_kept = inputs["train"].stage is not Stage.TOKEN_IDS
     checkpointer.set_environment(
         dict(device=describe_devices(device), PyTorch=torch.__version__, features="kept" if is_kept else "recomputed")
     )
     confusions, minutes = fine_tune(classifier, inputs, experiment, state, checkpointer, console)
-    for line in describe_mistakes(confusions["test"], data.class_names, data.test_texts):
+    lines = records.describe_test(confusions["test"], data.repeats["test"])
+    for line in lines + describe_mistakes(confusions["test"], data.class_names, data.test_texts):
         console.info(state.history.add_line(line))
-    run_id = f"{checkpointer.checkpoint.run_id}-{experiment.seed}"
-    row = table.row_number(experiment, data, weights, ROWS)
-    name = table.describe_configuration(experiment, data)
-    record = records.make_record(run_id, row, name, experiment, data, weights, confusions, minutes, state)
+    noted = dict(minutes=minutes, note=run_options.note, feature_seconds=features.seconds)
+    record = records.make_record(experiment, data, weights, confusions, state, **noted)
     is_wanted = any((run_options.checkpoint, run_options.save_model, run_options.export))
     parameters = state.full_parameters() if is_wanted else {}  # of shards the whole, in main memory
     publish(record, experiment, run_options, data, weights, base, parameters, console)
@@ -879,9 +905,13 @@ def main(argv=None):
 def execute(experiment, run_options, given):
     """What the command line asks for; the arguments are what `parse_args` returns."""
     if run_options.report is not None:
-        report.print_report(run_options, ROWS, DEFAULTS, QUESTIONS)
+        from runner.results.report import print_report  # slow to import, as are those below
+
+        print_report(run_options)
     elif run_options.baseline:
-        baseline.run_baselines(experiment, run_options)
+        from runner.results.baseline import run_baselines
+
+        run_baselines(experiment, run_options)
     elif run_options.load_model is not None:
         if run_options.export is not None:
             export_loaded(run_options, given)

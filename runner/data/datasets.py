@@ -45,6 +45,7 @@ class Dataset:
     class_names: list  # of the K classes
     sha256: str  # of all labels and texts
     test_texts: list  # of the test messages
+    repeats: dict  # of validation and test, Repeats
 
 
 # --- splits ---
@@ -255,3 +256,41 @@ def sha256_of_splits(splits):
     """SHA-256 of the labels and texts of all splits."""
     content = json.dumps([[splits[split][column].tolist() for column in ("Label", "Text")] for split in SPLITS])
     return hashlib.sha256(content.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Repeats:
+    """Numbers of the labelled messages of a split that are among the training messages too."""
+
+    exact: tuple = ()  # word for word
+    similar: tuple = ()  # where case, digits and punctuation do not count; the exact ones included
+
+
+def find_repeats(splits):
+    """{"validation": Repeats, "test": Repeats} of the splits, {split: DataFrame with columns Label and Text}."""
+    train = splits["train"]["Text"]
+    known, known_similar = set(train), set(map(letters_of, train)) - {""}
+    found = {}
+    for split in ("validation", "test"):
+        columns = zip(splits[split]["Text"], splits[split]["Label"], strict=True)
+        texts = [(number, text) for number, (text, label) in enumerate(columns) if label >= 0]
+        exact = {number for number, text in texts if text in known}
+        similar = exact | {number for number, text in texts if letters_of(text) in known_similar}
+        found[split] = Repeats(tuple(sorted(exact)), tuple(sorted(similar)))
+    return found
+
+
+def describe_repeats(data):
+    """A line on the repeated messages of a Dataset, if it has any: a list."""
+    counts = [
+        f"{len(found.exact)} of {len(data.messages[split]):,} {split} messages word for word, {len(found.similar)} but "
+        "for case, digits and punctuation"
+        for split, found in data.repeats.items()
+        if found.similar
+    ]
+    return [f"Also among the training messages: {'; '.join(counts)}"] if counts else []
+
+
+def letters_of(text):
+    """A text without case, digits and punctuation."""
+    return re.sub(r"[^\w\s]|[\d_]", "", text.lower()).strip()

@@ -16,7 +16,7 @@ from gpt_download import PRETRAINED
 from previous_chapters import gpt2_tensors
 from runner.data.datasets import DATASET_NAMES, SPLITS
 from runner.files import UserError, replace_folder, sha256_of, sha256_of_json
-from runner.results.table import command_line, plain
+from runner.wording import command_line, plain
 
 # --- what can be exported ---
 
