@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -56,9 +57,9 @@ class Accuracy:
 def mean_interval(accuracies):
     """The 95% interval (low, high) of the mean of the Accuracies of S seeds on the same messages.
 
-    Of one seed it is the interval of its Accuracy. Of several, the distance of each end from the mean is that of the
-    interval of messages and that of the seeds, by Student's t, squared and added (MOVER: Zou, Computational Statistics
-    & Data Analysis 52, 2008).
+    Of one seed it is the interval of that Accuracy. Of several, the distance of each end from the mean is made of two,
+    that of the interval of their mean Accuracy and that of the seeds by Student's t, squared and added (MOVER: Zou,
+    Computational Statistics & Data Analysis 52, 2008). With two seeds it is very wide.
     """
     total, seeds = accuracies[0].total, len(accuracies)
     mean = Accuracy(statistics.fmean(accuracy.correct for accuracy in accuracies), total)
@@ -102,13 +103,10 @@ class Confusion:
     @classmethod
     def of(cls, numbers, labels, called, confidences, n_classes):
         """The Confusion of n messages, described by lists (n,); a negative label is none and does not count."""
-        totals, mistakes = [0] * n_classes, []
-        for number, label, called_class, confidence in zip(numbers, labels, called, confidences, strict=True):
-            if label >= 0:
-                totals[label] += 1
-                if label != called_class:
-                    mistakes.append(Mistake(number, label, called_class, confidence))
-        return cls(tuple(totals), tuple(sorted(mistakes, key=lambda mistake: mistake.number)))
+        labelled = sorted(row for row in zip(numbers, labels, called, confidences, strict=True) if row[1] >= 0)
+        totals = Counter(label for _, label, _, _ in labelled)
+        mistakes = (Mistake(*row) for row in labelled if row[1] != row[2])
+        return cls(tuple(totals[label] for label in range(n_classes)), tuple(mistakes))
 
     @property
     def accuracy(self):
@@ -133,14 +131,12 @@ class Confusion:
     def macro_f1(self):
         """The mean over the classes of F1 = 2 TP / (2 TP + FP + FN); NaN where nothing was measured.
 
-        A class with no labelled message in the split is left out; messages that were called so are missed by their own.
+        A class that no message is labelled with is left out; a message that was called so is an FN of its own class.
         """
         counts = self.counts
-        sizes, called = counts.sum(axis=1), counts.sum(axis=0)
-        occurs = sizes > 0
-        if not occurs.any():
-            return math.nan
-        return float((2 * counts.diagonal()[occurs] / (sizes + called)[occurs]).mean())
+        labelled, called = counts.sum(axis=1), counts.sum(axis=0)
+        scores = 2 * counts.diagonal()[labelled > 0] / (labelled + called)[labelled > 0]
+        return float(scores.mean()) if len(scores) else math.nan
 
     def describe(self, class_names):
         """The errors of each class: for two a line in words, else a small table, for many classes without columns."""
@@ -151,8 +147,7 @@ class Confusion:
                 for label, total in enumerate(self.totals)
             ]
             return ["errors: " + ", ".join(words)]
-        wrong = [total - counts[label][label] for label, total in enumerate(self.totals)]
-        sums = [f"{n} of {total}" for n, total in zip(wrong, self.totals, strict=True)]
+        sums = [f"{total - counts[label][label]} of {total}" for label, total in enumerate(self.totals)]
         if len(self.totals) > MAX_COLUMNS:
             return ["errors: " + ", ".join(f"{name}: {n}" for name, n in zip(class_names, sums, strict=True))]
         table = [["label", *(f"called {name}" for name in class_names), "errors"]]

@@ -72,8 +72,9 @@ def compare(a, b):
     """
     seeds, n = (len(a.seeds), len(b.seeds)), a.correct.shape[1]
     by_message = b.correct.mean(axis=0) - a.correct.mean(axis=0)
-    variances = message_variance(by_message), *(seed_variance(a, b) if min(seeds) >= MIN_SEEDS else (0.0, 0.0, 1.0))
-    centre, half = by_message.sum() / (n + 2), half_width(LEVEL, *variances)
+    of_seeds = seed_variance(a, b) if min(seeds) >= MIN_SEEDS else (0.0, 0.0, 1.0)
+    variances = message_variance(by_message), *of_seeds
+    centre, half = float(by_message.sum()) / (n + 2), half_width(LEVEL, *variances)
 
     p = reason = only = None
     if seeds == (1, 1):
@@ -82,7 +83,7 @@ def compare(a, b):
     elif 1 in seeds:
         reason = "one run cannot be compared with several: each side needs three seeds or more"
     elif min(seeds) < MIN_SEEDS:
-        reason = "two seeds are too few to tell an option from chance: each side needs three or more"
+        reason = "two seeds are too few to tell a better option from chance: each side needs three or more"
     else:
         distance = min(abs(centre), half_width(SMALLEST_P, *variances))
         p = brentq(lambda level: half_width(level, *variances) - distance, SMALLEST_P, 1.0)
@@ -90,7 +91,7 @@ def compare(a, b):
         n=n,
         seeds=seeds,
         difference=float(by_message.mean()),
-        interval=(float(max(centre - half, -1.0)), float(min(centre + half, 1.0))),
+        interval=(max(centre - half, -1.0), min(centre + half, 1.0)),
         p=p,
         reason=reason,
         only=only,
@@ -99,13 +100,13 @@ def compare(a, b):
 
 
 def message_variance(by_message):
-    """The variance of the mean of differences (n,) by the choice of messages, with Agresti's and Min's adjustment.
+    """The variance of the mean of differences (n,) by the choice of messages, with the adjustment of Agresti and Min.
 
-    They add half a message to each of the four cells of the table of pairs: two messages whose differences have the sum
-    0 and the sum of squares 1. So the variance is not zero where few messages or none differ.
+    They add half a message to each cell of the table of pairs, which is two messages whose differences have the sum 0
+    and the sum of squares 1. So the variance is not zero where few messages differ.
     """
     n = len(by_message) + 2
-    return ((by_message**2).sum() + 1 - by_message.sum() ** 2 / n) / n**2
+    return float((by_message**2).sum() + 1 - by_message.sum() ** 2 / n) / n**2
 
 
 def seed_variance(a, b):
@@ -113,23 +114,21 @@ def seed_variance(a, b):
     of freedom).
 
     Where both ran the same seeds it is that of the differences of each seed, else the sum of both sides' own, with the
-    degrees of freedom of Welch (Biometrika 34, 1947). In both variances is what single seeds make of single messages,
+    degrees of freedom of Welch (Biometrika 34, 1947). Both variances contain what single seeds make of single messages,
     the residual of a two-way analysis of variance.
     """
+    sides = [a.correct.astype(float), b.correct.astype(float)]  # (S, n) each
     if set(a.seeds) == set(b.seeds):
-        order = [b.seeds.index(seed) for seed in a.seeds]
-        sides = [b.correct[order].astype(float) - a.correct]
-    else:
-        sides = [a.correct.astype(float), b.correct.astype(float)]
-    variances, residual = [], 0.0
+        sides = [sides[1][[b.seeds.index(seed) for seed in a.seeds]] - sides[0]]
+    variances, both = [], 0.0
     for side in sides:
         n_seeds, n = side.shape
-        variances.append(side.mean(axis=1).var(ddof=1) / n_seeds)
+        variances.append(float(side.mean(axis=1).var(ddof=1)) / n_seeds)
         residuals = side - side.mean(axis=1, keepdims=True) - side.mean(axis=0) + side.mean()
-        residual += (residuals**2).sum() / ((n_seeds - 1) * max(n - 1, 1)) / side.size
+        both += float((residuals**2).sum()) / ((n_seeds - 1) * max(n - 1, 1)) / side.size
     total = sum(variances)
     freedom = total**2 / sum(v**2 / (len(side) - 1) for v, side in zip(variances, sides, strict=True)) if total else 1.0
-    return total, residual, freedom
+    return total, both, freedom
 
 
 def half_width(level, messages, seeds, both, freedom):
