@@ -24,12 +24,16 @@ class Row:
 
 @dataclass(frozen=True)
 class Question:
-    """What the comparison of row `b` with row `a` asks, and what explains the answer."""
+    """What the comparison of row `b` with row `a` asks."""
 
     a: int
     b: int
     asks: str
-    why: str
+
+    @property
+    def why(self):
+        """What explains the answer, in a sentence."""
+        return WHY[self.b]
 
 
 MEDIUM, LARGE, XL, NANO = "gpt2-medium (355M)", "gpt2-large (774M)", "gpt2-xl (1558M)", "gpt2-nano (7M)"
@@ -57,78 +61,45 @@ ROWS = {
     19: Row(97.79, 99.33, 96.33, 0.32, dict(average_embeddings=True)),
 }
 
-# What the table is asked: two of its rows, of which the second is judged by the first, and why they may differ.
-LARGER = "A larger model has better features, and more parameters to fit 1,045 messages with; one seed says little."
-SAME_AS_ALL = "Two thin matrices for each linear layer are trained; they save memory for optimizer and gradients."
-UNPADDED = "Without padding the last token is a real one, so the message need not be carried through pads."
+# What the table is asked: two of its rows, of which the second is judged by the first.
 QUESTIONS = (
-    Question(
-        1,
-        2,
-        "Does the first token serve as well as the last?",
-        "Under the causal mask the first token sees only itself: the classifier learns how messages begin.",
-    ),
-    Question(
-        1,
-        3,
-        "Is it enough to train the head?",
-        "A head alone separates the classes only as far as the frozen features already do so linearly.",
-    ),
-    Question(
-        1,
-        4,
-        "Does it help to train a second block?",
-        "A second block can change what the last one attends to, and one block fewer is computed only once.",
-    ),
-    Question(
-        1,
-        5,
-        "Does it help to train all layers?",
-        "All layers can adapt, the embeddings too, and no block can be computed once and kept.",
-    ),
-    Question(1, 6, "Is a model of 355M better than one of 124M?", LARGER),
-    Question(1, 7, "Is a model of 774M better than one of 124M?", LARGER),
-    Question(1, 8, "Is a model of 1558M better than one of 124M?", LARGER),
-    Question(
-        5,
-        10,
-        "Do random weights serve as well as pretrained ones, if all layers are trained?",
-        "Words alone say nearly all about spam: a linear classifier on letters gets 97.67% of the test messages.",
-    ),
-    Question(5, 11, "Does LoRA do what training all layers does?", SAME_AS_ALL),
-    Question(9, 12, "Does LoRA do what training all layers does, in the largest model?", SAME_AS_ALL),
-    Question(
-        1,
-        13,
-        "Does it harm to pad to the length of the model's context?",
-        "The classified token is a pad, and between it and the message there are up to a thousand other pads.",
-    ),
-    Question(1, 14, "Does it help not to pad, with single messages as batches?", UNPADDED),
-    Question(1, 15, "Does it help not to pad, with the gradients of eight messages accumulated?", UNPADDED),
-    Question(
-        1,
-        16,
-        "Does it help to classify the last token that is not padding?",
-        "That token has seen the whole message and nothing else; the pads behind it need not be computed.",
-    ),
-    Question(
-        1,
-        17,
-        "Does it help to lift the causal mask?",
-        "Every token sees the whole message, but the pretrained weights have never met later tokens.",
-    ),
-    Question(
-        1,
-        18,
-        "Does the label that the loss ignores matter?",
-        "No label is 50256: pads are among the tokens, not among the labels, and nothing changes.",
-    ),
-    Question(
-        1,
-        19,
-        "Does it help to average over all positions?",
-        "The mean holds the real tokens, but also all the pads behind them.",
-    ),
+    Question(1, 2, "Does the first token serve as well as the last?"),
+    Question(1, 3, "Is it enough to train the head?"),
+    Question(1, 4, "Does it help to train a second block?"),
+    Question(1, 5, "Does it help to train all layers?"),
+    Question(1, 6, "Is a model of 355M better than one of 124M?"),
+    Question(1, 7, "Is a model of 774M better than one of 124M?"),
+    Question(1, 8, "Is a model of 1558M better than one of 124M?"),
+    Question(5, 10, "Do random weights serve as well as pretrained ones, if all layers are trained?"),
+    Question(5, 11, "Does LoRA do what training all layers does?"),
+    Question(9, 12, "Does LoRA do what training all layers does, in the largest model?"),
+    Question(1, 13, "Does it harm to pad to the length of the model's context?"),
+    Question(1, 14, "Does it help not to pad, with single messages as batches?"),
+    Question(1, 15, "Does it help not to pad, with the gradients of eight messages accumulated?"),
+    Question(1, 16, "Does it help to classify the last token that is not padding?"),
+    Question(1, 17, "Does it help to lift the causal mask?"),
+    Question(1, 18, "Does the label that the loss ignores matter?"),
+    Question(1, 19, "Does it help to average over all positions?"),
 )
+
+# Why the second row of a question may differ.
+LARGER = "A larger model has better features, and more parameters to fit 1,045 messages with."
+LORA = "Two thin matrices for each linear layer are trained; they save memory for optimizer and gradients."
+UNPADDED = "Without padding the last token is a real one, and the message need not be carried through pads."
+WHY = {
+    2: "Under the causal mask the first token sees only itself: the classifier learns how messages begin.",
+    3: "A head alone separates the classes only as far as the frozen features already do so linearly.",
+    4: "A second block can change what the last one attends to; one block fewer is computed only once.",
+    5: "All layers can adapt, the embeddings too, but no block can be computed once and kept.",
+    **dict.fromkeys((6, 7, 8), LARGER),
+    10: "Words alone say nearly all about spam: a linear classifier on letters gets 97.67% of the test messages.",
+    **dict.fromkeys((11, 12), LORA),
+    13: "The classified token is a pad, and between it and the message there are up to a thousand other pads.",
+    **dict.fromkeys((14, 15), UNPADDED),
+    16: "That token has seen the whole message and nothing else; the pads behind it need not be computed.",
+    17: "Every token sees the whole message, but the pretrained weights have never met later tokens.",
+    18: "No label is 50256: pads are among the tokens, not among the labels, and nothing changes.",
+    19: "The mean holds the real tokens, but also all the pads behind them.",
+}
 
 DEMO = dict(model_size=NANO, weights="random", trainable_layers="all", dataset="sample", learning_rate=5e-4)

@@ -13,7 +13,7 @@ from runner.console import Console, describe_data
 from runner.data.datasets import SPLITS, class_names, count_classes, find_repeats, load_splits, sha256_of_splits
 from runner.files import UserError
 from runner.results.accuracy import Confusion, describe_mistakes
-from runner.results.records import Record, describe_test, file_name, made_now, results_on, write_record
+from runner.results.records import describe_test, file_name, new_record, write_record
 
 
 def baselines():
@@ -93,8 +93,10 @@ def evaluate(model, splits, n_classes):
 def make_record(name, data, confusions, seconds, note):
     """The Record of a baseline, which has no settings."""
     names = {"uci": "", "sample": ", sample data", "own": f", own data {data.sha256[:8]}"}
-    return Record(
-        run=file_name(name, dict(baseline=name, data=data.sha256)),
+    return new_record(
+        data,
+        confusions,
+        run=file_name(name, "", dict(baseline=name, data=data.sha256)),
         row=None,
         configuration=name + names[data.name],
         options={},
@@ -110,5 +112,4 @@ def make_record(name, data, confusions, seconds, note):
         device_name="CPU",
         note=note,
         is_baseline=True,
-        **made_now() | results_on(data, confusions),
     )

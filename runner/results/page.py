@@ -8,7 +8,7 @@ from pathlib import Path
 import jinja2
 
 from runner.results.comparison import P_DECIDES
-from runner.results.report import not_compared, where
+from runner.results.report import below, not_compared, where
 from runner.rows import ROWS
 from runner.wording import command_line, describe_settings
 
@@ -29,6 +29,7 @@ def render(summary):
     environment.globals |= dict(
         rows=ROWS,
         where=where,
+        below=below,
         describe=describe_settings,
         command_line=command_line,
         not_compared=not_compared,

@@ -154,23 +154,19 @@ class Record:
 
     def check(self):
         """Raises ValueError where the parts do not fit together."""
-        curves = (self.history.steps, self.history.train_losses, self.history.val_losses)
-        found, repeats = [self.confusions[split] for split in SPLITS], self.repeats["test"]
-        mistakes = [mistake for confusion in found for mistake in confusion.mistakes]
-        counts = [*(n for confusion in found for n in confusion.totals), *repeats.exact, *repeats.similar]
-        counts += [number for m in mistakes for number in (m.number, m.label, m.called)]
-        measured = [value for curve in curves for value in curve] + [m.confidence for m in mistakes]
-        measured += [self.minutes, self.feature_seconds, self.seconds]
-        texts = [*self.class_names, *self.texts.values()]
+        curves, K = (self.history.steps, self.history.train_losses, self.history.val_losses), len(self.class_names)
+        confusions, repeats = [self.confusions[split] for split in SPLITS], self.repeats["test"]
+        mistakes = [mistake for confusion in confusions for mistake in confusion.mistakes]
+        counts = [*repeats.exact, *repeats.similar, *(n for confusion in confusions for n in confusion.totals)]
+        counts += [number for mistake in mistakes for number in (mistake.number, mistake.label, mistake.called)]
+        numbers = [self.minutes, *(value for curve in curves for value in curve), *(m.confidence for m in mistakes)]
         fits = (
             all(isinstance(count, int) and count >= 0 for count in counts),
-            all(isinstance(value, int | float) and math.isfinite(value) for value in measured),
-            all(isinstance(text, str) for text in texts),
+            all(isinstance(value, int | float) and math.isfinite(value) for value in numbers),
+            all(isinstance(text, str) for text in (*self.class_names, *self.texts.values())),
             all(isinstance(value, str | int | float) for value in self.options.values()),
-            len({*map(len, curves)}) == 1,
-            {len(self.class_names)} == {len(confusion.totals) for confusion in found},
-            all(m.label < len(self.class_names) > m.called for m in mistakes),
-            all(confusion.accuracy.correct >= 0 for confusion in found),
+            all(m.label < K > m.called for m in mistakes) and {*map(len, curves)} == {len(self.history.steps)},
+            all(len(found.totals) == K and len(found.mistakes) <= sum(found.totals) for found in confusions),
         )
         if not all(fits):
             raise ValueError("its parts do not fit together")
@@ -215,32 +211,24 @@ def run_name(experiment, data, weights, device):
     identity |= dict(weights=weights.sha256 or "random", device=device.type, data=data.sha256)
     options = options_of(experiment, data, weights)
     row = row_number(options)
-    name = f"row{row}" if row else describe_settings(options)
-    return file_name(f"{name}-seed{experiment.seed}", identity)
+    return file_name(f"row{row}" if row else describe_settings(options), f"-seed{experiment.seed}", identity)
 
 
-def file_name(words, identity):
-    """Words that any file system takes as a name, and 8 digits of a hash of what JSON can hold."""
-    name, _, seed = words.rpartition("-seed")
-    short = re.sub(r"[^a-z0-9.]+", "-", (name or words).lower())[:60].strip("-.")
-    return f"{short}{f'-seed{seed}' if name else ''}-{sha256_of_json(identity)[:8]}"
+def file_name(words, seed, identity):
+    """Words as any file system takes them, `-seed123` or nothing, and 8 digits of a hash of what JSON can hold."""
+    short = re.sub(r"[^a-z0-9.]+", "-", words.lower())[:60].strip("-.")
+    return f"{short}{seed}-{sha256_of_json(identity)[:8]}"
 
 
-def made_now():
-    """What a Record notes of the moment at which it is made: {name of the field: value}."""
-    return dict(
+def new_record(data, confusions, **further):
+    """The Record of a run that finishes now on a Dataset, with these {split: Confusion}; `further` are its other fields."""
+    worst = confusions["test"].most_confident(MAX_TEXTS)
+    return Record(
         date=datetime.now().astimezone().isoformat(timespec="seconds"),
         python=platform.python_version(),
-        torch=torch.__version__,
+        torch=str(torch.__version__),
         tiktoken=tiktoken.__version__,
         pandas=pd.__version__,
-    )
-
-
-def results_on(data, confusions):
-    """What a Record holds of its data and of its Confusions, {split: Confusion}: {name of the field: value}."""
-    worst = confusions["test"].most_confident(MAX_TEXTS)
-    return dict(
         data=data.name,
         data_sha256=data.sha256,
         class_names=list(data.class_names),
@@ -248,6 +236,7 @@ def results_on(data, confusions):
         confusions=confusions,
         repeats=data.repeats,
         texts={mistake.number: data.test_texts[mistake.number] for mistake in worst},
+        **further,
     )
 
 
@@ -258,7 +247,9 @@ def make_record(experiment, data, weights, confusions, state, **noted):
     `feature_seconds` and `note`.
     """
     options, usage = options_of(experiment, data, weights), state.usage.so_far()
-    return Record(
+    return new_record(
+        data,
+        confusions,
         run=run_name(experiment, data, weights, state.device),
         row=row_number(options),
         configuration=describe_settings(options),
@@ -272,7 +263,7 @@ def make_record(experiment, data, weights, confusions, state, **noted):
         device=state.device.type,
         device_name=describe_devices(state.device),
         history=state.history,
-        **made_now() | results_on(data, confusions) | noted,
+        **noted,
     )
 
 
@@ -297,15 +288,10 @@ def needs_macro_f1(confusion):
 # --- files ---
 
 
-def path_of(record, folder):
-    """Where a Record is in a folder of results."""
-    return Path(folder, f"{record.run}.json")
-
-
 def write_record(folder, record):
     """Write a Record to its file, in place of that of the same run before. Returns the path. Raises OSError."""
     Path(folder).mkdir(exist_ok=True)
-    path = path_of(record, folder)
+    path = Path(folder, f"{record.run}.json")
     lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(value)}" for name, value in record.to_dict().items())
     write_bytes(path, f"{{\n{lines}\n}}\n".encode())
     return path

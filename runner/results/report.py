@@ -49,7 +49,7 @@ def as_text(summary):
     for table in summary.tables:
         lines += [f"## Rows with {table.title}" if table.title else "## The table", ""]
         lines += table_lines(table.groups, is_published=not table.title)
-        lines += ["", *below(table)]
+        lines += ["", *wrapped([below(table)]), ""]
         lines += answer_lines(table)
     if summary.others:
         lines += ["## Other runs", "", *table_lines(summary.others, is_other=True), ""]
@@ -84,14 +84,14 @@ def table_lines(groups, is_published=False, is_other=False):
 
 
 def below(table):
-    """Lines below a table: what stands beside its accuracies, and what was not run."""
+    """What stands beside the accuracies of a table, and which rows were not run: a line."""
     confusion = table.groups[0].records[0].confusions["test"]
     lines = []
     if confusion.most_frequent.fraction > 0.6:
         lines.append(f"Always the most frequent class: {confusion.most_frequent}.")
-    lines += [f"Baseline: {plain(group.name)} {group.in_full()}." for group in table.baselines]
+    lines += [f"Baseline: {shown(group.name)} {group.in_full()}." for group in table.baselines]
     lines += [f"Not run: rows {table.missing}."] if table.missing else []
-    return [*wrapped([" ".join(lines)]), ""] if lines else []
+    return " ".join(lines)
 
 
 def answer_lines(table):
@@ -140,28 +140,15 @@ def write_csv(path, summary):
 
 def write_tex(path, summary):
     """`.tex`: a table for a paper, for the package booktabs."""
-    lines = [r"\begin{tabular}{llrll}", r"\toprule", r"Row & Options & $n$ & Test & Published \\"]
-    for table in summary.tables:
-        lines.append(r"\midrule")
-        lines += [rf"\multicolumn{{5}}{{l}}{{{tex(table.title)}}} \\"] if table.title else []
-        for group in table.groups:
-            published = "" if table.title else f"{ROWS[group.numbers[0]].test:.2f}"
-            cells = [group.name, describe_settings(group.options), len(group.records), group.in_full(), published]
-            lines.append(" & ".join(map(tex, cells)) + r" \\")
-    lines += [r"\midrule"] * bool(summary.others)
-    for group in summary.others:
-        lines.append(
-            rf"\multicolumn{{2}}{{l}}{{{tex(group.name)}}} & {len(group.records)} & {tex(group.in_full())} & \\"
-        )
-    write_bytes(path, "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""]).encode())
-
-
-TEX = {c: f"\\{c}" for c in "&%$#_{}"} | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\^{}", "–": "--"}
-
-
-def tex(text):
-    """A text as LaTeX prints it; what it cannot print is escaped."""
-    return "".join(TEX.get(c, c) for c in shown(str(text)))
+    lines = [
+        dict(Row=group.name, Options=describe_settings(group.options), n=len(group.records), Test=group.in_full())
+        | dict(Published="" if table.title else f"{ROWS[group.numbers[0]].test:.2f}", Table=table.title)
+        for table in summary.tables
+        for group in table.groups
+    ]
+    lines += [dict(Row="", Options=group.name, n=len(group.records), Test=group.in_full()) for group in summary.others]
+    frame = pd.DataFrame(lines).fillna("").map(lambda value: shown(str(value)))
+    write_bytes(path, frame.to_latex(index=False, escape=True).encode())
 
 
 def write_page(path, summary):

@@ -83,14 +83,13 @@ class Table:
         return in_ranges(number for number in ROWS if not self.runs_of(number))
 
     def runs_of(self, number):
-        """{precision: Group} of a row."""
-        return {group.precision: group for group in self.groups if number in group.numbers}
+        """The Groups of a row, float32 first."""
+        return [group for group in self.groups if number in group.numbers]
 
     def pair(self, question):
-        """The Groups of a question's two rows, in the same precision if there is one; None for a row not run."""
-        a, b = self.runs_of(question.a), self.runs_of(question.b)
-        shared = [precision for precision in a if precision in b]
-        return tuple(found[shared[0]] if shared else next(iter(found.values()), None) for found in (a, b))
+        """The Groups of a question's two rows, in the same precision if there is one; None where one was not run."""
+        pairs = [(a, b) for a in self.runs_of(question.a) for b in self.runs_of(question.b)]
+        return min(pairs, key=lambda pair: pair[0].precision != pair[1].precision, default=(None, None))
 
 
 @dataclass(frozen=True)
@@ -117,7 +116,8 @@ class Answer:
     def basis(self):
         """What was compared."""
         found = self.comparison
-        seeds = f"{found.seeds[0]} and {found.seeds[1]} seeds" if len({*found.seeds}) > 1 else f"{found.seeds[0]} seeds each"
+        a, b = found.seeds
+        seeds = f"{a} seeds each" if a == b else f"{a} and {b} seeds"
         if found.only is not None:
             seeds = f"one run each, right only in row {self.question.a}: {found.only[0]}"
             seeds += f", only in row {self.question.b}: {found.only[1]}"
@@ -268,13 +268,8 @@ def compare_groups(a, b):
     records = [*a.records, *b.records]
     if len({record.data_sha256 for record in records}) > 1 or records[0].test.total == 0:
         return None, "on other messages"
-    remarks = []
-    for word, values in (
-        ("on", [record.device_name for record in records]),
-        ("in", [record.precision for record in records]),
-    ):
-        if len(different := list(dict.fromkeys(values))) > 1:
-            remarks.append(f"{word} {' and '.join(different)}")
+    devices, precisions = dict.fromkeys(r.device_name for r in records), dict.fromkeys(r.precision for r in records)
+    remarks = [f"on {' and '.join(devices)}"] * (len(devices) > 1) + [f"in {' and '.join(precisions)}"] * (len(precisions) > 1)
     return compare(*samples_of(a, b)), "; ".join(remarks)
 
 
