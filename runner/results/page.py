@@ -8,7 +8,6 @@ from pathlib import Path
 import jinja2
 
 from runner.results.comparison import P_DECIDES
-from runner.results.report import below, not_compared, where
 from runner.rows import ROWS
 from runner.wording import command_line, describe_settings
 
@@ -27,13 +26,7 @@ def render(summary):
         undefined=jinja2.StrictUndefined,
     )
     environment.globals |= dict(
-        rows=ROWS,
-        where=where,
-        below=below,
-        describe=describe_settings,
-        command_line=command_line,
-        not_compared=not_compared,
-        p_decides=P_DECIDES,
+        rows=ROWS, describe=describe_settings, command_line=command_line, p_decides=P_DECIDES
     )
     groups = summary.groups
     compared = [answer.comparison for table in summary.tables for answer in table.answers if answer.comparison]

@@ -27,12 +27,6 @@ def print_report(run_options):
         print(f"Written: {path}")
 
 
-def where(group, published):
-    """Whether a published figure in percent lies inside the interval of a Group."""
-    low, high = group.interval()
-    return "inside" if low <= published <= high else "outside"
-
-
 # --- text ---
 
 
@@ -49,7 +43,7 @@ def as_text(summary):
     for table in summary.tables:
         lines += [f"## Rows with {table.title}" if table.title else "## The table", ""]
         lines += table_lines(table.groups, is_published=not table.title)
-        lines += ["", *wrapped([below(table)]), ""]
+        lines += ["", *wrapped([table.below]), ""]
         lines += answer_lines(table)
     if summary.others:
         lines += ["## Other runs", "", *table_lines(summary.others, is_other=True), ""]
@@ -75,23 +69,12 @@ def table_lines(groups, is_published=False, is_other=False):
             line["Macro F1"] = "" if group.macro_f1 is None else f"{group.macro_f1:.3f}"
         if is_published:
             published = ROWS[group.numbers[0]].test
-            line["Published"] = f"{published:.2f} {where(group, published)}"
+            line["Published"] = f"{published:.2f} {group.where(published)}"
         if is_other:
             lines.append(line | dict(Run=group.name))
         else:
             lines.append(dict(Row=group.name) | line | dict(Options=describe_settings(group.options)))
     return markdown_table(list(lines[0]), [line.values() for line in lines])
-
-
-def below(table):
-    """What stands beside the accuracies of a table, and which rows were not run: a line."""
-    confusion = table.groups[0].records[0].confusions["test"]
-    lines = []
-    if confusion.most_frequent.fraction > 0.6:
-        lines.append(f"Always the most frequent class: {confusion.most_frequent}.")
-    lines += [f"Baseline: {shown(group.name)} {group.in_full()}." for group in table.baselines]
-    lines += [f"Not run: rows {table.missing}."] if table.missing else []
-    return " ".join(lines)
 
 
 def answer_lines(table):
@@ -103,16 +86,7 @@ def answer_lines(table):
             published = "" if table.title else f" Published: {ROWS[b].test - ROWS[a].test:+.2f}."
             lines.append(f"- {a}–{b}: {answer.question.asks} {plain(answer.sentence)}{published} {answer.question.why}")
     lines = ["### Conclusions", "", *wrapped(lines), ""] if lines else []
-    return [*lines, *wrapped(f"Not compared ({why}): {pairs}." for why, pairs in not_compared(table).items()), ""]
-
-
-def not_compared(table):
-    """{why: pairs of rows} of the questions without a comparison."""
-    found = {}
-    for answer in table.answers:
-        if not answer.comparison:
-            found.setdefault(answer.remark, []).append(f"{answer.question.a}–{answer.question.b}")
-    return {why: ", ".join(pairs) for why, pairs in found.items()}
+    return [*lines, *wrapped(f"Not compared ({why}): {pairs}." for why, pairs in table.not_compared.items()), ""]
 
 
 # --- files ---

@@ -13,7 +13,7 @@ from runner.results.accuracy import Accuracy, mean_and_deviation, mean_interval
 from runner.results.comparison import Sample, compare, holm
 from runner.results.records import needs_macro_f1
 from runner.rows import QUESTIONS, ROWS
-from runner.wording import describe_settings, in_ranges
+from runner.wording import describe_settings, in_ranges, shown
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,11 @@ class Group:
     def in_full(self, split="test"):
         """`95.33 [92.1–97.3]`, in percent."""
         return "{:.2f} [{:.1f}–{:.1f}]".format(100 * self.mean(split).fraction, *self.interval(split))
+
+    def where(self, published):
+        """Whether a published figure in percent lies inside the interval."""
+        low, high = self.interval()
+        return "inside" if low <= published <= high else "outside"
 
     @property
     def minutes(self):
@@ -81,6 +86,24 @@ class Table:
     def missing(self):
         """The rows that were not run, `2–5, 7`."""
         return in_ranges(number for number in ROWS if not self.runs_of(number))
+
+    @property
+    def below(self):
+        """What stands beside the accuracies of the table, and which rows were not run: a line."""
+        most_frequent, lines = self.groups[0].records[0].confusions["test"].most_frequent, []
+        if most_frequent.fraction > 0.6:
+            lines.append(f"Always the most frequent class: {most_frequent}.")
+        lines += [f"Baseline: {shown(group.name)} {group.in_full()}." for group in self.baselines]
+        return " ".join(lines + [f"Not run: rows {self.missing}."] * bool(self.missing))
+
+    @property
+    def not_compared(self):
+        """{why: pairs of rows} of the questions without a comparison."""
+        found = {}
+        for answer in self.answers:
+            if not answer.comparison:
+                found.setdefault(answer.remark, []).append(f"{answer.question.a}–{answer.question.b}")
+        return {why: ", ".join(pairs) for why, pairs in found.items()}
 
     def runs_of(self, number):
         """The Groups of a row, float32 first."""
