@@ -741,7 +741,7 @@ def run(experiment, run_options=None):
 def find_record(experiment, run_options, data, weights, device, console):
     """The Record of this very run, if it is in the folder of results; else None."""
     path = Path(run_options.results, f"{records.run_name(experiment, data, weights, device)}.json")
-    if not path.exists():
+    if not processes.from_main(path.exists()):
         return None
     console.info(f"Finished before: {path}")
     return records.read_record(path)

@@ -13,7 +13,7 @@ from helpers import made_up_confusion, made_up_record, no_file_above
 
 from additional_experiments import ROWS, main, parse_args
 from gpt_download import find_weights
-from runner.data.datasets import Repeats
+from runner.data.datasets import Repeats, find_repeats
 from runner.files import UserError
 from runner.results.accuracy import Accuracy
 from runner.results.records import (
@@ -149,6 +149,16 @@ def test_weights_from_a_file_are_known_by_their_content(nano_weights):
 
 
 # --- repeated messages, lopsided classes ---
+
+
+def test_repeated_messages_are_found():
+    texts = dict(train=["Win 500 NOW!", "ok", "1234"], validation=["no"], test=["win now", "ok", "??", "OK.", "ok"])
+    splits = {split: pd.DataFrame(dict(Text=found, Label=0)) for split, found in texts.items()}
+    splits["test"].loc[4, "Label"] = -100  # has no label, and is in no accuracy
+    found = find_repeats(splits)
+    assert found == dict(validation=Repeats(), test=Repeats((1,), (1, 3)))
+    splits["test"].loc[0, "Text"] = "WIN 900 now"
+    assert find_repeats(splits)["test"] == Repeats((1,), (0, 1, 3))
 
 
 def test_accuracy_without_repeated_messages():
