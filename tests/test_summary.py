@@ -94,7 +94,7 @@ def test_a_seed_counts_once_on_whatever_device():
     assert [len(group.records) for group in summary.tables[0].groups] == [1] and summary.remarks == []
 
 
-@pytest.mark.parametrize("other, told", [([1, 2], "99.33% on CPU"), ([2], "99.67% on CPU, PyTorch 2.13.0, with other")])
+@pytest.mark.parametrize("other, told", [([1, 2], "99.33% on CPU"), ([3], "99.67% on CPU, PyTorch 2.13.0, with other")])
 def test_results_that_differ_are_told_and_are_no_seeds(other, told):
     summary = summarize([row(1, [1], device_name="A100"), row(1, other, device_name="CPU"), row(1, [1], seed=7)])
     assert [len(group.records) for group in summary.tables[0].groups] == [2]
