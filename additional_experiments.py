@@ -56,10 +56,12 @@ from runner.machine.devices import (
 )
 from runner.options import DATA, INPUT, MACHINE, MODEL, TRAINING, RunOptions, option
 from runner.parsers import MAX_CONTEXT, number
-from runner.results import baseline, outputs, records, report, table
+from runner.results import records
 from runner.results.accuracy import Accuracy, Confusion, describe_mistakes
+from runner.results.pictures import plot_histories
 from runner.results.records import History, Record
-from runner.rows import DEMO, QUESTIONS, ROWS
+from runner.results.table import print_row
+from runner.rows import DEMO, ROWS
 from runner.saved import classifiers, export
 from runner.saved.checkpoints import Checkpoint, TrainingState, Usage, run_identity
 from runner.saved.classifiers import SavedClassifier, load_parameters
@@ -203,15 +205,13 @@ def encode_split(token_ids, lengths, labels, limit, experiment):
     return Messages(Stage.TOKEN_IDS, visible, n_visible, positions, torch.tensor(labels.to_numpy()))
 
 
-def prepare_data(experiment, quiet=False):
-    """The datasets.Dataset of an experiment. Errors: those of `datasets.load_splits` and `datasets.number_labels`."""
-    splits, name = datasets.load_splits(experiment.data_dir, experiment.dataset, quiet)
-    sha256, test_texts = datasets.sha256_of_splits(splits), list(splits["test"]["Text"])
-    splits, names, warnings = datasets.number_labels(splits, name, experiment.data_dir, experiment.ignore_index)
+def prepare_data(experiment):
+    """The datasets.Dataset of an experiment, with its messages. Errors: those of `datasets.load`."""
+    data, splits = datasets.load(experiment.data_dir, experiment.dataset, experiment.ignore_index)
     if experiment.batch_size > (n := len(splits["train"])):
         raise UserError(f"--batch_size {experiment.batch_size}: there are only {n} training messages")
-    messages, limit, longest = encode(load_vocabulary(), splits, experiment)
-    return datasets.Dataset(messages, limit, longest, name, names, sha256, test_texts, warnings)
+    data.messages, data.limit, data.longest = encode(load_vocabulary(), splits, experiment)
+    return data
 
 
 # --- classifier ---
@@ -743,12 +743,14 @@ def prepare(experiment, options):
         set_precision(experiment.precision, device)
         weights = find_weights(experiment.weights, experiment.model_size)
         features = FrozenFeatures(experiment, options, weights, console)
-        data = prepare_data(experiment, console.quiet)
+        data = prepare_data(experiment)
         if options.export is not None:
             export.check_classes(len(data.class_names), experiment.config.emb_dim)
     for warning in [why_not, *data.warnings] if why_not else data.warnings:
         console.warning(warning)
     console.info(describe_setup(experiment, data, device))
+    for line in datasets.describe_repeats(data):
+        console.info(line)
     if (n_idle := processes.world_size() - experiment.batch_size) > 0:
         console.warning(
             f"a batch has {experiment.batch_size} messages, so {n_idle} processes will have few or none to train on"
@@ -779,13 +781,31 @@ def run(experiment, options=None):
             console.info(f"Finished before, according to {checkpoint.path}; it printed:")
             for line in record.history.lines:
                 console.info(line)
-            show_and_record(all_seeds, record)
+            write_record(all_seeds, record)
         for seed in range(experiment.seed + len(records), experiment.seed + options.repeats):
-            records.append(run_seed(all_seeds, replace(experiment, seed=seed)))
-            checkpoint.add_record(records[-1].to_dict())
-    outputs.publish_all(records, options, data, ROWS, DEFAULTS, console)
+            if options.repeats > 1:
+                console.info(f"\nRun {seed - experiment.seed + 1} of {options.repeats}, seed {seed}")
+            of_seed = replace(experiment, seed=seed)
+            record = (options.skip_finished and find_record(all_seeds, of_seed)) or run_seed(all_seeds, of_seed)
+            records.append(record)
+            checkpoint.add_record(record.to_dict())
+    print_row(records, console)
+    if path := options.plot:
+        console.write_output("the picture", path, plot_histories, records, len(data.messages["train"]))
+    if folder := options.results:
+        console.info(f"All runs so far: python additional_experiments.py --report {folder}")
     console.close()
     return records
+
+
+def find_record(run, experiment):
+    """The Record of this very run, if it is in the folder of results; else None."""
+    name = records.run_name(experiment, run.data, run.weights, run.device)
+    path = Path(run.options.results, f"{name}.json")
+    if not processes.from_main(path.exists()):
+        return None
+    run.console.info(f"Finished before: {path}")
+    return records.read_record(path)
 
 
 def run_seed(run, experiment):
@@ -803,19 +823,24 @@ def run_seed(run, experiment):
 
     state = make_training_state(classifier, experiment, usage)
     confusions, minutes = fine_tune(classifier, inputs, experiment, state, run.checkpoint, console)
-    for line in describe_mistakes(confusions["test"], data.class_names, data.test_texts):
+    lines = records.describe_test(confusions["test"], data.repeats["test"])
+    for line in lines + describe_mistakes(confusions["test"], data.class_names, data.test_texts):
         console.info(state.history.add_line(line))
 
-    run_id = f"{sha256_of_json(run.checkpoint.identity)[:16]}-{experiment.seed}"
-    row = table.row_number(experiment, data, weights, ROWS)
-    name = table.describe_configuration(experiment, data)
-    record = records.make_record(run_id, row, name, experiment, data, weights, confusions, minutes, state)
-    show_and_record(run, record)
+    noted = dict(minutes=minutes, feature_seconds=run.features.seconds, note=options.note)
+    record = records.make_record(experiment, data, weights, confusions, state, **noted)
+    write_record(run, record)
     if options.save_model or options.export:
         parameters = state.full_parameters()  # by all processes
         if processes.rank() == 0:
             write_classifier(run, experiment, record, parameters)
     return record
+
+
+def write_record(run, record):
+    """Write the Record of a finished seed into the folder of results, if there is one."""
+    if folder := run.options.results:
+        run.console.write_output("the record", folder, records.write_record, record)
 
 
 def fine_tune(classifier, messages, experiment, state, checkpoint, console):
@@ -838,12 +863,6 @@ def fine_tune(classifier, messages, experiment, state, checkpoint, console):
         advice = "Try: a smaller --learning_rate; --precision fp32"
         raise NonFiniteError(f"training diverged, at step {state.batches_done:06d}: {error}\n{advice}") from None
     return confusions, minutes
-
-
-def show_and_record(run, record):
-    """Print the row of a finished seed and append its record to the results."""
-    run.console.table_row(table.row_cells(record, ROWS, DEFAULTS))
-    outputs.publish_record(record, run.options.results_file, run.console)
 
 
 def write_classifier(run, experiment, record, parameters):
@@ -938,15 +957,19 @@ def execute(argv):
     """What the command line asks for."""
     with processes.process_group():
         with processes.agreed():
-            experiment, run_options, given = parse_args(argv)
-        if run_options.report is not None:
-            report.print_report(run_options, ROWS, DEFAULTS, QUESTIONS)
-        elif run_options.baseline:
-            baseline.run_baselines(experiment, run_options)
-        elif run_options.load_model is not None:
-            use(run_options, given)
+            experiment, options, given = parse_args(argv)
+        if options.report is not None:
+            from runner.results.report import print_report  # slow to import, as are the baselines
+
+            print_report(options)
+        elif options.baseline:
+            from runner.results.baseline import run_baselines
+
+            run_baselines(experiment, options)
+        elif options.load_model is not None:
+            use(options, given)
         else:
-            run(experiment, run_options)
+            run(experiment, options)
 
 
 if __name__ == "__main__":

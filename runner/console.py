@@ -13,8 +13,8 @@ from runner.data.datasets import DATASET_NAMES
 from runner.files import UserError
 from runner.machine import processes
 from runner.machine.devices import describe_devices
-from runner.results.table import markdown_header, markdown_line
 from runner.saved.checkpoints import Interrupted
+from runner.wording import markdown_header, markdown_line
 
 
 class Console:
@@ -59,7 +59,9 @@ class Console:
         if self.is_silent:
             return None
         try:
-            return write(path, *arguments)
+            written = write(path, *arguments)
+            self.info(f"Wrote {what} to {written or path}")
+            return written
         except OSError as error:
             self.not_written.append(f"{what} could not be written to {path}: {error.strerror or error}")
             self.warning(self.not_written[-1])

@@ -2,7 +2,6 @@
 
 import argparse
 import difflib
-import importlib.util
 import os
 import re
 import sys
@@ -13,7 +12,7 @@ from gpt_download import COLLECTION_NAMES
 from runner.data.datasets import SPLITS
 from runner.files import UserError, resolve
 from runner.machine import processes
-from runner.parsers import image, number, page
+from runner.parsers import image, number, report_file
 from runner.saved.export import check_experiment, check_folder
 
 # --- options as fields ---
@@ -54,9 +53,13 @@ class RunOptions:
     """
 
     quiet: bool = option(False, RESULTS, "print finished rows only")
-    results_file: str = option(
-        "results.csv", RESULTS, 'file to which each finished run appends its record; "" for none', metavar="FILE"
+    results: str = option(
+        "results", RESULTS, 'folder to which each finished run writes its record; "" for none', metavar="DIR"
     )
+    skip_finished: bool = option(
+        False, RESULTS, "print the row of a run whose record is in --results already, and do not train it again"
+    )
+    note: str = option("", RESULTS, "a remark that is kept with the record and shown in the report", metavar="TEXT")
     repeats: int = option(
         1,
         RESULTS,
@@ -66,18 +69,22 @@ class RunOptions:
     plot: str | None = option(
         None, RESULTS, "draw losses and accuracies over the epochs (.png, .pdf or .svg)", type=image, metavar="FILE"
     )
-    report: str | None = option(
+    report: tuple | None = option(
         None,
         RESULTS,
-        "train nothing; print the table of all runs in FILE (default: results.csv) with the published figures",
-        nargs="?",
-        const="results.csv",
+        "train nothing; print the table of all runs in these folders (default: results) and what it shows",
+        nargs="*",
+        metavar="DIR",
+    )
+    write: tuple = option(
+        (),
+        RESULTS,
+        "with --report: write it too; a page (.html), text (.md), data (.csv), a table for LaTeX (.tex), or a picture "
+        "(.png, .pdf, .svg)",
+        nargs="+",
+        type=report_file,
         metavar="FILE",
     )
-    report_page: str | None = option(
-        None, RESULTS, "with --report: write it as a page for a browser too (.html)", type=page, metavar="FILE"
-    )
-    report_plot: str | None = option(None, RESULTS, "with --report: draw it too", type=image, metavar="FILE")
     baseline: bool = option(
         False, RESULTS, "instead of GPT-2 train two linear models on words and letters (needs scikit-learn)"
     )
@@ -134,8 +141,7 @@ class RunOptions:
     def __post_init__(self):
         check_values(self)
         for name, needed in (
-            ("report_plot", "report"),
-            ("report_page", "report"),
+            ("write", "report"),
             ("classify", "load_model"),
         ):
             if getattr(self, name) and getattr(self, needed) is None:
@@ -149,6 +155,8 @@ class RunOptions:
         for name in ("save_model", "export"):
             if getattr(self, name) is not None and self.repeats > 1:
                 raise UserError(f"--{name} is for one classifier, --repeats trains several")
+        if self.skip_finished and (not self.results or self.save_model or self.export):
+            raise UserError("--skip_finished needs --results, and cannot be combined with --save_model or --export")
         self.check_paths()
 
     def check_paths(self):
@@ -157,23 +165,15 @@ class RunOptions:
             check_folder(self.export)
         if self.feature_cache and os.path.exists(self.feature_cache) and not os.path.isdir(self.feature_cache):
             raise UserError(f"--feature_cache {self.feature_cache} is not a folder")
+        if self.results and self.report is None:
+            check_results(self.results)
         names = {}
-        for name in (
-            "report",
-            "plot",
-            "report_page",
-            "report_plot",
-            "checkpoint",
-            "save_model",
-            "load_model",
-            "results_file",
-        ):
-            if (path := getattr(self, name)) is None:
+        outputs = [(name, getattr(self, name)) for name in ("plot", "checkpoint", "save_model", "load_model")]
+        for name, path in (*outputs, *(("write", path) for path in self.write)):
+            if path is None:
                 continue
             if self.export is not None and resolve(self.export) in resolve(path).parents:
                 raise UserError(f"--{name} {path} is in the folder of --export, which holds nothing else")
-            if name == "results_file" and (path == "" or self.report is not None):
-                continue
             if path == "":
                 raise UserError(f"--{name} is given without the name of a file")
             if not Path(path).parent.is_dir():
@@ -181,10 +181,20 @@ class RunOptions:
             if Path(path).is_dir():
                 raise UserError(f"--{name} {path} is a folder")
             if is_special(path):
-                hint = '; for none: --results_file ""' if name == "results_file" else ""
-                raise UserError(f"--{name} {path} is not a regular file{hint}")
+                raise UserError(f"--{name} {path} is not a regular file")
             if (other := names.setdefault(resolve(path), name)) != name:
                 raise UserError(f"--{other} and --{name} name the same file, {path}")
+
+
+def check_results(folder):
+    """Raises UserError for a folder of results that cannot be written to, or cannot be made."""
+    path = Path(folder)
+    if path.exists() and not path.is_dir():
+        raise UserError(f'--results {folder} is not a folder; for none: --results ""')
+    if not path.exists() and not path.parent.is_dir():
+        raise UserError(f"--results {folder}: there is no folder {path.parent}")
+    if not os.access(path if path.exists() else path.parent, os.W_OK) or (path.is_symlink() and not path.exists()):
+        raise UserError(f"--results {folder}: nothing can be written there")
 
 
 def is_special(path):
@@ -198,8 +208,8 @@ def is_special(path):
 
 # The options that can be combined with one that trains nothing.
 COMPANIONS = {
-    "report": ("report_page", "report_plot"),
-    "baseline": ("data_dir", "dataset", "ignore_index", "results_file", "quiet"),
+    "report": ("write", "results"),
+    "baseline": ("data_dir", "dataset", "ignore_index", "results", "note", "quiet"),
     "load_model": ("classify", "export", "model_size", "weights", "device"),
 }
 
@@ -325,8 +335,6 @@ def parse(argv, description, experiment_type, rows, demo):
         if mode in run_options and processes.world_size() > 1:
             raise UserError(f"--{mode} runs in one process: call it without torchrun")
     run_options = RunOptions(**run_options)
-    if run_options.baseline and not importlib.util.find_spec("sklearn"):
-        raise UserError("--baseline needs scikit-learn, which is not installed: pip install scikit-learn")
     if run_options.report is not None or run_options.load_model is not None:
         return None, run_options, given
     presets = demo if given.pop("demo", False) else {}
@@ -347,7 +355,7 @@ def check_outputs(experiment, run_options):
     inputs = {resolve(experiment.weights): "the weights"}
     for file in (*(f"{split}.csv" for split in SPLITS), *COLLECTION_NAMES):
         inputs[resolve(Path(experiment.data_dir, file))] = "the data"
-    for name in ("checkpoint", "save_model", "plot", "results_file"):
+    for name in ("checkpoint", "save_model", "plot"):
         path = getattr(run_options, name)
         if path and (input := inputs.get(resolve(path))):
             raise UserError(f"--{name} {path} would overwrite {input}")

@@ -1,7 +1,6 @@
 """Parsers of single values of the command line: numbers, model sizes, context lengths, paths of pictures."""
 
 import argparse
-import importlib.util
 import math
 from pathlib import Path
 
@@ -57,20 +56,16 @@ def context_length(text):
         raise argparse.ArgumentTypeError(f"{error}; use {', '.join(names)} or 1 to {MAX_CONTEXT}") from None
 
 
-def page(text):
-    """The path of a page for a browser."""
-    if Path(text).suffix not in (".html", ".htm"):
-        raise argparse.ArgumentTypeError(f'"{text}" does not end in .html')
-    return text
-
-
 IMAGE_FORMATS = (".png", ".pdf", ".svg")
 
 
-def image(text):
-    """The path of a picture that matplotlib can draw."""
-    if Path(text).suffix not in IMAGE_FORMATS:
-        raise argparse.ArgumentTypeError(f'"{text}" does not end in {", ".join(IMAGE_FORMATS)}')
-    if not importlib.util.find_spec("matplotlib"):
-        raise argparse.ArgumentTypeError("pictures need matplotlib, which is not installed: pip install matplotlib")
+def image(text, suffixes=IMAGE_FORMATS):
+    """The path of a picture that matplotlib can draw, or of a file with another of `suffixes`."""
+    if Path(text).suffix not in suffixes:
+        raise argparse.ArgumentTypeError(f'"{text}" does not end in {", ".join(suffixes)}')
     return text
+
+
+def report_file(text):
+    """The path of a file that `--report --write` can write."""
+    return image(text, (".html", ".md", ".csv", ".tex", *IMAGE_FORMATS))

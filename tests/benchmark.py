@@ -329,7 +329,7 @@ def sitting(rows, arguments):
     """Print the seconds of whole commands without and with a cache, and what became of the frozen features."""
     given = [f"--{name}={getattr(arguments, name)}" for name in ("device", "precision", "data_dir", "features")]
     given += [f"--model_size={arguments.model_size}"] if arguments.model_size else []
-    given += [*arguments.options.split(), "--weights=random", "--results_file="]
+    given += [*arguments.options.split(), "--weights=random", "--results="]
     print("| row | without s | with s | peak GFLOP/s | |\n| --- | --- | --- | --- | --- |")
     totals = [0.0, 0.0]
     with tempfile.TemporaryDirectory() as cache:

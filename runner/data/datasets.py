@@ -39,22 +39,31 @@ UCI_SPLITS_SHA256 = {
 
 @dataclass
 class Dataset:
-    """The three splits as tokens, and what identifies them."""
+    """Labelled messages, and what identifies them."""
 
-    messages: dict  # of each split, Messages
-    limit: int  # in tokens, to which messages are cut, and padded where they are
-    longest: int  # tokens of the longest message, pads included
     name: str  # "uci", "sample" or "own"
     class_names: list  # of the K classes
     sha256: str  # of all labels and texts
     test_texts: list  # of the test messages
+    repeats: dict  # of validation and test, Repeats
     warnings: list  # lines about what is probably not meant
+    messages: dict | None = None  # of each split, Messages
+    limit: int | None = None  # in tokens, to which messages are cut, and padded where they are
+    longest: int | None = None  # tokens of the longest message, pads included
+
+
+def load(data_dir, dataset, ignore_index):
+    """(a Dataset without its messages, the splits with numbered labels). Errors: `load_splits`, `number_labels`."""
+    splits, name = load_splits(data_dir, dataset)
+    sha256, test_texts = sha256_of_splits(splits), list(splits["test"]["Text"])
+    splits, names, warnings = number_labels(splits, name, data_dir, ignore_index)
+    return Dataset(name, names, sha256, test_texts, find_repeats(splits), warnings), splits
 
 
 # --- splits ---
 
 
-def load_splits(data_dir, dataset, quiet=False):
+def load_splits(data_dir, dataset):
     """The labelled messages of each split, and what they are: "uci", "sample" or "own".
 
     Returns ({split: DataFrame with columns Label and Text (str)}, name). Label is an int, or the name of a class where
@@ -72,7 +81,7 @@ def load_splits(data_dir, dataset, quiet=False):
         present = " and ".join(path.name for path in paths.values() if path.name in names)
         raise UserError(f"{data_dir} holds {present} but not {' and '.join(missing)}; your own data needs all three")
     if missing:  # all three, or some that an interrupted run did not get to
-        return make_uci_splits(data_dir, paths, quiet), "uci"
+        return make_uci_splits(data_dir, paths), "uci"
     return {split: read_labelled_csv(path) for split, path in paths.items()}, "uci" if is_uci else "own"
 
 
@@ -98,7 +107,7 @@ def names_in(data_dir):
     return names
 
 
-def make_uci_splits(data_dir, paths, quiet):
+def make_uci_splits(data_dir, paths):
     """The splits of the collection, which is fetched if need be; written to `paths` where that is possible."""
     splits = balanced_splits(gpt_download.fetch_collection(data_dir))
     contents = {split: frame.to_csv(index=None, lineterminator="\n").encode() for split, frame in splits.items()}
@@ -285,3 +294,41 @@ def sha256_of_splits(splits):
     """SHA-256 of the labels and texts of all splits."""
     content = json.dumps([[splits[split][column].tolist() for column in ("Label", "Text")] for split in SPLITS])
     return hashlib.sha256(content.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Repeats:
+    """Numbers of the labelled messages of a split that are among the training messages too."""
+
+    exact: tuple = ()  # word for word
+    similar: tuple = ()  # where case, digits and punctuation do not count; the exact ones included
+
+
+def find_repeats(splits):
+    """{"validation": Repeats, "test": Repeats} of the splits, {split: DataFrame with columns Label and Text}."""
+    train = splits["train"]["Text"]
+    known, known_similar = set(train), set(map(letters_of, train)) - {""}
+    found = {}
+    for split in ("validation", "test"):
+        columns = zip(splits[split]["Text"], splits[split]["Label"], strict=True)
+        texts = [(number, text) for number, (text, label) in enumerate(columns) if label >= 0]
+        exact = {number for number, text in texts if text in known}
+        similar = exact | {number for number, text in texts if letters_of(text) in known_similar}
+        found[split] = Repeats(tuple(sorted(exact)), tuple(sorted(similar)))
+    return found
+
+
+def describe_repeats(data):
+    """A line on the repeated messages of a Dataset, if it has any: a list."""
+    counts = [
+        f"{len(found.exact)} of {len(data.messages[split]):,} {split} messages word for word, {len(found.similar)} but "
+        "for case, digits and punctuation"
+        for split, found in data.repeats.items()
+        if found.similar
+    ]
+    return [f"Also among the training messages: {'; '.join(counts)}"] if counts else []
+
+
+def letters_of(text):
+    """A text without case, digits and punctuation."""
+    return re.sub(r"[^\w\s]|[\d_]", "", text.lower()).strip()

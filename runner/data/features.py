@@ -29,7 +29,7 @@ from runner.data.placement import (
 from runner.data.tensor_files import NewRows
 from runner.files import UserError
 from runner.machine import processes
-from runner.results.table import changed_options, command_line
+from runner.wording import changed_options, command_line
 
 MIN_SECONDS = 5  # features that take less are not kept between runs
 
@@ -89,6 +89,7 @@ class FrozenFeatures:
         self.experiment, self.weights, self.console = experiment, weights, console
         self.shard = run_options.shard
         self.features = None
+        self.seconds = 0.0  # what they took when they were first computed
         folder, self.cache = run_options.feature_cache, None
         if folder is None:
             folder = Path(experiment.data_dir, FEATURES)
@@ -138,14 +139,16 @@ class FrozenFeatures:
     def make(self, classifier, messages, seed):
         """What `of` returns; a line on the console says how it came about."""
         start, facts, is_on_disk = time.perf_counter(), None, False
+        self.seconds = 0.0
         if self.cache is not None and hidden_state_bytes(classifier, messages) <= self.cache.max_bytes:
             facts = circumstances(classifier, messages, replace(self.experiment, seed=seed), self.weights)
             is_on_disk = exists(self.cache.path(facts, classifier.n_full_blocks))
         placement = self.placement(classifier, messages, classifier.device, is_on_disk=is_on_disk)
-        states, features = NothingKept(), messages
+        states, features, finishing = NothingKept(), messages, time.perf_counter()
         if placement != "off":
             if facts is not None:
                 states = self.hidden_states(classifier, messages, placement, facts, seed)
+                finishing = time.perf_counter()
             try:
                 features = self.finish(classifier, states.continue_from(messages), placement)
             except OSError as error:
@@ -154,6 +157,7 @@ class FrozenFeatures:
                 self.console.warning(f"frozen features: {states.path} cannot be read: {error}; they are computed again")
                 states = NothingKept()
                 features = self.finish(classifier, messages, placement)
+            self.seconds = states.seconds + time.perf_counter() - finishing
         how = self.describe(classifier, messages, features, states, time.perf_counter() - start)
         blocks = f"{classifier.n_frozen_blocks} of {len(classifier.gpt.trf_blocks)} blocks"
         counts = f"{sum(map(len, messages.values())):,} messages, {count_tokens(messages):,} tokens"

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.special import ndtri, stdtrit
 
+from runner.wording import shown
+
 # --- accuracies ---
 
 Z95 = float(ndtri(0.975))  # the normal distribution has 95% of its mass within this many standard deviations
@@ -178,8 +180,3 @@ def describe_mistakes(confusion, class_names, texts, measure=""):
             f"{text[:60]}{'…' if len(text) > 60 else ''}"
         )
     return lines
-
-
-def shown(text):
-    """A text in one line, in which what a terminal would obey or hide is escaped."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
