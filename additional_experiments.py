@@ -119,10 +119,10 @@ class Experiment:
     features: str = option(
         "auto",
         MACHINE,
-        "where to hold the output of the frozen blocks, which is computed once; auto: on the device if it takes half "
-        "of what is free there at most, else in host memory likewise, else on disk likewise, where --feature_cache "
-        "holds it, else off: recomputed each time",
-        choices=("auto", "device", "host", "disk", "off"),
+        "where to hold the output of the frozen blocks, which is computed once; memory: on the device if it takes half "
+        "of what is free there at most, else in main memory; auto: the same, and where that is short too, on disk if "
+        "--feature_cache may hold it, else off: recomputed each time",
+        choices=("auto", "memory", "disk", "off"),
     )
     data_dir: str = option(
         DEFAULT_DATA_DIR,

@@ -282,7 +282,7 @@ def test_checkpoint_of_other_weights(interrupted, tmp_path, capfd):
 def test_what_changes_no_number_may_change(interrupted, data_dir, tmp_path):
     """The folder of the data, where features are kept, and what else the call is to do."""
     moved = shutil.copytree(data_dir, tmp_path / "moved")
-    further = ["--data_dir", str(moved), "--features", "host", "--quiet", "--plot", "run.svg"]
+    further = ["--data_dir", str(moved), "--features", "memory", "--quiet", "--plot", "run.svg"]
     assert ae.main([*interrupted, *further]) == 0
 
 

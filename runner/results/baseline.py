@@ -11,7 +11,7 @@ import numpy as np
 
 from runner.console import Console, describe_data
 from runner.data.datasets import SPLITS, class_names, count_classes, load_splits, sha256_of_splits
-from runner.data.placement import CPU
+from runner.data.features import CPU
 from runner.files import UserError
 from runner.machine.devices import peak_memory, reset_peak_memory
 from runner.results.accuracy import Confusion, describe_mistakes
