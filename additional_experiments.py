@@ -43,7 +43,7 @@ from runner.data import datasets
 from runner.data.datasets import DEFAULT_DATA_DIR, SPLITS
 from runner.data.features import FrozenFeatures, compute_features, in_memory
 from runner.data.messages import Messages, Stage, cut_and_pad, split_into_passes, tokenize
-from runner.files import NonFiniteError, UserError, sha256_of_json
+from runner.files import NonFiniteError, UserError
 from runner.machine import processes
 from runner.machine.devices import (
     TOLERANCE,
@@ -122,10 +122,10 @@ class Experiment:
     features: str = option(
         "auto",
         MACHINE,
-        "where to hold the output of the frozen blocks, which is computed once; auto: on the device if it takes half "
-        "of what is free there at most, else in host memory likewise, else on disk likewise, where --feature_cache "
-        "holds it, else off: recomputed each time",
-        choices=("auto", "device", "host", "disk", "off"),
+        "where to hold the output of the frozen blocks, which is computed once; memory: on the device if it takes half "
+        "of what is free there at most, else in main memory; auto: the same, and where that is short too, on disk if "
+        "--feature_cache may hold it, else off: recomputed each time",
+        choices=("auto", "memory", "disk", "off"),
     )
     data_dir: str = option(
         DEFAULT_DATA_DIR,

@@ -240,6 +240,8 @@ class Weights:
     source: str  # "random", "pretrained" or the path of a file
     sha256: str | None = None  # of the file, if there is one
     tensors: dict | None = None  # {name: tensor}, memory-mapped, once the file is opened
+    path: Path | None = None  # of the file, likewise
+    stat: tuple | None = None  # its size and the time of its last change before it was hashed
 
     @property
     def is_random(self):
@@ -254,7 +256,20 @@ class Weights:
     def open(self, quiet=False):
         """Open the published file, downloaded if need be; any other one is open. Raises UserError."""
         if self.source == "pretrained":
-            self.tensors = open_weights(fetch_weights(self.model_size, quiet))
+            self.path = fetch_weights(self.model_size, quiet)
+            self.tensors, self.stat = open_weights(self.path), size_and_time(self.path)
+
+    def require_unchanged(self):
+        """Raises UserError if the file was changed since it was hashed: what was computed may be of other weights."""
+        if self.path is not None and size_and_time(self.path) != self.stat:
+            raise UserError(f"the weights file {self.path} was changed while this run used it", status=1)
+
+
+def size_and_time(path):
+    """The size of a file, and the time of its last change in nanoseconds; None if it is gone."""
+    with suppress(OSError):
+        facts = Path(path).stat()
+        return facts.st_size, facts.st_mtime_ns
 
 
 def find_weights(source, model_size):
@@ -267,7 +282,7 @@ def find_weights(source, model_size):
         return Weights(model_size, source)
     if source == "pretrained":
         return Weights(model_size, source, PRETRAINED[model_size].sha256)
-    tensors = open_weights(source)
+    stat, tensors = size_and_time(source), open_weights(source)
     try:
         require_finite({name: tensor for name, tensor in tensors.items() if not is_mask(name)}, "tensor")
         with torch.device("meta"):
@@ -276,7 +291,7 @@ def find_weights(source, model_size):
         raise UserError(f"--weights {source}: {error}") from None
     except WeightsError as error:
         raise UserError(f"--weights {source} does not fit {model_size}: {error}") from None
-    return Weights(model_size, source, sha256_of(source), tensors)
+    return Weights(model_size, source, sha256_of(source), tensors, Path(source), stat)
 
 
 # --- the vocabulary and the sample ---

@@ -105,7 +105,7 @@ OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "DefaultCPUAllocator"
 OUT_OF_MEMORY_ADVICE = (
     "Try: a smaller --batch_size with more --accumulation_steps (their product is what counts); to train less,\n"
     "--trainable_layers lora or last_block; --trainable_token_pos flexible or a smaller --context_length;\n"
-    "--features host or off; --precision bf16; a smaller --model_size"
+    "--features disk or off; --precision bf16; a smaller --model_size"
 )
 
 

@@ -356,7 +356,7 @@ def main():
     parser.add_argument("--options", default="", help="further options of the program, in one string, for every row")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16", "tf32"))
-    parser.add_argument("--features", default="auto", choices=("auto", "device", "host", "disk", "off"))
+    parser.add_argument("--features", default="auto", choices=("auto", "memory", "disk", "off"))
     parser.add_argument("--dataset", default="uci", choices=("uci", "sample"))
     parser.add_argument("--data_dir", default="sms_spam_collection")
     parser.add_argument("--fast_steps", type=int, help="extrapolate the fast path too, from this many training steps")

@@ -16,18 +16,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import TINY, TINY_SIZE
-from helpers import CPU, encoded, finish_together, records_in, save_random_weights, start_together
+from helpers import CPU, finish_together, records_in, save_random_weights, start_together
+from runner.results.results_file import read_records
 
 import additional_experiments as ae
 from gpt_download import find_weights
 from previous_chapters import GPT_SIZES
-from runner.data import features, placement
+from runner.data import features
 from runner.data.messages import Batch, Stage
 from runner.files import UserError
 from runner.machine import devices, processes
 from runner.options import RunOptions
 from runner.results import outputs
-from runner.results.results_file import read_records
 from runner.saved import checkpoints
 
 # Each with 43 training messages: no number of processes divides the batches, nor a batch the messages.
@@ -266,7 +266,7 @@ def test_all_save_when_one_says_so(long_options, tmp_path):
 def test_a_record_that_cannot_be_written(long_options, tmp_path):
     statuses, out = end_together(2, tmp_path, main_with, "record", long_options)
     assert statuses == [1, 0] and "Traceback" not in out
-    assert "error: training finished, but the record could not be written to results.csv: No space left" in out
+    assert "error: training finished, but the record could not be written to results: No space left" in out
 
 
 # --- what torchrun itself does ---
@@ -373,22 +373,6 @@ def test_an_empty_share_is_one_message_without_weight(launched):
     indices, weights = torch.tensor([7, 8, 9]), torch.tensor([0.2, 0.3, 0.5])
     assert [part.tolist() for part in processes.own_share(indices, weights)] == [[8], [weights[1].item()]]
     assert [part.tolist() for part in processes.own_share(indices[:1], weights[:1])] == [[7], [0.0]]
-
-
-def test_memory_is_counted_for_each_process(launched, nano, monkeypatch):
-    experiment = ae.parse_args([*nano, "--trainable_layers", "last_block"])[0]
-    messages = encoded(experiment)
-    with torch.device("meta"):
-        classifier = ae.build_classifier(experiment, 2)
-    whole, shared = (placement.memory_needs(classifier, messages, "device", CPU, shard) for shard in (False, True))
-    total, trained = placement.parameter_bytes(classifier), placement.parameter_bytes(classifier, only_trained=True)
-    assert (whole["weights"], whole["gradients"], whole["optimizer"]) == (total, 2 * trained, 2 * trained)
-    embedding = placement.parameter_bytes(classifier.gpt.tok_emb)
-    assert shared["weights"] == total // 2 + 2 * embedding
-    assert (shared["gradients"], shared["optimizer"]) == (trained // 2, trained)
-    assert shared["frozen features"] == whole["frozen features"] > 0
-    monkeypatch.setattr(placement, "free_memory", lambda device: 1000)
-    assert placement.free_for_each(CPU) == 500 and placement.free_for_each(torch.device("cuda:1")) == 1000
 
 
 @pytest.mark.parametrize("mode", ["--report", "--baseline", "--load_model"])
