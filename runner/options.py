@@ -59,7 +59,7 @@ class RunOptions:
     skip_finished: bool = option(
         False, RESULTS, "print the row of a run whose record is in --results already, and do not train it again"
     )
-    note: str = option("", RESULTS, "a remark that is kept with the record and shown in the report", metavar="TEXT")
+    note: str = option("", RESULTS, "a remark kept with the record and shown in the report", metavar="TEXT")
     repeats: int = option(
         1,
         RESULTS,
@@ -85,9 +85,7 @@ class RunOptions:
         type=report_file,
         metavar="FILE",
     )
-    baseline: bool = option(
-        False, RESULTS, "instead of GPT-2 train two linear models on words and letters (needs scikit-learn)"
-    )
+    baseline: bool = option(False, RESULTS, "instead of GPT-2 train two linear models on words and letters")
     feature_cache: str | None = option(
         None,
         MACHINE,
@@ -281,7 +279,7 @@ def make_parser(description, experiment_type, rows):
         heading = arguments.pop("group")
         if setting.type is bool:
             arguments["action"] = "store_true"
-        if setting.default not in (False, None, ()):
+        if setting.default not in (False, None, (), ""):
             choices = f"{', '.join(arguments['choices'])}; " if "choices" in arguments else ""
             arguments["help"] += f" ({choices}default: {setting.default})"
         if "action" not in arguments:

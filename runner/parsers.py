@@ -7,11 +7,13 @@ from pathlib import Path
 from previous_chapters import GPT_SIZES, GPTConfig
 
 
-def number(kind, minimum=-(2**63), above=-math.inf, maximum=2**63 - 1):
-    """A parser of numbers of `kind` (int or float) from `minimum` to `maximum`, by default the range of int64.
+def number(kind, minimum=-math.inf, above=-math.inf, maximum=math.inf):
+    """A parser of finite numbers of `kind` (int or float) from `minimum` to `maximum`; whole ones fit into an int64.
 
     A parser returns the value of a text, or raises argparse.ArgumentTypeError that says what is wrong with it.
     """
+    if kind is int:
+        minimum, maximum = max(minimum, -(2**63)), min(maximum, 2**63 - 1)
 
     def parse(text):
         try:

@@ -22,7 +22,6 @@ from additional_experiments import ROWS, build_classifier, main, parse_args
 from previous_chapters import THIRD_OF_C_ATTN, TransformerBlock, checkpoint_name
 from runner.data import datasets, features
 from runner.files import sha256_of
-from runner.machine import devices
 from runner.results.accuracy import mean_and_deviation
 
 SCRIPT = Path(ae.__file__)
@@ -183,34 +182,6 @@ def test_memory_that_cannot_be_enough_is_told_item_by_item(nano, monkeypatch, ca
         "warning: this run needs 0.12 GB and 0.05 GB are free: weights 0.03 GB, gradients 0.03 GB, optimizer 0.06 GB, "
         "frozen features 0.00 GB\n"
     )
-
-
-@pytest.mark.parametrize(
-    "factor, precision, is_told", [(1, "fp32", 0), (1.05, "fp32", 1), (1.05, "bf16", 0), (2, "bf16", 1)]
-)
-def test_a_device_that_computes_something_else(options, monkeypatch, capfd, factor, precision, is_told):
-    """A device that is made to be wrong: it multiplies the final norm when that is moved there."""
-    move = ae.optimize_frozen_blocks
-
-    def move_wrongly(classifier):
-        if classifier.device.type != "meta":
-            classifier.gpt.final_norm.weight.data *= factor
-        return move(classifier)
-
-    monkeypatch.setattr(ae, "is_accelerator", lambda device: True)
-    monkeypatch.setattr(ae, "optimize_frozen_blocks", move_wrongly)
-    assert ae.main([*options, "--precision", precision]) == 0
-    err = capfd.readouterr().err
-    assert err.count("warning: this device does not compute what the CPU does: logits of two messages ") == is_told
-    assert (f"PyTorch {torch.__version__}" in err) == is_told
-
-
-def test_logits_that_are_not_a_number_are_told():
-    found, expected = torch.tensor([[float("nan"), 1.0]]), torch.tensor([[0.0, 1.0]])
-    assert devices.describe_disagreement(found, expected, "fp32", torch.device("cpu"))
-    assert devices.describe_disagreement(expected + 0.009, expected, "fp32", torch.device("cpu")) is None
-    assert devices.describe_disagreement(expected + 0.011, expected, "fp32", torch.device("cpu"))
-    assert devices.describe_disagreement(expected + 0.09, expected, "tf32", torch.device("cpu")) is None
 
 
 # --- several seeds ---

@@ -1,7 +1,6 @@
 """Interrupted runs that are resumed, at chosen and at random moments, and what can go wrong with their checkpoints."""
 
 import copy
-import csv
 import os
 import random
 import re
@@ -23,7 +22,8 @@ from safetensors.torch import load_file
 import additional_experiments as ae
 from previous_chapters import GPT_SIZES
 from runner.files import NonFiniteError
-from runner.results import outputs
+from runner.results import records
+from runner.results.records import read_records
 from runner.saved import checkpoints
 from runner.saved.checkpoints import SIGNALS, Checkpoint
 
@@ -52,7 +52,7 @@ def whole_run(name, options, whole_runs, capfd):
     if name not in whole_runs:
         assert ae.main([*options, *CONFIGURATIONS[name].split()]) == 0
         whole_runs[name] = numbers(capfd.readouterr().out), without_data_dir(records_in())
-        Path("results.csv").unlink()
+        shutil.rmtree("results")
     return whole_runs[name]
 
 
@@ -66,7 +66,7 @@ def numbers(text):
 
 def without_data_dir(records):
     """It differs from test to test, and its content does not."""
-    return [{name: cell for name, cell in record.items() if name != "data_dir"} for record in records]
+    return [record | dict(settings=record["settings"] | dict(data_dir=None)) for record in records]
 
 
 def flat(tree, prefix=""):
@@ -137,7 +137,7 @@ def test_killed_at_random_moments(options, tmp_path, name):
         out = (folder / "out.txt").read_text()
         assert number < 2 or "Resuming from" in out
         assert numbers(out) == numbers(whole), f"killed after {moment} s"
-        assert records_in(folder / "results.csv") == records_in(tmp_path / "whole" / "results.csv")
+        assert records_in(folder / "results") == records_in(tmp_path / "whole" / "results")
 
 
 # --- other signals, at chosen moments ---
@@ -170,7 +170,7 @@ def test_interrupted(
         assert ae.main(options) == status
     assert capfd.readouterr().err == RESUMES and content_of()["state"]["batches_done"] == batches_done
     assert [signal.getsignal(number) for number in SIGNALS] == before
-    assert {path.name for path in Path().iterdir()} <= {"run.ckpt", "results.csv"}
+    assert {path.name for path in Path().iterdir()} <= {"run.ckpt", "results"}
 
     assert ae.main(options) == 0
     out = capfd.readouterr().out
@@ -179,7 +179,7 @@ def test_interrupted(
 
 
 @NEEDS_POSIX
-@pytest.mark.parametrize("owner, function, call", [(ae, "confusion", 2), (outputs, "append_record", 1)])
+@pytest.mark.parametrize("owner, function, call", [(ae, "confusion", 2), (records, "write_record", 1)])
 def test_interrupted_after_training(options, whole_runs, monkeypatch, capfd, owner, function, call):
     expected, expected_records = whole_run("last_block", options, whole_runs, capfd)
     options += ["--checkpoint", "run.ckpt"]
@@ -257,7 +257,7 @@ def test_a_finished_run_is_not_trained_again(options, monkeypatch, capfd):
     options += ["--checkpoint", "run.ckpt"]
     assert ae.main([*options, "--save_model", "before.safetensors"]) == 0
     expected, records = numbers(capfd.readouterr().out), records_in()
-    Path("results.csv").unlink()
+    shutil.rmtree("results")
     monkeypatch.setattr(ae, "accumulate_gradients", None)
     assert ae.main([*options, "--save_model", "after.safetensors"]) == 0
     assert numbers(capfd.readouterr().out) == expected and records_in() == records
@@ -277,7 +277,7 @@ def test_more_repeats_of_a_finished_run(options, monkeypatch, capfd):
     assert trained == [124, 125] and len(content_of()["records"]) == 2  # seed 124 from its last state
     assert "Finished before, according to run.ckpt; it printed:\nEp 1" in out and numbers(out)[1][:2] == rows[:2]
     assert "mean ± standard deviation of 3 seeds" in out
-    assert {record["seed"] for record in records_in()} == {"123", "124", "125"}
+    assert {record["seed"] for record in records_in()} == {123, 124, 125}
     assert ae.main([*options, "1", "--save_model", "trained.safetensors"]) == 2
     assert capfd.readouterr().err == "error: run.ckpt holds the classifier of a later seed than 123\n"
 
@@ -358,7 +358,7 @@ def test_full_disk(interrupted, capfd):
     out, err = capfd.readouterr()
     assert err == "warning: the checkpoint run.ckpt could not be written: File too large\n"
     assert "Test accuracy: " in out and len(records_in()) == 1 and Path("run.ckpt").read_bytes() == before
-    assert {path.name for path in Path().iterdir()} == {"run.ckpt", "results.csv"}
+    assert {path.name for path in Path().iterdir()} == {"run.ckpt", "results"}
 
 
 @NEEDS_POSIX
@@ -403,7 +403,7 @@ def test_a_checkpoint_belongs_to_one_run_at_a_time(options, monkeypatch, capfd):
     lock = Path().resolve() / ".run.ckpt.lock"
     told = f"error: another run uses this checkpoint ({lock}); wait for it, or use another file\n"
     assert found == [2, told] * 3
-    assert {path.name for path in Path().iterdir()} == {"link.ckpt", "run.ckpt", "results.csv"}
+    assert {path.name for path in Path().iterdir()} == {"link.ckpt", "run.ckpt", "results"}
     assert ae.main([*options, "--seed", "7"]) == 2  # refused for its settings now
     assert "is of a run with seed 123, not 7" in capfd.readouterr().err
 
@@ -447,7 +447,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(options, capfd, layers):
     out, err = capfd.readouterr()
     assert re.match(r"error: training diverged, at step \d{6}: .+ not (finite|a number)\n", err), err
     assert err.endswith("Try: a smaller --learning_rate; --precision fp32\n") and "Test accuracy" not in out
-    assert not Path("results.csv").exists() and not Path("trained.safetensors").exists()
+    assert not Path("results").exists() and not Path("trained.safetensors").exists()
     if Path("run.ckpt").exists():
         assert all(tensor.isfinite().all() for tensor in content_of()["state"]["parameters"].values())
 
@@ -468,7 +468,7 @@ def test_the_checkpoint_before_it_is_kept(interrupted, monkeypatch, capfd, value
         patch.setattr(torch.optim.AdamW, "step", diverge)
         assert ae.main(interrupted) == 1
     assert "error: training diverged, at step 000055: a training loss is not finite\n" in capfd.readouterr().err
-    assert Path("run.ckpt").read_bytes() == before and not Path("results.csv").exists()
+    assert Path("run.ckpt").read_bytes() == before and not Path("results").exists()
     assert ae.main(interrupted) == 0
 
 
@@ -484,7 +484,7 @@ def test_logits_that_are_not_finite_end_the_run(options, monkeypatch, capfd, fun
 
     monkeypatch.setattr(ae.Classifier, "forward", infinite)
     assert ae.main(options) == 1
-    assert "not finite\nTry: " in capfd.readouterr().err and not Path("results.csv").exists()
+    assert "not finite\nTry: " in capfd.readouterr().err and not Path("results").exists()
 
 
 def test_logits_are_looked_at_where_no_label_counts(nano):
@@ -504,7 +504,7 @@ def test_logits_are_looked_at_where_no_label_counts(nano):
 
 def test_a_run_in_the_root_folder(options, monkeypatch):
     monkeypatch.chdir(Path().resolve().anchor)
-    assert ae.main([*options, "--results_file", ""]) == 0
+    assert ae.main([*options, "--results", ""]) == 0
 
 
 def test_without_a_checkpoint_no_state_is_copied(options, monkeypatch):
@@ -517,6 +517,8 @@ def test_peak_memory_is_that_of_each_seed(options, monkeypatch):
     counted = []
     monkeypatch.setattr(checkpoints, "reset_peak_memory", lambda device: counted.append(device) or 10**15)
     assert ae.main([*options, "--repeats", "2"]) == 0
-    with open("results.csv", newline="") as file:
-        assert [line["peak_memory_gb"] for line in csv.DictReader(file)] == ["", ""]
+    assert [record["peak_memory_gb"] for record in [record.to_dict() for record in read_records(["results"])[0]]] == [
+        None,
+        None,
+    ]
     assert len(counted) == 2

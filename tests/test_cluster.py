@@ -183,7 +183,7 @@ def test_job_array(slurm, nano, capfd):
     """Three tasks at the ends of the numbers of rows and seeds; one is ended by SIGTERM and requeued."""
     Path("additional_experiments.py").symlink_to(ae.__file__)
     # So many epochs that the signal comes before the last one, however late it comes.
-    further, longer = [*nano, "--results_file", "shared.csv", "--checkpoint_minutes", "0"], ["--num_epochs", "150"]
+    further, longer = [*nano, "--results", "shared", "--checkpoint_minutes", "0"], ["--num_epochs", "150"]
 
     def submit(tasks, *options):
         script = str(ROOT / "runner" / "slurm_array.sh")
@@ -212,8 +212,8 @@ def test_job_array(slurm, nano, capfd):
 
     with one_thread():
         for row, seed, options in ((1, 124, longer), (2, 123, []), (19, 123, [])):
-            options = [*nano, *options, "--feature_cache", "", "--results_file", "alone.csv"]
+            options = [*nano, *options, "--feature_cache", "", "--results", "alone"]
             assert ae.main(["--row", str(row), "--seed", str(seed), *options]) == 0
-    by_slurm, alone = records_in("shared.csv"), records_in("alone.csv")
+    by_slurm, alone = records_in("shared"), records_in("alone")
     assert len(by_slurm) == 3 and {*map(str, by_slurm)} == {*map(str, alone)}
-    assert report("shared.csv", capfd) == report("alone.csv", capfd)
+    assert report("shared", capfd) == report("alone", capfd)

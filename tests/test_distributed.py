@@ -17,7 +17,6 @@ import pytest
 import torch
 from conftest import TINY, TINY_SIZE
 from helpers import CPU, finish_together, records_in, save_random_weights, start_together
-from runner.results.results_file import read_records
 
 import additional_experiments as ae
 from gpt_download import find_weights
@@ -27,7 +26,8 @@ from runner.data.messages import Batch, Stage
 from runner.files import UserError
 from runner.machine import devices, processes
 from runner.options import RunOptions
-from runner.results import outputs
+from runner.results import records
+from runner.results.records import read_records
 from runner.saved import checkpoints
 
 # Each with 43 training messages: no number of processes divides the batches, nor a batch the messages.
@@ -66,7 +66,7 @@ def results(data_dir, weights, shard=False, names=(*CONFIGURATIONS, *RUNS)):
         if experiment in known and name not in RUNS:  # rows that differ in their size only
             continue
         known.add(experiment)
-        run_options = dict(results_file="", feature_cache="", shard=shard) | RUNS.get(name, {})
+        run_options = dict(results="", feature_cache="", shard=shard) | RUNS.get(name, {})
         found[name] = [
             dict(
                 losses=[record.history.train_losses, record.history.val_losses],
@@ -156,7 +156,7 @@ def long_options(options):
 
 def of_folder(folder):
     """The Records in a folder's results file."""
-    return read_records(folder / "results.csv")[0]
+    return read_records([folder / "results"])[0]
 
 
 def wait_for(path, text):
@@ -195,7 +195,7 @@ def test_ended_together_and_resumed(long_options, tmp_path, tiny, monkeypatch, n
     for folder in (by_one, by_three):
         shutil.copy(ended / "run.ckpt", folder)
     assert "Resuming from run.ckpt after" in finish_together(2, ended, main, options)
-    assert records_in(ended / "results.csv") == records_in(whole / "results.csv")
+    assert records_in(ended / "results") == records_in(whole / "results")
     monkeypatch.chdir(by_one)
     monkeypatch.setattr(ae, "EVALUATE_EVERY", 5)
     assert ae.main([option for option in options if option != "--shard"]) == 0
@@ -248,7 +248,7 @@ def main_with(wrong, options):
         slow = SimpleNamespace(monotonic=lambda: start + (clock() - start) / 1000, perf_counter=time.perf_counter)
         checkpoints.time = slow
     if wrong == "record":
-        outputs.append_record = full
+        records.write_record = full
     return ae.main(options)
 
 
@@ -357,14 +357,13 @@ def launched(monkeypatch):
 
 
 def test_a_device_for_each(launched, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(devices, "find", lambda kind: (True, None))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda number: None)
-    assert devices.resolve_device("auto") == torch.device("cuda:1")
+    assert devices.resolve_device("auto") == (torch.device("cuda:1"), None)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(UserError, match="2 processes cannot have a CUDA device each: this host has 1"):
         devices.resolve_device("cuda")
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     with pytest.raises(UserError, match="--device mps is for one process; use --device cpu with several"):
         devices.resolve_device("mps")
 

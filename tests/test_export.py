@@ -206,7 +206,7 @@ def test_an_export_is_whole_or_absent(flexible, monkeypatch, capfd, error, statu
         Path("out").mkdir()
     monkeypatch.setattr(export, "make_model", raising(error))  # when the tokenizer is written
     assert ae.main([*flexible, "--export", "out"]) == status
-    assert os.listdir() == ["results.csv"] if is_new else os.listdir("out") == []
+    assert os.listdir() == ["results"] if is_new else os.listdir("out") == []
     if status == 1:
         assert "could not be written to out: No space left on device" in capfd.readouterr().err
 

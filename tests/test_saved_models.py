@@ -67,7 +67,7 @@ def trained(tmp_path_factory, nano_weights):
     """A classifier of the sample's messages: (its path, the path of the weights under it)."""
     path = str(tmp_path_factory.mktemp("trained") / "spam.safetensors")
     options = ["--demo", "--weights", nano_weights, "--trainable_layers", "last_two_blocks", "--no_padding"]
-    options += ["--num_epochs", "1", "--learning_rate", "1e-3", "--device", "cpu", "--quiet", "--results_file", ""]
+    options += ["--num_epochs", "1", "--learning_rate", "1e-3", "--device", "cpu", "--quiet", "--results", ""]
     assert ae.main([*options, "--save_model", path]) == 0
     return path, nano_weights
 

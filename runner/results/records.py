@@ -133,11 +133,13 @@ class Record:
         if content["version"] != VERSION:
             raise ValueError(f"it is of version {content['version']}, not {VERSION}")
         parts = {setting.name: content[setting.name] for setting in fields(cls)}
-        for split, found in content["repeats"].items():
-            parts["repeats"][split] = Repeats(tuple(found["exact"]), tuple(found["similar"]))
-        for split, found in content["confusions"].items():
-            mistakes = tuple(Mistake(*entry) for entry in found["mistakes"])
-            parts["confusions"][split] = Confusion(tuple(found["totals"]), mistakes)
+        parts["repeats"] = {
+            split: Repeats(tuple(found["exact"]), tuple(found["similar"])) for split, found in content["repeats"].items()
+        }
+        parts["confusions"] = {
+            split: Confusion(tuple(found["totals"]), tuple(Mistake(*entry) for entry in found["mistakes"]))
+            for split, found in content["confusions"].items()
+        }
         parts["texts"] = {int(number): text for number, text in content["texts"].items()}
         parts["history"] = History.from_dict(content["history"])
         for name, kind in get_type_hints(cls).items():
