@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader
 
-from gpt_download import PRETRAINED, find_weights, load_vocabulary
+from gpt_download import PRETRAINED, Weights, find_weights, load_vocabulary
 from previous_chapters import GPT_SIZES, GPTConfig, GPTModel, load_gpt2_weights, select_positions
 from runner import options, parsers
 from runner.console import Console, describe_model, describe_setup, exit_status, prepare_streams
@@ -56,12 +56,15 @@ from runner.machine.devices import (
 )
 from runner.options import DATA, INPUT, MACHINE, MODEL, TRAINING, RunOptions, option
 from runner.parsers import MAX_CONTEXT, number
-from runner.results import baseline, outputs, records, report, table
+from runner.results import records
 from runner.results.accuracy import Accuracy, Confusion, describe_mistakes
-from runner.rows import DEMO, QUESTIONS, ROWS
+from runner.results.pictures import plot_histories
+from runner.results.records import History, Record
+from runner.results.table import print_row
+from runner.rows import DEMO, ROWS
 from runner.saved import classifiers, export
-from runner.saved.checkpoints import Checkpointer, run_identity
-from runner.saved.training_state import TrainingState, Usage
+from runner.saved.checkpoints import Checkpoint, TrainingState, Usage, run_identity
+from runner.saved.classifiers import SavedClassifier, load_parameters
 
 # --- the settings of an experiment ---
 
@@ -70,11 +73,11 @@ from runner.saved.training_state import TrainingState, Usage
 class Experiment:
     """All settings of one run; each field is an option of the command line, with its default.
 
-    The parser checks single values. Raises UserError for values that cannot be combined.
+    Raises UserError for a value that an option does not take, and for values that cannot be combined.
     """
 
     model_size: str = option(
-        "gpt2-small (124M)", MODEL, f"{', '.join(GPT_SIZES)}; the first word is enough", type=parsers.model_size
+        "gpt2-small (124M)", MODEL, f"{', '.join(GPT_SIZES)}; xl is enough", type=parsers.model_size
     )
     weights: str = option("pretrained", MODEL, "pretrained, random, or a GPT-2 .safetensors file", metavar="W")
     trainable_layers: str = option(
@@ -88,7 +91,7 @@ class Experiment:
     trainable_token_pos: str = option(
         "last",
         INPUT,
-        "the position that is classified; flexible: the last token that is not padding",
+        "position to classify; flexible: the last that is no padding",
         choices=("last", "first", "flexible"),
     )
     average_embeddings: bool = option(
@@ -100,32 +103,29 @@ class Experiment:
         f"tokens of a message: longest_training_example, model_context_length, or a number from 1 to {MAX_CONTEXT}",
         type=parsers.context_length,
     )
-    no_padding: bool = option(False, INPUT, "do not pad; a message's result does not depend on its batch")
-    disable_causal_mask: bool = option(False, MODEL, "let every token attend to every other, including later ones")
+    no_padding: bool = option(False, INPUT, "do not pad; results do not depend on the batch")
+    disable_causal_mask: bool = option(False, MODEL, "let every token attend to later ones too")
     ignore_index: int = option(-100, TRAINING, "label that the loss ignores", type=number(int))
     batch_size: int = option(8, TRAINING, "messages in a batch", type=number(int, 1))
-    accumulation_steps: int = option(1, TRAINING, "batches whose gradients an update averages", type=number(int, 1))
+    accumulation_steps: int = option(1, TRAINING, "batches that an update averages", type=number(int, 1))
     num_epochs: int = option(5, TRAINING, "passes over the training messages", type=number(int, 1))
     learning_rate: float = option(5e-5, TRAINING, "step size of AdamW", type=number(float, above=0))
     weight_decay: float = option(0.1, TRAINING, "decoupled weight decay of AdamW", type=number(float, 0))
-    seed: int = option(123, TRAINING, "seed of weights, head and training order", type=number(int, 0))
-    device: str = option(
-        "auto", MACHINE, "where to run; auto: cuda, else mps, else cpu", choices=("auto", "cpu", "mps", "cuda")
-    )
+    seed: int = option(123, TRAINING, "of weights, head and training order", type=number(int, 0))
+    device: str = option("auto", MACHINE, "auto: cuda, else mps, else cpu", choices=("auto", "cpu", "mps", "cuda"))
     precision: str = option(
         "fp32",
         MACHINE,
-        "of the matrix products; trained weights, optimizer, loss and final logits stay float32. bf16: bfloat16; tf32: "
-        "on CUDA only",
+        "of matrix products; trained weights, optimizer, loss and logits stay float32; tf32 is for CUDA",
         choices=("fp32", "bf16", "tf32"),
     )
     features: str = option(
         "auto",
         MACHINE,
-        "where to hold the output of the frozen blocks, which is computed once; auto: on the device if it takes half "
-        "of what is free there at most, else in host memory likewise, else on disk likewise, where --feature_cache "
-        "holds it, else off: recomputed each time",
-        choices=("auto", "device", "host", "disk", "off"),
+        "where to hold the output of the frozen blocks, which is computed once; memory: on the device if it takes half "
+        "of what is free there at most, else in main memory; auto: the same, and where that is short too, on disk if "
+        "--feature_cache may hold it, else off: recomputed each time",
+        choices=("auto", "memory", "disk", "off"),
     )
     data_dir: str = option(
         DEFAULT_DATA_DIR,
@@ -138,6 +138,7 @@ class Experiment:
     )
 
     def __post_init__(self):
+        options.check_values(self)
         if self.weights == "pretrained" and self.model_size not in PRETRAINED:
             raise UserError(f"{self.model_size} has no pretrained weights; use --weights random or --weights FILE")
         if self.weights not in ("pretrained", "random") and not Path(self.weights).is_file():
@@ -204,16 +205,13 @@ def encode_split(token_ids, lengths, labels, limit, experiment):
     return Messages(Stage.TOKEN_IDS, visible, n_visible, positions, torch.tensor(labels.to_numpy()))
 
 
-def prepare_data(experiment, quiet=False):
-    """The datasets.Dataset of an experiment. Errors: those of `datasets.load_splits` and `datasets.count_classes`."""
-    splits, name = datasets.load_splits(experiment.data_dir, experiment.dataset, quiet)
-    n_classes = datasets.count_classes(splits, experiment.ignore_index, experiment.data_dir)
+def prepare_data(experiment):
+    """The datasets.Dataset of an experiment, with its messages. Errors: those of `datasets.load`."""
+    data, splits = datasets.load(experiment.data_dir, experiment.dataset, experiment.ignore_index)
     if experiment.batch_size > (n := len(splits["train"])):
         raise UserError(f"--batch_size {experiment.batch_size}: there are only {n} training messages")
-    messages, limit, longest = encode(load_vocabulary(), splits, experiment)
-    class_names = datasets.class_names(name, n_classes)
-    sha256, test_texts = datasets.sha256_of_splits(splits), list(splits["test"]["Text"])
-    return datasets.Dataset(messages, limit, longest, name, class_names, sha256, test_texts)
+    data.messages, data.limit, data.longest = encode(load_vocabulary(), splits, experiment)
+    return data
 
 
 # --- classifier ---
@@ -531,46 +529,42 @@ def accumulate_gradients(classifier, messages, window, experiment):
 
 def make_training_state(classifier, experiment, usage=None):
     """The TrainingState before the first step. `usage` counts from the start of the run, by default from now."""
-    usage = usage or Usage(classifier.device)
-    usage.start_training()
     trained = [parameter for parameter in classifier.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(
         trained, lr=experiment.learning_rate, weight_decay=experiment.weight_decay, fused=True
     )
-    return TrainingState(classifier, optimizer, usage)
+    return TrainingState(classifier, optimizer, History(), usage or Usage(classifier.device))
 
 
-def train(classifier, messages, experiment, state, checkpointer, console):
+def train(classifier, messages, experiment, state, checkpoint, console):
     """Fine-tune `classifier` on messages["train"], from `state` on; prints the lines of the public original.
 
-    `messages` maps each split to its Messages. Parameters change only within `checkpointer.update`, and what
-    `checkpointer` saves is a state from which `train` can continue.
+    `messages` maps each split to its Messages. After each update and its evaluation the state may be saved to
+    `checkpoint`, from which training continues as if it had not stopped. Raises Interrupted.
     """
     loaders = make_loaders(messages, experiment.batch_size)
     evaluator = Evaluator(classifier, messages, loaders, experiment.ignore_index, state.history, console)
     per_epoch = len(loaders["train"])
     classifier.train()
-    with console.progress("training", experiment.num_epochs * per_epoch, "batch", state.batches_done) as bar:
+    progress = console.progress("training", experiment.num_epochs * per_epoch, "batch", state.batches_done)
+    with checkpoint.signals_noted(), progress as bar:
         for epoch in range(len(state.history.train_accuracies) + 1, experiment.num_epochs + 1):
             done = state.batches_done - (epoch - 1) * per_epoch
             if done == 0:
                 state.order = torch.cat(list(loaders["train"]))
-            else:  # interrupted in this epoch, perhaps before the evaluation after the last update
-                evaluator.evaluate_losses(epoch, [state.batches_done - 1])
             batches = state.order.split(experiment.batch_size)[done:]
             for window in windows(batches, experiment.accumulation_steps):
-                last_step = state.batches_done + len(window) - 1
                 accumulate_gradients(classifier, messages["train"], window, experiment)
-                evaluator.evaluate_losses(epoch, range(state.batches_done, last_step))  # within the window
-                with checkpointer.update(state):
-                    state.optimizer.step()
-                    state.optimizer.zero_grad()
-                    state.batches_done = last_step + 1
+                last_step = state.batches_done + len(window) - 1
+                evaluator.evaluate_losses(epoch, range(state.batches_done, last_step))  # before the update
+                state.optimizer.step()
+                state.optimizer.zero_grad()
+                state.batches_done = last_step + 1
                 evaluator.evaluate_losses(epoch, [last_step])
-                checkpointer.save_if_due(state)
+                checkpoint.save_if_due(state)
                 bar.update(len(window))
             evaluator.evaluate_accuracies()
-            checkpointer.save(state)
+            checkpoint.save_if_due(state, is_end_of_epoch=True)
 
 
 # --- evaluation ---
@@ -588,9 +582,9 @@ class Evaluator:
         return predict_batches(self.classifier, self.messages[split], self.loaders[split], EVALUATE_BATCHES)
 
     def evaluate_losses(self, epoch, steps):
-        """Add to the history the losses at those of `steps` at which an evaluation is due and not done yet."""
+        """Add to the history the losses at those of `steps` at which an evaluation is due."""
         for step in steps:
-            if step % EVALUATE_EVERY == 0 and step not in self.history.steps[-1:]:
+            if step % EVALUATE_EVERY == 0:
                 train_loss = mean_loss(self.predict_first("train"), self.ignore_index)
                 val_loss = mean_loss(self.predict_first("validation"), self.ignore_index)
                 self.console.info(self.history.add_losses(epoch, step, train_loss, val_loss))
@@ -727,16 +721,139 @@ def check_device(experiment, shard, data, weights, device, console):
 # --- one run ---
 
 
-def fine_tune(classifier, messages, experiment, state, checkpointer, console):
-    """Train and evaluate one seed: ({split: Confusion}, minutes of training). Resumes it if it was interrupted."""
+@dataclass(frozen=True)
+class Run:
+    """What all seeds of a run have in common."""
+
+    experiment: Experiment
+    options: RunOptions
+    console: Console
+    device: torch.device
+    weights: Weights
+    data: datasets.Dataset
+    features: FrozenFeatures
+    checkpoint: Checkpoint
+
+
+def prepare(experiment, options):
+    """The Run of an experiment: device, data and weights, found or fetched, and checked. Raises UserError."""
+    console = Console(options.quiet)
+    with processes.main_first():
+        device, why_not = resolve_device(experiment.device)
+        set_precision(experiment.precision, device)
+        weights = find_weights(experiment.weights, experiment.model_size)
+        features = FrozenFeatures(experiment, options, weights, console)
+        data = prepare_data(experiment)
+        if options.export is not None:
+            export.check_classes(len(data.class_names), experiment.config.emb_dim)
+    for warning in [why_not, *data.warnings] if why_not else data.warnings:
+        console.warning(warning)
+    console.info(describe_setup(experiment, data, device))
+    for line in datasets.describe_repeats(data):
+        console.info(line)
+    if (n_idle := processes.world_size() - experiment.batch_size) > 0:
+        console.warning(
+            f"a batch has {experiment.batch_size} messages, so {n_idle} processes will have few or none to train on"
+        )
+    with processes.main_first():
+        weights.open(console.quiet)
+    device = check_device(experiment, options.shard, data, weights, device, console)
+    checkpoint = Checkpoint(options, run_identity(experiment, data, weights, device), console)
+    return Run(experiment, options, console, device, weights, data, features, checkpoint)
+
+
+def run(experiment, options=None):
+    """One experiment from its settings to its printed row, `options.repeats` seeds one after another.
+
+    A seed that the checkpoint holds as finished is not trained again. Returns [Record, ...]. Raises UserError.
+    """
+    all_seeds = prepare(experiment, options or RunOptions())
+    options, console, data, checkpoint = all_seeds.options, all_seeds.console, all_seeds.data, all_seeds.checkpoint
+    with checkpoint.opened():
+        records = [Record.from_dict(record) for record in checkpoint.records[: options.repeats]]
+        if records and (options.save_model or options.export):
+            raise UserError(f"{checkpoint.path} holds the classifier of a later seed than {experiment.seed}")
+        with torch.device("meta"):
+            sizes = optimize_frozen_blocks(build_classifier(experiment, len(data.class_names)))
+        all_seeds.features.warn_if_memory_is_short(sizes, data.messages, all_seeds.device)
+
+        for record in records:
+            console.info(f"Finished before, according to {checkpoint.path}; it printed:")
+            for line in record.history.lines:
+                console.info(line)
+            write_record(all_seeds, record)
+        for seed in range(experiment.seed + len(records), experiment.seed + options.repeats):
+            if options.repeats > 1:
+                console.info(f"\nRun {seed - experiment.seed + 1} of {options.repeats}, seed {seed}")
+            of_seed = replace(experiment, seed=seed)
+            record = (options.skip_finished and find_record(all_seeds, of_seed)) or run_seed(all_seeds, of_seed)
+            records.append(record)
+            checkpoint.add_record(record.to_dict())
+    print_row(records, console)
+    if path := options.plot:
+        console.write_output("the picture", path, plot_histories, records, len(data.messages["train"]))
+    if folder := options.results:
+        console.info(f"All runs so far: python additional_experiments.py --report {folder}")
+    console.close()
+    return records
+
+
+def find_record(run, experiment):
+    """The Record of this very run, if it is in the folder of results; else None."""
+    name = records.run_name(experiment, run.data, run.weights, run.device)
+    path = Path(run.options.results, f"{name}.json")
+    if not processes.from_main(path.exists()):
+        return None
+    run.console.info(f"Finished before: {path}")
+    return records.read_record(path)
+
+
+def run_seed(run, experiment):
+    """One seed of a Run, from its weights to all that is asked for: its Record."""
+    options, console, weights, data = run.options, run.console, run.weights, run.data
+    usage = Usage(run.device)
+    classifier = build_classifier(experiment, len(data.class_names), weights.tensors)
+    classifier.gpt.activation_checkpointing = options.activation_checkpointing
+    place(classifier, run.device, options.shard)
+    console.info(describe_model(experiment, classifier))
+    inputs = run.features.of(classifier, data.messages, experiment.seed)
+    kept = "recomputed" if inputs["train"].stage is Stage.TOKEN_IDS else "kept"
+    environment = dict(device=describe_devices(run.device), PyTorch=str(torch.__version__), features=kept)
+    run.checkpoint.note_environment(environment)
+
+    state = make_training_state(classifier, experiment, usage)
+    confusions, minutes = fine_tune(classifier, inputs, experiment, state, run.checkpoint, console)
+    lines = records.describe_test(confusions["test"], data.repeats["test"])
+    for line in lines + describe_mistakes(confusions["test"], data.class_names, data.test_texts):
+        console.info(state.history.add_line(line))
+
+    noted = dict(minutes=minutes, feature_seconds=run.features.seconds, note=options.note)
+    record = records.make_record(experiment, data, weights, confusions, state, **noted)
+    write_record(run, record)
+    if options.save_model or options.export:
+        parameters = state.full_parameters()  # by all processes
+        if processes.rank() == 0:
+            write_classifier(run, experiment, record, parameters)
+    return record
+
+
+def write_record(run, record):
+    """Write the Record of a finished seed into the folder of results, if there is one."""
+    if folder := run.options.results:
+        run.console.write_output("the record", folder, records.write_record, record)
+
+
+def fine_tune(classifier, messages, experiment, state, checkpoint, console):
+    """Train one seed, from where the checkpoint has it, and evaluate it: ({split: Confusion}, minutes of training)."""
     torch.manual_seed(experiment.seed)
-    if checkpointer.resume(state):
-        console.info(f"Resuming from {checkpointer.path} after {state.batches_done:,} batches; printed before:")
+    if checkpoint.restore(state):
+        console.info(f"Resuming from {checkpoint.path} after {state.batches_done:,} batches; printed before:")
         for line in state.history.lines:
             console.info(line)
     confusions = {}
     try:
-        train(classifier, messages, experiment, state, checkpointer, console)
+        state.usage.start_training()
+        train(classifier, messages, experiment, state, checkpoint, console)
         minutes = state.usage.so_far()["training"] / 60
         console.info(state.history.add_line(f"Training completed in {minutes:.2f} minutes."))
         for split, loader in make_loaders(messages, experiment.batch_size).items():
@@ -748,73 +865,18 @@ def fine_tune(classifier, messages, experiment, state, checkpointer, console):
     return confusions, minutes
 
 
-def run(experiment, run_options=None):
-    """One experiment from its settings to its printed row, `run_options.repeats` seeds one after another.
-
-    Returns [Record, ...]. Raises UserError.
-    """
-    run_options = run_options or RunOptions()
-    console = Console(run_options.quiet)
-    device, why_not = resolve_device(experiment.device)
-    if why_not:
-        console.warning(why_not)
-    set_precision(experiment.precision, device)
-    weights = find_weights(experiment.weights, experiment.model_size)
-    features = FrozenFeatures(experiment, run_options, weights, console)
-    with processes.main_first():
-        data = prepare_data(experiment, console.quiet)
-    if run_options.export is not None:
-        export.check_classes(len(data.class_names), experiment.config.emb_dim)
-    console.info(describe_setup(experiment, data, device))
-    if (n_idle := processes.world_size() - experiment.batch_size) > 0:
-        console.warning(
-            f"a batch has {experiment.batch_size} messages, so {n_idle} processes will have few or none to train on"
-        )
-    with processes.main_first():
-        weights.open(console.quiet)
-    device = check_device(experiment, run_options.shard, data, weights, device, console)
-    with Checkpointer(run_options, run_identity(experiment, data, weights, device), console) as checkpointer:
-        with torch.device("meta"):
-            sizes = optimize_frozen_blocks(build_classifier(experiment, len(data.class_names)))
-        features.warn_if_memory_is_short(sizes, data.messages, device)
-
-        finished = checkpointer.checkpoint.finished[: run_options.repeats]
-        for record in finished:
-            publish_again(record, experiment, run_options, data, weights, checkpointer, console)
-        for seed in range(experiment.seed + len(finished), experiment.seed + run_options.repeats):
-            with_seed = replace(experiment, seed=seed)
-            finished.append(run_seed(with_seed, run_options, data, weights, features, device, checkpointer, console))
-    outputs.publish_all(finished, run_options, data, ROWS, DEFAULTS, console)
-    console.close()
-    return finished
-
-
-def publish_again(record, experiment, run_options, data, weights, checkpointer, console):
-    """Show a seed that the checkpoint holds as finished, and write its outputs."""
-    console.info(f"Finished before, according to {checkpointer.path}; it printed:")
-    for line in record.history.lines:
-        console.info(line)
-    experiment, base = replace(experiment, seed=record.seed), None
-    if run_options.save_model:
-        base = weights.sha256 or classifiers.frozen_sha256(build_classifier(experiment, len(data.class_names)))
-    publish(record, experiment, run_options, data, weights, base, checkpointer.checkpoint.parameters, console)
-
-
-def publish(record, experiment, run_options, data, weights, base, parameters, console):
-    """Print the row of a finished seed, and write what is asked for."""
-    outputs.publish(record, experiment, run_options, data, base, parameters, ROWS, DEFAULTS, console)
-    if path := run_options.export:
-        console.write_output("the export", path, export_trained, record, experiment, data, weights, parameters)
-
-
-def export_trained(path, record, experiment, data, weights, parameters):
-    """`--export` beside training; `parameters` are the trained ones, {name: tensor}. Raises OSError."""
+def write_classifier(run, experiment, record, parameters):
+    """`--save_model` and `--export`: the classifier with these trained parameters, {name: tensor}."""
+    options, data, write = run.options, run.data, run.console.write_output
     # Built anew: in the one that was trained, frozen weights may be bfloat16, or shards.
-    classifier = build_classifier(experiment, len(data.class_names), weights.tensors)
-    for name, parameter in classifier.named_parameters():
-        if parameter.requires_grad:
-            parameter.data = parameters[name].detach().cpu()
-    export_classifier(path, classifier, experiment, weights, data.limit, data.class_names, record)
+    classifier = build_classifier(experiment, len(data.class_names), run.weights.tensors)
+    base_sha256 = run.weights.sha256 or classifiers.frozen_sha256(classifier)
+    saved = SavedClassifier(asdict(experiment), data.limit, data.class_names, base_sha256, record.to_dict())
+    if path := options.save_model:
+        write("the classifier", path, classifiers.save_classifier, saved, parameters)
+    if path := options.export:
+        load_parameters(copy_trained_parameters(classifier), parameters)
+        write("the export", path, export_classifier, classifier, saved)
 
 
 def place(classifier, device, shard):
@@ -825,83 +887,36 @@ def place(classifier, device, shard):
     return optimize_frozen_blocks(copy_trained_parameters(classifier).to(device))
 
 
-def run_seed(experiment, run_options, data, weights, features, device, checkpointer, console):
-    """One seed from its weights to its printed row: its Record."""
-    usage = Usage(device)
-    classifier = build_classifier(experiment, len(data.class_names), weights.tensors)
-    base = (weights.sha256 or classifiers.frozen_sha256(classifier)) if run_options.save_model else None
-    classifier.gpt.activation_checkpointing = run_options.activation_checkpointing
-    place(classifier, device, run_options.shard)
-    console.info(describe_model(experiment, classifier))
-    state = make_training_state(classifier, experiment, usage)
-    inputs = features.of(classifier, data.messages, experiment.seed)
-    is_kept = inputs["train"].stage is not Stage.TOKEN_IDS
-    checkpointer.set_environment(
-        dict(device=describe_devices(device), PyTorch=torch.__version__, features="kept" if is_kept else "recomputed")
-    )
-    confusions, minutes = fine_tune(classifier, inputs, experiment, state, checkpointer, console)
-    for line in describe_mistakes(confusions["test"], data.class_names, data.test_texts):
-        console.info(state.history.add_line(line))
-    run_id = f"{checkpointer.checkpoint.run_id}-{experiment.seed}"
-    row = table.row_number(experiment, data, weights, ROWS)
-    name = table.describe_configuration(experiment, data)
-    record = records.make_record(run_id, row, name, experiment, data, weights, confusions, minutes, state)
-    is_wanted = any((run_options.checkpoint, run_options.save_model, run_options.export))
-    parameters = state.full_parameters() if is_wanted else {}  # of shards the whole, in main memory
-    publish(record, experiment, run_options, data, weights, base, parameters, console)
-    checkpointer.finish(record, parameters)
-    return record
-
-
 # --- using a trained classifier ---
 
 
-def restore_classifier(path, given):
-    """What `--save_model` wrote: (Classifier on the CPU, its Experiment, its Weights, the SavedClassifier).
+def load_classifier(path, given):
+    """What `--save_model` wrote: (Classifier on the CPU, the Experiment with which it is used, its SavedClassifier).
 
-    `given` are options that override its own. Raises UserError for a file that cannot be used, UserError
-    for a model size or weights other than those it was trained on.
+    `given` are options that override its own. Raises UserError for a file that cannot be used, and for a model size or
+    weights other than those it was trained on.
     """
-    saved = classifiers.read_classifier(path)
+    saved, parameters = classifiers.read_classifier(path)
     experiment = Experiment(**saved.settings_with(given))
     weights = find_weights(experiment.weights, experiment.model_size)
-    if not weights.is_random:  # before a download
-        saved.check_base(experiment.weights, weights.sha256)
     weights.open()
     classifier = build_classifier(experiment, len(saved.class_names), weights.tensors)
     saved.check_base(experiment.weights, weights.sha256 or classifiers.frozen_sha256(classifier))
-    saved.restore(copy_trained_parameters(classifier))
-    return classifier, experiment, weights, saved
+    load_parameters(copy_trained_parameters(classifier), parameters)
+    return classifier, experiment, saved
 
 
-def load_classifier(path, given):
-    """What `--save_model` wrote, ready for use: (Classifier, its Experiment, names of the K classes).
+def export_classifier(path, classifier, saved):
+    """Write a Classifier that is on the CPU as transformers reads it; LoRA becomes part of its weights."""
+    merge_lora(classifier)
+    export.write_export(path, classifier, saved, DEFAULTS)
 
-    Arguments and errors are those of `restore_classifier`.
-    """
-    classifier, experiment, _, saved = restore_classifier(path, given)
+
+def ready_to_use(classifier, experiment):
+    """A Classifier on the CPU, ready for `predict_texts` on the device and in the precision of its Experiment."""
     device, _ = resolve_device(experiment.device)
     set_precision(experiment.precision, device)
-    return optimize_frozen_blocks(classifier.to(device)).eval(), experiment, saved.class_names
-
-
-def export_classifier(path, classifier, experiment, weights, limit, class_names, record):
-    """Write a Classifier that is on the CPU as transformers reads it; LoRA becomes part of its weights.
-
-    `limit` is the number of tokens to which messages are cut, `record` the Record of the run, or None.
-    """
-    merge_lora(classifier)
-    card = export.model_card(path, asdict(experiment), DEFAULTS, weights, limit, class_names, record)
-    export.write_export(path, classifier, load_vocabulary(), limit, class_names, card)
-
-
-def export_loaded(run_options, given):
-    """`--load_model FILE --export DIR`."""
-    classifier, experiment, weights, saved = restore_classifier(run_options.load_model, given)
-    export.check_experiment(experiment)
-    export.check_classes(len(saved.class_names), experiment.config.emb_dim)
-    limit = experiment.context_length
-    export_classifier(run_options.export, classifier, experiment, weights, limit, saved.class_names, saved.record)
+    return optimize_frozen_blocks(classifier.to(device)).eval()
 
 
 def predict_texts(classifier, experiment, texts):
@@ -913,18 +928,21 @@ def predict_texts(classifier, experiment, texts):
     return predict(classifier, messages, torch.arange(len(messages)))
 
 
-TEXTS_PER_PASS = 1000
-SECONDS_PER_PASS = 0.5  # of reading, before what has come is answered
-
-
-def classify(run_options, given):
-    """`--classify`: print label, probability and message, separated by tabs, for each message as it comes."""
-    chunks = classifiers.chunks_of_texts(run_options.classify, TEXTS_PER_PASS, SECONDS_PER_PASS)
-    classifier, experiment, class_names = load_classifier(run_options.load_model, given)
-    for chunk in chunks:
-        filled = [text for text in chunk if text.strip()]  # an empty line gets an empty answer
-        logits = predict_texts(classifier, experiment, filled) if filled else torch.empty(0, len(class_names))
-        classifiers.print_answers(chunk, logits.softmax(-1), class_names)
+def use(run_options, given):
+    """`--load_model`: write the export, and answer messages as they come, if these are asked for."""
+    if run_options.export is not None:
+        classifier, experiment, saved = load_classifier(run_options.load_model, given)
+        export.check_experiment(experiment)
+        export.check_classes(len(saved.class_names), experiment.config.emb_dim)
+        export_classifier(run_options.export, classifier, saved)
+    if run_options.classify:
+        chunks = classifiers.chunks_of_texts(run_options.classify)
+        classifier, experiment, saved = load_classifier(run_options.load_model, given)
+        classifier = ready_to_use(classifier, experiment)
+        for texts in chunks:
+            filled = [text for text in texts if text.strip()]  # an empty line gets an empty answer
+            logits = predict_texts(classifier, experiment, filled) if filled else torch.empty(0, len(saved.class_names))
+            classifiers.print_answers(texts, logits.softmax(-1), saved.class_names)
 
 
 # --- main ---
@@ -932,23 +950,26 @@ def classify(run_options, given):
 
 def main(argv=None):
     """Run the command line and return the exit status, see `exit_status`."""
-    return exit_status(lambda: execute(*parse_args(argv)))
+    return exit_status(lambda: execute(argv))
 
 
-def execute(experiment, run_options, given):
-    """What the command line asks for; the arguments are what `parse_args` returns."""
-    if run_options.report is not None:
-        report.print_report(run_options, ROWS, DEFAULTS, QUESTIONS)
-    elif run_options.baseline:
-        baseline.run_baselines(experiment, run_options)
-    elif run_options.load_model is not None:
-        if run_options.export is not None:
-            export_loaded(run_options, given)
-        if run_options.classify:
-            classify(run_options, given)
-    else:
-        with processes.process_group(resolve_device(experiment.device)[0]):
-            run(experiment, run_options)
+def execute(argv):
+    """What the command line asks for."""
+    with processes.process_group():
+        with processes.agreed():
+            experiment, options, given = parse_args(argv)
+        if options.report is not None:
+            from runner.results.report import print_report  # slow to import, as are the baselines
+
+            print_report(options)
+        elif options.baseline:
+            from runner.results.baseline import run_baselines
+
+            run_baselines(experiment, options)
+        elif options.load_model is not None:
+            use(options, given)
+        else:
+            run(experiment, options)
 
 
 if __name__ == "__main__":

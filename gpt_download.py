@@ -1,14 +1,20 @@
 """External files: GPT-2's weights, the SMS Spam Collection, the vocabulary.
 
-Each is fetched from a pinned address, verified by its SHA-256 and opened. A download that fails raises `UserError`,
-whose message names what was asked for, why it failed and what to try; a file that is there but is not what it
-should be raises `UserError`. Nothing half-written stays behind.
+    python gpt_download.py [--model_size small ...] [--data_dir DIR]    # fetch and check what runs need, nothing else
+
+Each file is fetched from a pinned address, verified by its SHA-256 and opened. A download that fails raises a
+`UserError` of status 1, which says what was asked for, why it failed and what to try; a file that is there but is not
+what it should be raises one of status 2. Nothing half-written stays behind.
 """
 
+import argparse
+import hashlib
 import io
+import os
 import sys
-import tempfile
+import threading
 import zipfile
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -18,16 +24,18 @@ import requests
 import tiktoken
 import torch
 from huggingface_hub import constants
-from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import disable_progress_bars
 from huggingface_hub.utils import logging as hub_logging
+from requests.adapters import HTTPAdapter
 from safetensors import SafetensorError, safe_open
 from tiktoken.load import load_tiktoken_bpe
+from tqdm import tqdm
+from urllib3 import Retry
 from urllib3.exceptions import HTTPError
 
 from previous_chapters import GPT_SIZES, GPTConfig, GPTModel, WeightsError, is_mask, load_gpt2_weights
-from runner.downloads import Unreachable, check_reachable, describe_error, download, retrying
-from runner.files import NonFiniteError, UserError, require_finite, sha256_of, write_bytes
+from runner.files import NonFiniteError, UserError, atomic_write, require_finite, sha256_of
 
 # --- what is fetched, and from where ---
 
@@ -83,11 +91,57 @@ SAMPLE_SHA256 = "256fc13f88349059fe708ccf792b1a77cd1c6c4bafbf951a16ba5ec2a1eb266
 
 # --- fetching ---
 
+# With these a server that accepts connections and never answers costs less than a minute: the collection 3 attempts at
+# each of 2 addresses; the weights 6 attempts, which the hub's client makes a second apart.
+CONNECT_TIMEOUT, READ_TIMEOUT = 5, 8  # seconds: to connect to one address of a host, and without a byte
+ANNOUNCE_AFTER = 5  # seconds
+LARGEST_ARCHIVE = 1_000_000  # bytes; the collection has 203,415
 
-def fetch_collection(data_dir, quiet=False):
+
+@contextmanager
+def waiting_for(what):
+    """A context in which, if it lasts longer than ANNOUNCE_AFTER seconds, a line says what is being waited for."""
+    line = f"waiting for {what}; without an answer this ends within a minute"
+    timer = threading.Timer(ANNOUNCE_AFTER, tqdm.write, [line], dict(file=sys.stderr))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def describe_error(error):
+    """An error in one line: the innermost cause says why, outer exceptions add little."""
+    while cause := error.__cause__ or error.__context__:
+        error = cause
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def download(url, sha256):
+    """The bytes behind `url`, whose SHA-256 must be `sha256`. Raises requests.RequestException, urllib3's HTTPError."""
+    retry = Retry(
+        total=2,
+        connect=0,  # a machine without a network is to know it within seconds
+        backoff_factor=0.5,  # seconds before the second retry, doubled before each further one
+        status_forcelist=(408, 429, 500, 502, 503, 504),
+        respect_retry_after_header=False,  # which may ask for hours
+    )
+    with requests.Session() as session:
+        for scheme in ("https://", "http://"):
+            session.mount(scheme, HTTPAdapter(max_retries=retry))
+        with session.get(url, stream=True, timeout=(CONNECT_TIMEOUT, READ_TIMEOUT)) as response:
+            response.raise_for_status()
+            content = response.raw.read(LARGEST_ARCHIVE, decode_content=True)
+    if (found := hashlib.sha256(content).hexdigest()) != sha256:
+        raise requests.RequestException(f"the file's SHA-256 is {found}, not {sha256}")
+    return content
+
+
+def fetch_collection(data_dir):
     """Path of the SMS Spam Collection in the folder `data_dir`, downloaded if it is not there.
 
-    Raises UserError if another file of its name is there, UserError if the download fails.
+    Raises UserError if another file of its name is there, or if the download fails.
     """
     for name in COLLECTION_NAMES:
         if (path := Path(data_dir, name)).exists():
@@ -98,82 +152,69 @@ def fetch_collection(data_dir, quiet=False):
                 )
             return path
 
-    path = Path(data_dir, COLLECTION_MEMBER)
-    check_writable(path.parent)
-    reasons = []
+    path, reasons = Path(data_dir, COLLECTION_MEMBER), []
     for url in COLLECTION_URLS:
         try:
-            archive = download(url, COLLECTION_ZIP_SHA256, quiet)
-        except (requests.RequestException, HTTPError, Unreachable) as error:
-            reasons.append(f"  {url}: {describe_error(error)}")
+            with waiting_for(url):
+                archive = download(url, COLLECTION_ZIP_SHA256)
+        except (requests.RequestException, HTTPError) as error:
+            reasons.append(f"  {url}: {describe_error(error)}\n")
             continue
-        write_bytes(path, zipfile.ZipFile(io.BytesIO(archive)).read(COLLECTION_MEMBER))
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(path) as temporary:
+                temporary.write_bytes(zipfile.ZipFile(io.BytesIO(archive)).read(COLLECTION_MEMBER))
+        except OSError as error:
+            advice = "Try: another folder with --data_dir, or --dataset sample"
+            raise UserError(f"{path} cannot be written: {error.strerror or error}\n{advice}", status=1) from error
         return path
     raise UserError(
-        "\n".join(
-            [
-                "the SMS Spam Collection could not be downloaded:",
-                *reasons,
-                "Try: the same command later; --dataset sample or --demo, which need no network; or download the zip",
-                f"by other means and put its member {COLLECTION_MEMBER} at {path}",
-            ]
-        ),
+        f"the SMS Spam Collection could not be downloaded:\n{''.join(reasons)}"
+        "Try: the same command later; --dataset sample or --demo, which need no network; or download the zip\n"
+        f"by other means and put its member {COLLECTION_MEMBER} at {path}",
         status=1,
     )
 
 
 def fetch_weights(model_size, quiet=False):
-    """Path of the pretrained weights of `model_size` in the Hugging Face cache, downloaded if not there.
+    """Path of the pretrained weights of `model_size` in the Hugging Face cache, downloaded if they are not there.
 
-    The hub's client does the work, so that its cache and its settings (HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE)
-    apply. Raises UserError if the download fails or gives another file than the pinned one.
+    The hub's client does it, with its cache, its retries and its settings (HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE).
+    Raises UserError if the download fails or gives another file than the pinned one.
     """
     file = PRETRAINED[model_size]
     where = dict(repo_id=file.repo_id, filename=file.filename, revision=file.revision)
-    endpoint = constants.ENDPOINT
     if quiet or not sys.stderr.isatty():
         disable_progress_bars()
     hub_logging.set_verbosity_error()  # failures are reported below, once
+    if "HF_HUB_DOWNLOAD_TIMEOUT" not in os.environ:
+        constants.HF_HUB_DOWNLOAD_TIMEOUT = READ_TIMEOUT
+    # Plain HTTP: the Xet client has no time-out that would bound a stalled download (huggingface/xet-core, issue 898).
+    constants.HF_HUB_DISABLE_XET = True
     try:
-        is_cached = isinstance(huggingface_hub.try_to_load_from_cache(**where), str)
-        if not is_cached and not constants.HF_HUB_OFFLINE:
-            check_reachable(endpoint)
-        path = Path(
-            retrying(
-                # The repositories are public: whatever HF_ENDPOINT names is not to get the user's token.
-                lambda: huggingface_hub.hf_hub_download(**where, token=False),
-                # Entries "not found" are also those that the client, offline or after seven attempts, did not reach.
-                give_up=(EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError),
-            )
-        )
+        with waiting_for(f"{file.filename} of {file.repo_id} from {constants.ENDPOINT}"):
+            if not isinstance(huggingface_hub.try_to_load_from_cache(**where), str):
+                # The client itself would wait six minutes for a server that never answers. Errors are left to it.
+                with suppress(HfHubHTTPError):
+                    url = huggingface_hub.hf_hub_url(**where)
+                    huggingface_hub.get_hf_file_metadata(url, token=False, timeout=READ_TIMEOUT)
+            # The repositories are public: whatever HF_ENDPOINT names is not to get the user's token.
+            path = Path(huggingface_hub.hf_hub_download(**where, token=False))
         # Also of a file that was in the cache: a run that was killed here may have left it unverified.
-        if (found := sha256_of(path)) != file.sha256:
-            path.resolve().unlink()  # the cache's blob
-            path.unlink(missing_ok=True)
-            raise UserError(f"the file's SHA-256 is {found}, not {file.sha256}; it was removed from the cache")
+        if (found := sha256_of(path)) == file.sha256:
+            return path
+        path.resolve().unlink()  # the cache's blob
+        path.unlink(missing_ok=True)
+        reason = f"the file's SHA-256 is {found}, not {file.sha256}; it was removed from the cache"
     except Exception as error:  # the hub's client raises its own, its HTTP library's and the system's errors
-        raise UserError(
-            f"{file.filename} of {file.repo_id} at revision {file.revision} could not be downloaded\n"
-            f"  from {endpoint}: {describe_error(error)}\n"
-            "Try: the same command later; HF_ENDPOINT=URL for a mirror of the hub; --weights FILE for a file that was\n"
-            "downloaded by other means; --weights random, or --demo, which needs no network",
-            status=1,
-        ) from error
-    return path
-
-
-def check_writable(folder):
-    """Make `folder` if it is not there. Raises UserError where nothing can be written into it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise UserError(
-            f"nothing can be written into {folder} ({error.strerror or error})\n"
-            "Try: another folder with --data_dir, or --dataset sample",
-            status=1,
-        ) from error
+        reason = describe_error(error)
+    raise UserError(
+        f"{file.filename} of {file.repo_id} at revision {file.revision} could not be downloaded\n"
+        f"  from {constants.ENDPOINT}: {reason}\n"
+        "Try: the same command later; HF_ENDPOINT=URL for a mirror of the hub; --weights FILE for a file that was\n"
+        "downloaded by other means; --weights random, or --demo, which needs no network",
+        status=1,
+    )
 
 
 # --- opening ---
@@ -199,6 +240,8 @@ class Weights:
     source: str  # "random", "pretrained" or the path of a file
     sha256: str | None = None  # of the file, if there is one
     tensors: dict | None = None  # {name: tensor}, memory-mapped, once the file is opened
+    path: Path | None = None  # of the file, likewise
+    stat: tuple | None = None  # its size and the time of its last change before it was hashed
 
     @property
     def is_random(self):
@@ -213,7 +256,20 @@ class Weights:
     def open(self, quiet=False):
         """Open the published file, downloaded if need be; any other one is open. Raises UserError."""
         if self.source == "pretrained":
-            self.tensors = open_weights(fetch_weights(self.model_size, quiet))
+            self.path = fetch_weights(self.model_size, quiet)
+            self.tensors, self.stat = open_weights(self.path), size_and_time(self.path)
+
+    def require_unchanged(self):
+        """Raises UserError if the file was changed since it was hashed: what was computed may be of other weights."""
+        if self.path is not None and size_and_time(self.path) != self.stat:
+            raise UserError(f"the weights file {self.path} was changed while this run used it", status=1)
+
+
+def size_and_time(path):
+    """The size of a file, and the time of its last change in nanoseconds; None if it is gone."""
+    with suppress(OSError):
+        facts = Path(path).stat()
+        return facts.st_size, facts.st_mtime_ns
 
 
 def find_weights(source, model_size):
@@ -226,7 +282,7 @@ def find_weights(source, model_size):
         return Weights(model_size, source)
     if source == "pretrained":
         return Weights(model_size, source, PRETRAINED[model_size].sha256)
-    tensors = open_weights(source)
+    stat, tensors = size_and_time(source), open_weights(source)
     try:
         require_finite({name: tensor for name, tensor in tensors.items() if not is_mask(name)}, "tensor")
         with torch.device("meta"):
@@ -235,17 +291,22 @@ def find_weights(source, model_size):
         raise UserError(f"--weights {source}: {error}") from None
     except WeightsError as error:
         raise UserError(f"--weights {source} does not fit {model_size}: {error}") from None
-    return Weights(model_size, source, sha256_of(source), tensors)
+    return Weights(model_size, source, sha256_of(source), tensors, Path(source), stat)
 
 
 # --- the vocabulary and the sample ---
 
 
+def check_unchanged(what, path, sha256):
+    """Raises UserError if a file that the project carries is missing or has another SHA-256."""
+    if not path.is_file() or sha256_of(path) != sha256:
+        raise UserError(f"the {what} {path} is missing or changed: its SHA-256 is not {sha256}")
+
+
 def load_vocabulary():
     """GPT-2's byte-pair encoding, a tiktoken.Encoding, from the file in data/. Raises UserError if it was changed."""
     # The file itself is hashed, because tiktoken's loader may read its cache's copy instead.
-    if not VOCABULARY.is_file() or sha256_of(VOCABULARY) != VOCABULARY_SHA256:
-        raise UserError(f"the vocabulary {VOCABULARY} is missing or changed: its SHA-256 is not {VOCABULARY_SHA256}")
+    check_unchanged("vocabulary", VOCABULARY, VOCABULARY_SHA256)
     return build_vocabulary(str(VOCABULARY))
 
 
@@ -261,6 +322,43 @@ def build_vocabulary(path):
 
 def sample_path():
     """Path of the sample of messages in data/. Raises UserError if it was changed."""
-    if not SAMPLE.is_file() or sha256_of(SAMPLE) != SAMPLE_SHA256:
-        raise UserError(f"the sample {SAMPLE} is missing or changed: its SHA-256 is not {SAMPLE_SHA256}")
+    check_unchanged("sample", SAMPLE, SAMPLE_SHA256)
     return SAMPLE
+
+
+# --- python gpt_download.py ---
+
+
+def short_name(model_size):
+    """`gpt2-small (124M)` to `small`."""
+    return model_size.partition(" ")[0].removeprefix("gpt2-")
+
+
+def main(argv=None):
+    """Fetch and check what runs need, and print where each file is. Returns the exit status."""
+    from runner.console import exit_status  # these modules import this one
+    from runner.data.datasets import DEFAULT_DATA_DIR, SPLITS, load_splits
+
+    parser = argparse.ArgumentParser(
+        description="Fetch and check what runs need, and do nothing else.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    sizes = {short_name(size): size for size in PRETRAINED}
+    parser.add_argument("--model_size", nargs="+", type=short_name, choices=sizes, default=["small"], help="weights")
+    parser.add_argument("--data_dir", type=Path, default=DEFAULT_DATA_DIR, metavar="DIR", help="collection")
+    args = parser.parse_args(argv)
+
+    def fetch():
+        args.data_dir.mkdir(parents=True, exist_ok=True)
+        load_splits(args.data_dir, "uci")
+        for path in (args.data_dir / name for name in (*COLLECTION_NAMES, *(f"{split}.csv" for split in SPLITS))):
+            if path.exists():
+                print(path)
+        for size in args.model_size:
+            print(fetch_weights(sizes[size]))
+
+    return exit_status(fetch)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -13,8 +13,8 @@ from runner.data.datasets import DATASET_NAMES
 from runner.files import UserError
 from runner.machine import processes
 from runner.machine.devices import describe_devices
-from runner.results.table import markdown_header, markdown_line
-from runner.saved.signals import Terminated
+from runner.saved.checkpoints import Interrupted
+from runner.wording import markdown_header, markdown_line
 
 
 class Console:
@@ -59,7 +59,9 @@ class Console:
         if self.is_silent:
             return None
         try:
-            return write(path, *arguments)
+            written = write(path, *arguments)
+            self.info(f"Wrote {what} to {written or path}")
+            return written
         except OSError as error:
             self.not_written.append(f"{what} could not be written to {path}: {error.strerror or error}")
             self.warning(self.not_written[-1])
@@ -103,7 +105,7 @@ OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "DefaultCPUAllocator"
 OUT_OF_MEMORY_ADVICE = (
     "Try: a smaller --batch_size with more --accumulation_steps (their product is what counts); to train less,\n"
     "--trainable_layers lora or last_block; --trainable_token_pos flexible or a smaller --context_length;\n"
-    "--features host or off; --precision bf16; a smaller --model_size"
+    "--features disk or off; --precision bf16; a smaller --model_size"
 )
 
 
@@ -126,15 +128,17 @@ def prepare_streams():
 def exit_status(command):
     """Call `command()` and return the exit status; a user error becomes one line.
 
-    0; 1: something could not be downloaded or written, memory is out, a number is not finite, or another process of the
-    run has ended; 2: an option or a file cannot be used; 130: Ctrl-C; 143: SIGTERM; 129: SIGHUP. Of several processes
-    one prints the line. Errors of the program itself are raised.
+    0; 1: something could not be downloaded or written, memory is out, or a number is not finite; 2: an option or a file
+    cannot be used; 130: Ctrl-C; 143: SIGTERM; 129: SIGHUP. Of several processes one prints a user error, which is the
+    same in all of them (see `processes.agreed`). Errors of the program itself are raised.
     """
+    is_told_by_one = False
     try:
         command()
         return 0
     except UserError as error:
-        status, message = error.status, f"error: {error}"
+        status, is_told_by_one = error.status, True
+        message = str(error) if isinstance(error, Interrupted) else f"error: {error}"
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY):
             status, message = 1, f"error: out of memory\n{OUT_OF_MEMORY_ADVICE}"
@@ -142,16 +146,13 @@ def exit_status(command):
             status, message = 1, f"error: the device failed: {str(error).splitlines()[0]}\n{DEVICE_ADVICE}"
         else:
             raise
-    except KeyboardInterrupt as error:
-        status = 128 + (error.number if isinstance(error, Terminated) else signal.SIGINT)
-        message = error.args[0] if error.args else "interrupted"
-        if processes.is_launched() and isinstance(error, Terminated):
-            message += " (by SIGTERM, which torchrun also sends where another process has ended)"
+    except KeyboardInterrupt:
+        status, message, is_told_by_one = 128 + signal.SIGINT, "interrupted", True
     except BrokenPipeError:  # the reader of the output has gone; Python's own last flush must not complain either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:  # a full disk, a folder that is gone: no fault of the program
         status, message = 1, f"error: {error}"
-    if processes.is_to_tell(is_interrupt=status > 128):
+    if processes.rank() == 0 or not is_told_by_one:
         print(message, file=sys.stderr)
     return status

@@ -5,7 +5,7 @@
 #
 # is submitted from the folder of additional_experiments.py. What a cluster asks for (GPU, time, memory, partition,
 # account, another --array) goes before the script, on the command line of sbatch. PYTHON names another Python than
-# the one in PATH. All tasks append to one results file. A task that was preempted is resumed by Slurm; after a time
+# the one in PATH. All tasks write into one folder of results. A task that was preempted is resumed by Slurm; after a time
 # limit or scancel the same command resumes: what is finished is not trained again.
 
 #SBATCH --job-name=spam-table

@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -39,7 +39,8 @@ from runner.console import Console
 from runner.data import datasets
 from runner.data.features import FrozenFeatures
 from runner.machine.devices import describe_device, peak_memory, reset_peak_memory, resolve_device, set_precision
-from runner.saved.checkpoints import Checkpointer
+from runner.saved.checkpoints import Checkpoint
+from runner.saved.classifiers import SavedClassifier
 
 PLAIN_STEPS, PLAIN_EVALUATIONS = 3, 4
 
@@ -199,7 +200,7 @@ def time_fast(classifier, experiment, messages, fast_steps):
     def whole_run():
         inputs = compute_features(classifier, messages, experiment, console)
         state = ae.make_training_state(classifier, experiment)
-        ae.fine_tune(classifier, inputs, experiment, state, Checkpointer(ae.RunOptions()), console)
+        ae.fine_tune(classifier, inputs, experiment, state, Checkpoint(ae.RunOptions()), console)
 
     if fast_steps is None:
         return seconds(device, whole_run)
@@ -219,7 +220,7 @@ def time_fast(classifier, experiment, messages, fast_steps):
     per_message = seconds(device, ae.predict, classifier, part["train"], everything) / n
     one_epoch = replace(experiment, num_epochs=1)
     state = ae.make_training_state(classifier, one_epoch)
-    training = seconds(device, ae.train, classifier, part, one_epoch, state, Checkpointer(ae.RunOptions()), console)
+    training = seconds(device, ae.train, classifier, part, one_epoch, state, Checkpoint(ae.RunOptions()), console)
     evaluated = 2 * (min(n, ae.EVALUATE_BATCHES * experiment.batch_size) + 1)  # at step 0 and after the epoch
     evaluated += fast_steps // ae.EVALUATE_EVERY * evaluated // 2
     return feature_seconds + (training - evaluated * per_message) / fast_steps * steps + per_message * predicted
@@ -297,14 +298,16 @@ def classify(arguments):
     print(f"{experiment.model_size}, {len(texts):,} messages\n| | messages/s | peak GFLOP/s |\n| --- | --- | --- |")
 
     with tempfile.TemporaryDirectory() as folder:
-        weights = Weights(experiment.model_size, "random")
         classifier = ae.build_classifier(experiment, 2)
-        ae.export_classifier(f"{folder}/out", classifier, experiment, weights, 120, ["ham", "spam"], None)
+        record = dict.fromkeys(("data_sha256", "device_name", "date", "python", "torch", "tiktoken"), "")
+        record |= dict(data="sample", minutes=0, history=dict(lines=["Training completed"]))
+        saved = SavedClassifier(asdict(experiment), 120, ["ham", "spam"], "", record)
+        ae.export_classifier(f"{folder}/out", classifier, saved)
         ae.optimize_frozen_blocks(classifier.to(device)).eval()
         peak = product_peak(device, "fp32")
         start, logits = time.perf_counter(), []
-        for first in range(0, len(texts), ae.TEXTS_PER_PASS):
-            logits.append(ae.predict_texts(classifier, experiment, texts[first : first + ae.TEXTS_PER_PASS]))
+        for first in range(0, len(texts), 1000):
+            logits.append(ae.predict_texts(classifier, experiment, texts[first : first + 1000]))
         found = torch.cat(logits).argmax(-1).tolist()
         ours = len(texts) / (time.perf_counter() - start)
         print(f"| this program | {ours:.1f} | {peak / 1e9:.0f} |", flush=True)
@@ -326,7 +329,7 @@ def sitting(rows, arguments):
     """Print the seconds of whole commands without and with a cache, and what became of the frozen features."""
     given = [f"--{name}={getattr(arguments, name)}" for name in ("device", "precision", "data_dir", "features")]
     given += [f"--model_size={arguments.model_size}"] if arguments.model_size else []
-    given += [*arguments.options.split(), "--weights=random", "--results_file="]
+    given += [*arguments.options.split(), "--weights=random", "--results="]
     print("| row | without s | with s | peak GFLOP/s | |\n| --- | --- | --- | --- | --- |")
     totals = [0.0, 0.0]
     with tempfile.TemporaryDirectory() as cache:
@@ -353,7 +356,7 @@ def main():
     parser.add_argument("--options", default="", help="further options of the program, in one string, for every row")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16", "tf32"))
-    parser.add_argument("--features", default="auto", choices=("auto", "device", "host", "disk", "off"))
+    parser.add_argument("--features", default="auto", choices=("auto", "memory", "disk", "off"))
     parser.add_argument("--dataset", default="uci", choices=("uci", "sample"))
     parser.add_argument("--data_dir", default="sms_spam_collection")
     parser.add_argument("--fast_steps", type=int, help="extrapolate the fast path too, from this many training steps")

@@ -1,6 +1,5 @@
 """What several test files need."""
 
-import csv
 import multiprocessing
 import os
 import socket
@@ -14,10 +13,12 @@ import torch
 import additional_experiments as ae
 from runner.console import Console
 from runner.data import datasets
+from runner.data.datasets import Repeats
 from runner.options import RunOptions
-from runner.results.accuracy import Accuracy, Confusion, Mistake
-from runner.results.records import Record
-from runner.saved.checkpoints import Checkpointer
+from runner.results.accuracy import Confusion, Mistake
+from runner.results.records import FREE_OPTIONS, Record, file_name, read_records, row_number
+from runner.saved.checkpoints import Checkpoint
+from runner.wording import describe_settings
 
 CPU = torch.device("cpu")
 QUIET = Console(quiet=True)
@@ -35,16 +36,17 @@ def train_quietly(classifier, messages, experiment):
         messages,
         experiment,
         ae.make_training_state(classifier, experiment),
-        Checkpointer(RunOptions()),
+        Checkpoint(RunOptions()),
         QUIET,
     )
 
 
-def records_in(path="results.csv"):
-    """The lines of a results file as dicts, without the columns that differ each time."""
-    differ = ("run", "date", "minutes", "seconds", "peak_memory_gb")
-    with open(path, newline="") as file:
-        return [{name: cell for name, cell in line.items() if name not in differ} for line in csv.DictReader(file)]
+def records_in(folder="results"):
+    """The Records of a folder as dicts by date, without what differs each time."""
+    records, problems = read_records([folder])
+    assert problems == []
+    differ = ("date", "minutes", "feature_seconds", "seconds", "peak_memory_gb", "history")
+    return [{name: value for name, value in record.to_dict().items() if name not in differ} for record in records]
 
 
 def save_random_weights(folder, emb_dim=128, n_layer=4):
@@ -56,32 +58,40 @@ def save_random_weights(folder, emb_dim=128, n_layer=4):
     return str(folder / "model.safetensors")
 
 
-def made_up_record(run, **changes):
-    """A Record of row 1; `changes` are fields or settings."""
+def made_up_record(wrong=(), **changes):
+    """A Record of row 1 with mistakes on these of 300 test messages; `changes` are fields, or options as in ROWS."""
     settings = asdict(ae.Experiment())
+    options = {name: changes.pop(name) for name in list(changes) if name in settings and name not in FREE_OPTIONS}
+    confusions = {split: made_up_confusion({}) for split in ("train", "validation")}
     fields = dict(
-        run=run,
         date="2026-11-24T12:00:00+00:00",
-        row=1,
-        configuration="last block, last token",
-        settings=settings | {name: changes.pop(name) for name in list(changes) if name in settings},
+        row=row_number(options),
+        configuration=describe_settings(options),
+        options=options,
+        seed=123,
+        precision="fp32",
         weights_sha256="",
         data="uci",
-        data_sha256="",
+        data_sha256="0123",
+        class_names=["ham", "spam"],
         tokens_per_message=120,
-        train=Accuracy(285, 300),
-        validation=Accuracy(285, 300),
-        test=Accuracy(285, 300),
+        confusions=confusions | dict(test=made_up_confusion(dict.fromkeys(wrong, 0.9))),
+        repeats=dict(validation=Repeats(), test=Repeats((0,), (0, 1))),
+        texts={number: f"message {number}" for number in list(wrong)[:10]},
         minutes=3.5,
+        feature_seconds=20.0,
         seconds=220.0,
         peak_memory_gb=1.5,
+        device="cpu",
         device_name='an "odd", name',
         python="3.11.7",
         torch="2.13.0",
         tiktoken="0.14.0",
         pandas="3.1.1",
     )
-    return Record(**fields | changes)
+    fields |= changes
+    seed = dict(seed=fields["seed"], precision=fields["precision"])
+    return Record(**dict(run=file_name("made-up", "", [str(fields)]), settings=settings | options | seed) | fields)
 
 
 def made_up_confusion(wrong, totals=(150, 150)):
@@ -90,18 +100,10 @@ def made_up_confusion(wrong, totals=(150, 150)):
     return Confusion(totals, tuple(mistakes))
 
 
-def made_up_run(run, wrong, **changes):
-    """A Record of row 1 with these mistakes in the test, numbers of messages, and none in the other splits."""
-    confusions = {split: made_up_confusion({}) for split in ("train", "validation")}
-    confusions["test"] = made_up_confusion({number: 0.9 for number in wrong})
-    accuracies = {split: confusion.accuracy for split, confusion in confusions.items()}
-    return made_up_record(run, **accuracies | dict(confusions=confusions, data_sha256="0123") | changes)
-
-
 def processes():
     """Python with all that takes long to import, from which a process starts at once."""
     context = multiprocessing.get_context("forkserver")
-    preloaded = ["torch._dynamo", "torch.distributed.fsdp", "test_results_file", "test_checkpoints", "test_distributed"]
+    preloaded = ["torch._dynamo", "torch.distributed.fsdp", "test_checkpoints", "test_distributed"]
     context.set_forkserver_preload(preloaded)
     return context
 

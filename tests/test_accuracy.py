@@ -1,14 +1,16 @@
 """Accuracies and their intervals, and the single mistakes."""
 
+import numpy as np
 import pytest
 import torch
 from helpers import made_up_confusion
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.stats import binomtest
+from scipy.stats import binomtest, sem, t
+from sklearn.metrics import f1_score
 
 import additional_experiments as ae
-from runner.results.accuracy import Accuracy, Confusion, Mistake, describe_mistakes
+from runner.results.accuracy import Accuracy, Confusion, Mistake, describe_mistakes, mean_interval
 
 
 def test_accuracy_is_printed_in_percent():
@@ -29,13 +31,17 @@ def test_interval_is_that_of_scipy(correct, total):
     assert Accuracy(correct, total).interval == pytest.approx((theirs.low, theirs.high), abs=1e-12)
 
 
-@pytest.mark.parametrize(
-    "correct, total, low, high",
-    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0000, 0.1611), (1, 29, 0.0061, 0.1718)],
-)
-def test_interval_is_the_published_one(correct, total, low, high):
-    """Newcombe, Statistics in Medicine 17 (1998), table I, method 3."""
-    assert Accuracy(correct, total).interval == pytest.approx((low, high), abs=5e-5)
+def test_the_interval_of_a_mean_holds_messages_and_seeds():
+    """The part of the seeds is that of the t-interval of their accuracies."""
+    seeds = [Accuracy(correct, 300) for correct in (270, 279, 276)]
+    by_seeds = t.interval(0.95, 2, 0.0, sem([seed.fraction for seed in seeds]))[1]
+    low, high = Accuracy(275, 300).interval
+    expected = [275 / 300 + sign * np.hypot(by_seeds, 275 / 300 - end) for sign, end in ((-1, low), (1, high))]
+    assert mean_interval(seeds) == pytest.approx(expected)
+    assert mean_interval(seeds[:1]) == seeds[0].interval
+    assert mean_interval([Accuracy(275, 300)] * 3) == pytest.approx((low, high))  # seeds that all agree
+    assert mean_interval([Accuracy(150, 300), Accuracy(300, 300)]) == (0, 1)
+    assert mean_interval([Accuracy(0, 0)] * 2) == (0, 1)
 
 
 # --- mistakes ---
@@ -48,9 +54,22 @@ def test_counts_and_accuracy_follow_from_the_mistakes(pairs, order):
     labels, called = zip(*pairs, strict=True)
     confusion = Confusion.of(numbers, labels, called, [0.5] * len(pairs), n_classes=4)
     labelled = [pair for pair in pairs if pair[0] >= 0]
-    assert confusion.counts == [[labelled.count((label, c)) for c in range(4)] for label in range(4)]
+    assert confusion.counts.tolist() == [[labelled.count((label, c)) for c in range(4)] for label in range(4)]
     assert confusion.accuracy == Accuracy(sum(a == b for a, b in labelled), len(labelled))
     assert [m.number for m in confusion.mistakes] == sorted(m.number for m in confusion.mistakes)
+    if labelled:
+        true, predicted = zip(*labelled, strict=True)
+        occurring = sorted(set(true))
+        theirs = f1_score(true, predicted, labels=occurring, average="macro", zero_division=np.nan)
+        assert confusion.macro_f1 == pytest.approx(theirs)
+        assert confusion.most_frequent == Accuracy(max(true.count(label) for label in occurring), len(labelled))
+
+
+def test_a_classifier_that_never_finds_the_rare_class_is_no_success():
+    confusion = Confusion((294, 6), tuple(Mistake(number, 1, 0, 0.9) for number in range(6)))
+    assert str(confusion.accuracy) == str(confusion.most_frequent) == "98.00%"
+    assert confusion.macro_f1 == pytest.approx((2 * 294 / (2 * 294 + 6) + 0) / 2)
+    assert np.isnan(Confusion((0, 0), ()).macro_f1) and str(Confusion((0, 0), ()).most_frequent) == "nan%"
 
 
 def test_the_confusion_of_predictions():

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -39,22 +40,22 @@ def parse(*options):
         ("--trainable_layers last_layer", "258 trainable and 7,357,312 frozen parameters"),
         ("--trainable_layers last_two_blocks", "Frozen features: 2 of 4 blocks, 69 messages, 828 tokens"),
         ("--trainable_layers all", "7,357,570 trainable and 0 frozen"),
-        ("--trainable_layers lora --lora_rank 2 --lora_alpha 3", "lora (rank 2, alpha 3)"),
-        ("--trainable_layers lora_alternative", "lora_alternative (rank 8, alpha 8)"),
+        ("--trainable_layers lora --lora_rank 2 --lora_alpha 3", "lora 2/3"),
+        ("--trainable_layers lora_alternative", "lora_alternative 8/8"),
         ("--trainable_token_pos first", "Frozen features: 3 of 4 blocks, 69 messages, 69 tokens"),
         ("--trainable_token_pos flexible", r"Frozen features: 3 of 4 blocks, 69 messages, 5\d\d tokens"),
-        ("--average_embeddings", "| all tokens | last_block | longest train ex. (12) |"),
-        ("--average_embeddings --trainable_token_pos flexible", "| all real tokens |"),
-        ("--average_embeddings --no_padding", "| all real tokens |"),
+        ("--average_embeddings", "| mean of all | last_block | 12; 1 epoch"),
+        ("--average_embeddings --trainable_token_pos flexible", "| mean of real |"),
+        ("--average_embeddings --no_padding", "| mean of real |"),
         ("--context_length model_context_length", "Tokens per message: 1024 at most"),
         ("--context_length 5", "69 messages, 345 tokens"),
         ("--no_padding", r"69 messages, 6\d\d tokens"),
         ("--disable_causal_mask", "no causal mask"),
         ("--disable_causal_mask --trainable_token_pos first", "69 messages, 828 tokens"),
-        ("--ignore_index 1", "ignore index 1"),
-        ("--batch_size 3 --accumulation_steps 4", "batch size 3, accumulation 4"),
+        ("--ignore_index 1", "ignore 1"),
+        ("--batch_size 3 --accumulation_steps 4", "batch 3×4"),
         ("--num_epochs 2", "Ep 2 (Step"),
-        ("--learning_rate 1e-3 --weight_decay 0", "learning rate 0.001, weight decay 0"),
+        ("--learning_rate 1e-3 --weight_decay 0", "lr 0.001, weight decay 0"),
         ("--seed 5", "seed 5"),
         ("--device auto", "Device: "),
         ("--precision bf16", "bf16"),
@@ -86,24 +87,25 @@ def test_lines_of_a_run(nano, capsys):
     patterns = [
         r"Ep 1 \(Step 000000\): Train loss \d\.\d{3}, Val loss \d\.\d{3}",
         rf"Training accuracy: {percent} \| Validation accuracy: {percent} "
-        rf"\(\d+/40, \d/9; 95% intervals {bounds}, {bounds}\)$",
+        r"\(first messages only: \d+/40, \d/9\)$",
         r"Training completed in \d+\.\d\d minutes\.",
         rf"Training accuracy: {percent} \(\d+/40, 95% interval {bounds}\)$",
         rf"Validation accuracy: {percent} \(\d/9, 95% interval {bounds}\)$",
         rf"Test accuracy: {percent} \(\d+/17, 95% interval {bounds}\)$",
     ]
-    for pattern, line in zip(patterns, lines[5:11], strict=True):
+    for pattern, line in zip(patterns, lines[6:12], strict=True):
         assert re.match(pattern, line), line
-    header, rule, row = lines[-3:]
+    header, rule, row, signpost = lines[-4:]
+    assert signpost == "All runs so far: python additional_experiments.py --report results"
     assert header.count("|") == rule.count("|") == row.count("|")
-    test_accuracy = lines[10].split()[2]
+    test_accuracy = lines[11].split()[2]
     assert row.split("|")[header.split("|").index(" Test acc ")].strip() == test_accuracy
 
 
 def test_quiet_leaves_the_row_only(nano, capsys):
     assert main([*nano, "--quiet"]) == 0
     out, err = capsys.readouterr()
-    assert out.count("\n") == 1 and out.startswith("| - | gpt2-nano (7M) | random |") and err == ""
+    assert out.count("\n") == 1 and out.startswith("| - | gpt2-nano | random |") and err == ""
 
 
 def test_published_figures_are_shown_with_the_result_of_a_row(nano, capsys, monkeypatch):
@@ -112,9 +114,10 @@ def test_published_figures_are_shown_with_the_result_of_a_row(nano, capsys, monk
     monkeypatch.setattr(datasets, "load_splits", lambda *arguments: (load_splits(*arguments)[0], "uci"))
     options = dict(model_size=ae.DEMO["model_size"], weights="random", num_epochs=1)
     monkeypatch.setitem(ROWS, 20, replace(ROWS[2], options=options))
-    assert main([*nano, "--quiet"]) == 0
-    row = capsys.readouterr().out
-    assert row.startswith("| 20 |") and row.endswith("| 78.46% / 80.54% / 75.00%, 0.28 min (A100) |\n")
+    assert main(nano) == 0
+    *_, published, _, header, _, row, _ = capsys.readouterr().out.splitlines()
+    assert row.startswith("| 20 |") and header.startswith("| Row |")
+    assert published == "Published, row 20: training 78.46%, validation 80.54%, test 75.00%; 0.28 minutes on an A100"
 
 
 @pytest.mark.slow
@@ -131,7 +134,7 @@ def test_demo_learns_without_a_network(tmp_path):
     )
     assert run.returncode == 0, run.stderr
     assert float(re.search(r"^Test accuracy: ([\d.]+)%", run.stdout, re.M)[1]) > 85
-    assert [path.name for path in tmp_path.iterdir()] == ["results.csv"]
+    assert [path.name for path in tmp_path.iterdir()] == ["results"]
 
 
 @pytest.mark.parametrize(
@@ -159,26 +162,17 @@ def test_weights_that_cannot_be_used(tmp_path, monkeypatch, capsys, damage, mess
 
 def test_nothing_can_be_written(options, capsys):
     """Not even the record: the result stays on the screen, and the exit status says that something is lost."""
-    Path("results.csv").touch()
     with no_file_above(0):
         status = ae.main([*options, "--save_model", "trained.safetensors", "--plot", "run.png"])
     out, err = capsys.readouterr()
-    assert status == 1 and "Test accuracy: " in out and "| - | gpt2-tiny (1M) |" in out
-    for what in ("the record could not be written to results.csv", "the classifier could", "the picture could"):
+    assert status == 1 and "Test accuracy: " in out and "| - | gpt2-tiny |" in out
+    for what in ("the record could not be written to results", "the classifier could", "the picture could"):
         assert f"warning: {what}" in err
-    assert Path("results.csv").read_bytes() == b"" and [path.name for path in Path().iterdir()] == ["results.csv"]
-
-
-def test_results_file_with_other_columns(options, capfd):
-    Path("results.csv").write_text("a,b\n")
-    assert ae.main(options) == 0
-    told = "warning: results.csv has other columns and was left as it is; the record is in results-2.csv\n"
-    assert capfd.readouterr().err == told
-    assert Path("results.csv").read_text() == "a,b\n" and len(records_in("results-2.csv")) == 1
+    assert [path.name for path in Path().glob("**/*")] == ["results"]
 
 
 def test_no_record_is_asked_for(options):
-    assert ae.main([*options, "--results_file", ""]) == 0
+    assert ae.main([*options, "--results", ""]) == 0
     assert list(Path().iterdir()) == []
 
 
@@ -235,28 +229,29 @@ def test_repeats_share_what_does_not_depend_on_the_seed(options, tmp_path, monke
     for seed in range(123, 128):
         blocks.clear()
         assert ae.main([*options, "--seed", str(seed)]) == 0
-        alone.append(records_in()[-1])
+        alone.append(max(records_in(), key=lambda record: record["seed"]))
     of_one_run = list(blocks)
     assert sum(of_one_run) == 3 * 69  # frozen blocks and messages, each once
-    Path("results.csv").unlink()
+    shutil.rmtree("results")
     capfd.readouterr()
 
     blocks.clear()
     assert ae.main([*options, "--repeats", "5", "--quiet"]) == 0
     assert blocks == of_one_run
     assert records_in() == alone
-    *rows, mean = capfd.readouterr().out.splitlines()
-    assert len(rows) == 5 and "mean ± standard deviation of 5 seeds" in mean
-    tests = [100 * float(record["test_fraction"]) for record in alone]
+    [mean] = capfd.readouterr().out.splitlines()
+    tests = [100 * record["test"]["correct"] / record["test"]["total"] for record in alone]
     average, deviation = mean_and_deviation(tests)
-    assert f"| {average:.2f}% ± {deviation:.2f} |" in mean
+    assert mean.startswith("| -, n=5 |") and f"| {average:.2f}±{deviation:.1f} |" in mean
 
 
 def test_random_weights_change_with_the_seed(options):
     assert ae.main([*options, "--repeats", "2"]) == 0
+    repeated = records_in()
+    shutil.rmtree("results")
     assert ae.main([*options, "--seed", "124"]) == 0
-    first, second, alone = records_in()
-    assert second == alone and first != second
+    assert sorted(repeated, key=lambda record: record["seed"])[1:] == records_in()
+    assert repeated[0]["confusions"] != repeated[1]["confusions"]
 
 
 # --- interruption ---
@@ -336,7 +331,7 @@ def test_published_weights_under_another_name_are_the_row_too(nano, nano_weights
     monkeypatch.setattr(datasets, "load_splits", lambda *arguments: (load_splits(*arguments)[0], "uci"))
     nano[nano.index("random")] = nano_weights
     assert ae.main([*nano, "--quiet"]) == 0
-    assert capfd.readouterr().out.startswith("| 20 |") and records_in()[0]["row"] == "20"
+    assert capfd.readouterr().out.startswith("| 20 |") and records_in()[0]["row"] == 20
 
 
 def test_importing_does_nothing():

@@ -1,5 +1,6 @@
 """The messages: the user's own CSV files, what is wrong with them, and the splits of the collection."""
 
+import gzip
 import hashlib
 import os
 from pathlib import Path
@@ -15,78 +16,79 @@ from runner.data import datasets
 from runner.files import UserError, sha256_of
 
 
-def load_splits(options):
-    experiment, *_ = parse_args([str(option) for option in options])
-    return datasets.load_splits(experiment.data_dir, experiment.dataset)
+def write(data_dir, **contents):
+    for split, content in contents.items():
+        (data_dir / f"{split}.csv").write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+def read(data_dir, ignore_index=-100):
+    """What `number_labels` gives for the files of a folder."""
+    splits, name = datasets.load_splits(data_dir, "uci")
+    return datasets.number_labels(splits, name, data_dir, ignore_index)
 
 
 # --- bad data ---
+
+QUOTE = "a quote that opens here is not closed, or is closed too early"
+GAP = "but training labels that are numbers must be 0, 1, 2 and so on, none left out"
 
 
 @pytest.mark.parametrize(
     "split, content, message",
     [
-        ("train", "", "the file is empty"),
+        ("train", "", "line 1: the file is empty"),
         ("train", "Label,Text\n", "no messages below the header"),
-        ("train", "Label,Message\n0,a\n", "column Text is missing; the columns are Label, Message"),
-        ("train", "Class,Text\n0,a\n", "column Label is missing"),
+        ("train", "Label,Message\n0,a\n", "one column Label and one column Text; it is 'Label,Message'"),
+        ("test", "Label,Text,Text\n0,a,b\n", "one column Label and one column Text; it is 'Label,Text,Text'"),
+        ("train", "Label,Text\n".encode("utf-16-le"), "it is 'L\\x00a\\x00b\\x00"),
+        ("train", gzip.compress(b"Label,Text\n0,a\n"), "this is a compressed file or a workbook"),
+        ("train", b"PK\x03\x04", "this is a compressed file or a workbook"),
         ("test", "Label,Text\n0,a\n1,\n", "line 3: the text is empty"),
         ("test", "Label,Text\n0,a\n1,   \n", "line 3: the text is empty"),
-        ("test", "Label,Text\n0,a\n1\n", "line 3: the text is empty"),
-        ("test", "Label,Text\n0,a\n,b\n", 'line 3: label "" is not a whole number'),
-        ("train", "Label,Text\n0,a\nspam,b\n", 'line 3: label "spam" is not a whole number'),
-        ("train", "Label,Text\n0,a\n1.0,b\n", 'line 3: label "1.0" is not a whole number'),
-        ("train", 'Label,Text\n0,"two\nlines"\nx,b\n', 'line 4: label "x" is not a whole number'),
-        ("train", "Label,Text\n0,a,b\n", "line 2: more fields than columns"),
-        ("train", "Label,Text\n2,a\n1,b\n", "line 3: label 1, but labels start at 0"),
-        ("train", "Label,Text\n0,a\n-1,b\n", "line 3: label -1, but labels start at 0"),
-        ("train", "Label,Text\n0,a\n2,b\n", "line 3: label 2, but no training message has label 1"),
-        ("validation", "Label,Text\n0,a\n2,b\n", "validation.csv, line 3: label 2, which no training message has"),
-        ("train", "Label,Text\n-100,a\n-100,b\n", "every training label is the ignored one, -100"),
-        ("train", 'Label,Text\n0,"a\n', "unexpected end of data"),
-        (
-            "train",
-            "Label,Text\n0,a\n999999999999,b\n",
-            "label 999999999999, but no training message has label 1",
-        ),
+        ("test", "Label,Text\n0,a\n\n1\n", "line 4: 1 instead of 2 fields"),
+        ("train", "Label;Text\n0;a;b\n", "line 2: 3 instead of 2 fields; a text that contains ';' needs quotes"),
+        ("test", "Label,Text\n0,a\n,b\n", "line 3: the label is empty"),
+        ("test", "Label,Text\nspam,a\n ,b\n", "line 3: the label is empty"),
+        ("train", "Label,Text\n0,a\n0.5,b\n", 'line 3: label "0.5" is neither a whole number nor a name'),
+        ("train", "Label,Text\n0,a\nnan,b\n", 'line 3: label "nan" is neither a whole number nor a name'),
+        ("train", "Label,Text\n0,a\nspam,b\n", 'line 3: label "spam", but "0" above: labels are either all numbers'),
+        ("train", 'Label,Text\n0,"two\nlines"\nx,b\n', 'line 4: label "x", but "0" above'),
+        ("train", "Label,Text\n2,a\n1,b\n", f"line 2: label 2, {GAP}"),
+        ("train", "Label,Text\n0,a\n-1,b\n", f"line 3: label -1, {GAP}"),
+        ("train", "Label,Text\n0,a\n2,b\n", f"line 3: label 2, {GAP}"),
+        ("train", f"Label,Text\n0,a\n{'9' * 19},b\n", "line 3: label 1000"),
+        ("train", f"Label,Text\n0,a\n{'1' * 5000},b\n", f'line 3: label "{"1" * 50}" is neither'),
+        ("validation", "Label,Text\n0,a\n2,b\n", "line 3: label 2, but the labels of the training messages are 0, 1"),
+        ("validation", "Label,Text\nham,a\n", "line 2: label ham, but the labels of the training messages are 0, 1"),
         ("train", "Label,Text\n0,a\n0,b\n", "every label is 0; a classifier needs two classes or more"),
-        ("train", b"Label,Text\n0,\xff\xfe\n", "not UTF-8 text"),
-        ("train", f"Label,Text\n0,a\n{'1' * 5000},b\n", "line 3: a label of 5000 digits is too large"),
-        (
-            "train",
-            f"Label,Text\n0,a\n1,b{' ' * 1_000_000}c\n",
-            "line 3: the text has more than 100,000 whitespace characters in a row",
-        ),
-        ("test", "Label,Text,Text\n0,a,b\n", "there are 2 columns Text"),
-        ("test", "Label,Text,Note,Note\n0,a,b,c\n", "there are 2 columns Note"),
+        ("train", "Label,Text\n" + "spam,b\n" * 9, "every label is spam; a classifier needs two classes"),
+        ("train", "Label,Text\n-100,a\n-100,b\n", "no message has a label; a classifier needs two classes or more"),
+        ("train", 'Label,Text\n0,a\n0,"b\n' + "1,c\n" * 9, f"line 3: {QUOTE}"),
+        ("train", 'Label,Text\n0,a\n0,"b\n' + "1,c\n" * 9 + '0,"d"\n', f"line 3: {QUOTE}"),
+        ("train", b"Label,Text\n" + b"0,a\n" * 90_000 + b"0,caf\xe9\n", "line 90002: not UTF-8 text"),
+        ("train", b"Label,Text\ncaf\xe9,a\n", "line 2: not UTF-8 text"),
+        ("train", "\ufeffLabel,Text\n0,a\n".encode("utf-16-le") + b"0\0,\0\x3d\xd8\n\0", "line 3: not UTF-8 text"),
+        ("train", "Label,Text\n0,a\n".encode("utf-16")[:-1], "line 2: 'utf-16-le' codec can't decode"),
+        ("train", f"Label,Text\n0,a\n1,b{' ' * 1_000_000}c\n", "line 3: the text has more than 100,000 whitespace"),
     ],
 )
-def test_bad_data_is_refused_by_line(nano, data_dir, capsys, split, content, message):
-    (data_dir / f"{split}.csv").write_bytes(content if isinstance(content, bytes) else content.encode())
+def test_bad_data_is_refused_by_line(data_dir, split, content, message):
+    write(data_dir, **{split: content})
+    with pytest.raises(UserError) as error:
+        read(data_dir)
+    assert message in str(error.value) and "\n" not in str(error.value) and error.value.status == 2
+    assert f"{data_dir}/{split}.csv" in str(error.value)
+
+
+def test_an_error_is_one_line(nano, data_dir, capsys):
+    write(data_dir, test="Label,Text\n0,\n")
     assert main(nano) == 2
-    out, err = capsys.readouterr()
-    assert out == "" and err.count("\n") == 1 and message in err
-    assert f"{split}.csv" in err or message.startswith("every training")
-
-
-def test_training_labels_that_are_all_ignored(nano, data_dir, capsys):
-    (data_dir / "train.csv").write_text("Label,Text\n" + "0,a\n" * 8)
-    (data_dir / "validation.csv").write_text("Label,Text\n0,a\n")
-    (data_dir / "test.csv").write_text("Label,Text\n0,a\n")
-    assert main([*nano, "--ignore_index", "0"]) == 2
-    assert "every training label is the ignored one, 0" in capsys.readouterr().err
+    assert capsys.readouterr() == ("", f"error: {data_dir}/test.csv, line 2: the text is empty\n")
 
 
 def test_batch_larger_than_the_training_set(nano, capsys):
     assert main([*nano, "--batch_size", "44"]) == 2
     assert "--batch_size 44: there are only 43 training messages" in capsys.readouterr().err
-
-
-def test_a_pipe_is_not_waited_for(nano, data_dir, capsys):
-    (data_dir / "test.csv").unlink()
-    os.mkfifo(data_dir / "test.csv")
-    assert main(nano) == 2
-    assert capsys.readouterr().err == f"error: {data_dir}/test.csv: not a regular file\n"
 
 
 def test_as_many_blanks_as_the_tokenizer_takes():
@@ -106,77 +108,107 @@ ADVICE = "make an empty folder to have the collection downloaded into it, or put
 
 
 @pytest.mark.parametrize("folder", ["missing", "link", "other files"])
-def test_a_folder_from_which_somebody_expects_other_data(no_download, tmp_path, capsys, folder):
+def test_a_folder_from_which_somebody_expects_other_data(no_download, tmp_path, folder):
     """Nobody is to train on the collection because of a mistyped name."""
     path = tmp_path / "data"
     if folder == "link":
         path.symlink_to(tmp_path / "nowhere")
     if folder == "other files":
         path.mkdir()
-        (path / "training.csv").touch()
-    assert main(["--weights", "random", "--data_dir", str(path)]) == 2
-    out, err = capsys.readouterr()
-    assert out == "" and err.startswith(f"error: --data_dir {path} ") and ADVICE in err and err.count("\n") == 1
+        (path / "train.csv.gz").touch()
+    with pytest.raises(UserError, match=f"^--data_dir {path} .*; {ADVICE} there, not compressed$"):
+        datasets.load_splits(path, "uci")
 
 
-def test_links_of_the_three_files_that_lead_nowhere(nano, no_download, data_dir, tmp_path_factory, capsys):
-    elsewhere = tmp_path_factory.mktemp("elsewhere")
+def test_files_that_cannot_be_read_are_no_reason_for_a_download(nano, no_download, data_dir, capsys):
     for split in datasets.SPLITS:
-        (data_dir / f"{split}.csv").rename(elsewhere / f"{split}.csv")
-        (data_dir / f"{split}.csv").symlink_to(elsewhere / f"{split}.csv")
-    assert main([*nano, "--quiet"]) == 0
-    for split in datasets.SPLITS:
-        (elsewhere / f"{split}.csv").unlink()
-    assert main(nano) == 2
-    assert f"train.csv is a link to {elsewhere}/train.csv, which does not exist" in capsys.readouterr().err
+        (data_dir / f"{split}.csv").unlink()
+        (data_dir / f"{split}.csv").symlink_to(data_dir / "nowhere")
+    assert main(nano) != 0
+    assert f"No such file or directory: '{data_dir}/train.csv'\n" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", [datasets.DEFAULT_DATA_DIR, "made"])
-def test_the_default_folder_is_made_and_any_other_must_be_there(monkeypatch, capsys, name):
-    """What a failed download made is removed again, what the user made stays."""
-
-    def fail(*_):
-        raise UserError("no network", status=1)
-
-    monkeypatch.setattr(gpt_download, "fetch_collection", fail)
-    if name == "made":
-        Path(name).mkdir()
-    assert main(["--weights", "random", "--data_dir", name]) == 1
-    assert capsys.readouterr().err == "error: no network\n"
-    assert Path(name).is_dir() == (name == "made")
-
-
-def test_one_of_three_files_is_not_overwritten(nano, data_dir, capsys):
+def test_one_of_three_files_is_not_overwritten(no_download, data_dir):
     (data_dir / "test.csv").unlink()
-    before = (data_dir / "train.csv").read_bytes()
-    assert main(nano) == 2
-    assert "holds train.csv but not test.csv; your own data needs all three" in capsys.readouterr().err
-    assert (data_dir / "train.csv").read_bytes() == before and len(list(data_dir.iterdir())) == 2
+    with pytest.raises(UserError, match="holds train.csv and validation.csv but not test.csv; your own data needs all"):
+        datasets.load_splits(data_dir, "uci")
 
 
 # --- good data ---
 
+LINES = 'Label,Text\n0,"a, b"\n1,ä€😀\n0,"say ""hi"""\n1,"two\nlines"\n'
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "\ufeff" + LINES.replace("\n1", "\r\n\r\n1").replace("\n0", "\r\n0"),
+        LINES.replace("0,", "0;").replace("1,", "1;").replace("Label,Text", '"Label";"Text"'),
+        LINES.replace("0,", "0\t").replace("1,", "1\t").replace("l,T", "l\tT").encode("utf-16"),
+        LINES.replace("Label,Text", "LABEL , text"),
+        LINES.replace("0,", " 0.0,").replace("1,", "1.,"),
+        LINES.replace("Label,Text", "Note,Label,Text").replace("\n0,", "\n,0,").replace("\n1,", "\n,1,"),
+        LINES.replace("Label,Text", "Label,Text,Note"),  # Excel leaves out commas at the end
+    ],
+)
+def test_what_spreadsheets_write(data_dir, content):
+    write(data_dir, train=content)
+    frame = read(data_dir)[0]["train"]
+    assert list(frame["Text"]) == ["a, b", "ä€😀", 'say "hi"', "two\nlines"] and list(frame["Label"]) == [0, 1, 0, 1]
+
 
 def test_text_is_taken_as_it_is(nano, data_dir):
-    """NA is a message, a comma in quotes and a line break are part of one, and so is <|endoftext|>."""
-    texts = ["NA", "null", 'a "b", c', "two\nlines", "<|endoftext|>", "ä€😀"]
-    frame = pd.DataFrame({"Label": [0, 1] * 3, "Text": texts})
-    frame.to_csv(data_dir / "test.csv", index=None)
-    splits, name = load_splits(nano)
-    assert list(splits["test"]["Text"]) == texts and list(splits["test"]["Label"]) == [0, 1] * 3 and name == "own"
+    """NA is a message, and so is <|endoftext|>."""
+    texts = ["NA", "null", "a\0b", "two\r\nlines", "<|endoftext|>", " b "]
+    pd.DataFrame({"Label": [0, 1] * 3, "Text": texts}).to_csv(data_dir / "test.csv", index=None)
+    assert list(read(data_dir)[0]["test"]["Text"]) == texts
     assert 50256 not in encoded(parse_args([*nano, "--no_padding"])[0])["test"].x
 
 
-def test_byte_order_mark_and_further_columns(nano, data_dir):
-    (data_dir / "test.csv").write_text("\ufeffId,Text,Label\n7,a,1\n", encoding="utf-8")
-    splits, _ = load_splits(nano)
-    assert splits["test"][["Label", "Text"]].values.tolist() == [[1, "a"]]
+def test_labels_may_be_names(nano, data_dir, capsys):
+    """They are shown instead of numbers, and tell data from other data."""
+    numbered, _, _ = read(data_dir)
+    for split in datasets.SPLITS:
+        frame = pd.read_csv(data_dir / f"{split}.csv")
+        frame.assign(Label=frame["Label"].map({0: " no  spam", 1: "Spam"})).to_csv(data_dir / f"{split}.csv")
+    named, names, warnings = read(data_dir, ignore_index=-1)
+    assert names == ["Spam", "no spam"] and warnings == []
+    assert all((named[split]["Label"] == 1 - numbered[split]["Label"]).all() for split in named)
+    assert datasets.sha256_of_splits(datasets.load_splits(data_dir, "uci")[0]) != datasets.sha256_of_splits(numbered)
+    assert main(nano) == 0
+    assert "Spam called no spam" in capsys.readouterr().out
+    write(data_dir, test="Label,Text\n-100,a\n")
+    with pytest.raises(UserError, match="line 2: label -100, but the labels .* are Spam, no spam"):
+        read(data_dir)
+
+
+def test_a_label_that_the_loss_ignores_is_still_one_if_it_is_not_negative(data_dir):
+    assert read(data_dir, ignore_index=1)[1:] == (["0", "1"], [])
+
+
+def test_three_classes_and_messages_without_a_label(nano, data_dir, capsys):
+    frame = pd.read_csv(data_dir / "train.csv")
+    frame["Label"] = [0, 1, 2] * 14 + [-100]
+    frame.to_csv(data_dir / "train.csv", index=None)
+    write(data_dir, test="Label,Text\n-100,a\n2,b\n")
+    [record] = ae.run(parse_args([*nano, "--batch_size", "1"])[0])
+    assert (record.train.total, record.test.total) == (42, 1)
+    assert "loss nan" not in capsys.readouterr().out
+
+
+def test_warnings_come_before_training(nano, data_dir, capsys):
+    write(data_dir, validation="Label,Text\n-100,same\n", test='Label,Text\n0,"see\nyou"\n1,"see\nyou"\n0,"see\nyou"\n')
+    assert main(nano) == 0
+    assert capsys.readouterr().err.splitlines() == [
+        "warning: no message of validation.csv has a label: loss and accuracy on it are not known",
+        'warning: texts with contradictory labels: 1, among them "see you": 0 (2 times) and 1 (1 times)',
+    ]
 
 
 def test_without_padding_nothing_is_cut_to_the_longest_training_message(nano, data_dir):
     """As in the original. The limit is the model's, or the number that is asked for."""
     long = "word " * 1100
-    (data_dir / "test.csv").write_text(f"Label,Text\n0,{long}\n1,{long[:300]}\n")
+    write(data_dir, test=f"Label,Text\n0,{long}\n1,{long[:300]}\n")
     for options, expected in (
         (["--no_padding"], [1024, 61]),
         (["--no_padding", "--context_length", "50"], [50, 50]),
@@ -184,44 +216,70 @@ def test_without_padding_nothing_is_cut_to_the_longest_training_message(nano, da
         ([], [12, 12]),
     ):
         experiment, *_ = parse_args([*nano, *options])
-        assert encoded(experiment)["test"].lengths.tolist() == expected
         data = ae.prepare_data(experiment)
+        assert data.messages["test"].lengths.tolist() == expected
         assert data.longest == max(expected) and data.limit >= data.longest
 
 
-def test_three_classes_and_messages_without_a_label(nano, data_dir, capsys):
-    frame = pd.read_csv(data_dir / "train.csv")
-    frame["Label"] = [0, 1, 2] * 14 + [-100]
-    frame.to_csv(data_dir / "train.csv", index=None)
-    (data_dir / "test.csv").write_text("Label,Text\n-100,a\n2,b\n")
-    [record] = ae.run(parse_args([*nano, "--batch_size", "1"])[0])
-    assert (record.train.total, record.test.total) == (42, 1)
-    assert "loss nan" not in capsys.readouterr().out
+# --- the collection ---
 
 
 def test_sample_is_split_70_10_20_and_balanced(sample_splits):
     assert [len(sample_splits[split]) for split in datasets.SPLITS] == [840, 120, 240]
     assert sum(frame["Label"].sum() for frame in sample_splits.values()) == 600
+    assert datasets.number_labels(sample_splits, "sample", "", -100)[1:] == (["ham", "spam"], [])
 
 
-def test_collection_is_split_and_written_once(tmp_path, monkeypatch):
-    """On the sample in place of the collection. A run that was killed between two files is completed."""
-    collection = tmp_path / "SMSSpamCollection"
-    collection.write_bytes(gpt_download.SAMPLE.read_bytes())
+@pytest.fixture
+def collection(tmp_path, monkeypatch):
+    """The sample in place of the collection, alone in a folder."""
+    path = tmp_path / "SMSSpamCollection"
+    path.write_bytes(gpt_download.SAMPLE.read_bytes())
     monkeypatch.setattr(gpt_download, "COLLECTION_SHA256", gpt_download.SAMPLE_SHA256)
-    options = ["--data_dir", tmp_path]
-    with pytest.raises(UserError, match="splits the collection differently"):
-        load_splits(options)
-    assert list(tmp_path.iterdir()) == [collection]
+    return path
 
+
+@pytest.fixture
+def sums(collection, monkeypatch):
     contents = {s: frame.to_csv(index=None).encode() for s, frame in datasets.balanced_splits(collection).items()}
     sums = {split: hashlib.sha256(content).hexdigest() for split, content in contents.items()}
     monkeypatch.setattr(datasets, "UCI_SPLITS_SHA256", sums)
-    splits, name = load_splits(options)
-    assert {split: len(frame) for split, frame in splits.items()} == dict(train=840, validation=120, test=240)
-    assert name == "uci"
+    return sums
+
+
+def test_other_splits_than_the_published_ones_are_refused(collection, tmp_path):
+    with pytest.raises(UserError, match="splits the collection differently"):
+        datasets.load_splits(tmp_path, "uci")
+    assert list(tmp_path.iterdir()) == [collection]
+
+
+def test_collection_is_split_and_written_once(collection, sums, tmp_path):
+    """A run that was killed between two files is completed."""
+    first, name = datasets.load_splits(tmp_path, "uci")
+    assert name == "uci" and {split: sha256_of(tmp_path / f"{split}.csv") for split in sums} == sums
     (tmp_path / "test.csv").unlink()
-    assert load_splits(options)[1] == "uci"
-    assert sha256_of(tmp_path / "test.csv") == sums["test"]
+    assert datasets.load_splits(tmp_path, "uci")[1] == "uci" and sha256_of(tmp_path / "test.csv") == sums["test"]
     collection.unlink()  # not looked at any more
-    assert len(load_splits(options)[0]["train"]) == 840
+    again, name = datasets.load_splits(tmp_path, "uci")
+    assert name == "uci" and datasets.sha256_of_splits(again) == datasets.sha256_of_splits(first)
+
+
+def test_a_folder_that_cannot_be_written_to(collection, sums, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise PermissionError
+
+    monkeypatch.setattr(os, "replace", refuse)
+    splits, name = datasets.load_splits(tmp_path, "uci")
+    assert name == "uci" and len(splits["train"]) == 840 and list(tmp_path.iterdir()) == [collection]
+
+
+def test_folders_that_the_collection_is_downloaded_into(monkeypatch):
+    monkeypatch.setattr(gpt_download, "fetch_collection", lambda *_: gpt_download.SAMPLE)
+    with pytest.raises(UserError, match="splits the collection differently"):
+        datasets.load_splits(datasets.DEFAULT_DATA_DIR, "uci")
+    Path(datasets.DEFAULT_DATA_DIR).mkdir()
+    Path(datasets.DEFAULT_DATA_DIR, "notes.txt").touch()
+    Path("other", datasets.FEATURES).mkdir(parents=True)
+    for folder in (datasets.DEFAULT_DATA_DIR, "other"):
+        with pytest.raises(UserError, match="splits the collection differently"):
+            datasets.load_splits(folder, "uci")

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import additional_experiments as ae
 from additional_experiments import Experiment, build_classifier
 from previous_chapters import TransformerBlock
-from runner.data import features, placement
+from runner.data import features
 
 TINY = {"tiny-1": (12, 3, 2), "tiny-2": (8, 2, 1), "tiny-3": (16, 5, 8)}  # width, layers, heads
 
@@ -192,9 +192,8 @@ DEVICES = [
     ],
 )
 def test_features_give_the_same_run_wherever_they_are_kept(nano, changes, device):
-    """Host and device are the same memory on the CPU; elsewhere the features travel."""
     (history, accuracies), *others = (
-        run_nano(nano, features=place, device=device, **changes) for place in ("device", "host", "auto", "off")
+        run_nano(nano, features=place, device=device, **changes) for place in ("memory", "auto", "off")
     )
     for other, other_accuracies in others:
         assert other.train_losses == pytest.approx(history.train_losses, abs=2e-6)
@@ -205,13 +204,13 @@ def test_features_give_the_same_run_wherever_they_are_kept(nano, changes, device
 def test_features_go_where_there_is_room(monkeypatch):
     gpu, cpu = torch.device("cuda"), torch.device("cpu")
     free = {gpu: 1000, cpu: 3000}
-    monkeypatch.setattr(placement, "free_memory", lambda device: free[device])
-    placements = [placement.choose_placement("auto", size, gpu) for size in (500, 501, 1500, 1501)]
-    assert placements == ["device", "host", "host", "off"]
-    assert placement.choose_placement("auto", 1501, gpu, is_room_on_disk=True) == "disk"
-    assert placement.choose_placement("auto", 400, gpu, reserved=201) == "host"
-    for name in ("device", "host", "disk", "off"):
-        assert placement.choose_placement(name, 10**12, gpu) == name
+    monkeypatch.setattr(features, "free_memory", lambda device: free[device])
+    place = features.choose_placement
+    assert [place("auto", size, gpu) for size in (500, 501, 1500, 1501)] == ["device", "host", "host", "off"]
+    assert place("auto", 1501, gpu, fits_on_disk=True) == "disk"
+    assert place("auto", 400, gpu, reserved=201) == "host"
+    assert [place("memory", size, gpu) for size in (500, 1500, 10**12)] == ["device", "host", "host"]
+    assert [place(choice, 1, gpu) for choice in ("disk", "off")] == ["disk", "off"]
 
 
 @pytest.mark.parametrize("layers", ["last_layer", "last_block", "last_two_blocks"])
@@ -225,7 +224,7 @@ def test_size_of_features_is_foreseen(nano, layers):
             classifier, messages["train"], classifier.frozen_part, features.in_memory(CPU)
         )
         parts = [part for part in (computed.x, computed.residual) if part is not None]
-        assert placement.feature_bytes(classifier, {"train": messages["train"]}) == sum(part.nbytes for part in parts)
+        assert features.feature_bytes(classifier, {"train": messages["train"]}) == sum(part.nbytes for part in parts)
 
 
 def test_windows_run_as_one_batch_with_the_same_losses(nano, monkeypatch):

@@ -1,133 +1,81 @@
-"""Files that are whole or absent, checksums, files of tensors, and what else is made of such files."""
+"""Files that are whole or absent, paths that are refused, values that are not finite."""
 
 import os
-import time
 
 import pytest
 import torch
-from helpers import damaged_at, no_file_above
-from safetensors.torch import save_file
+from helpers import no_file_above
 
+import additional_experiments as ae
 from runner import files
-from runner.data.tensor_files import read_tensors, write_tensors
-from runner.files import UserError
-
-TENSORS = {"a": torch.arange(6.0).reshape(2, 3).T, "step": torch.tensor(3.0), "rng": torch.get_rng_state()}
-TENSORS |= {"half": torch.ones(3, dtype=torch.bfloat16), "none": torch.empty(0, dtype=torch.long)}
 
 
-def test_tensors_come_back_as_they_were(tmp_path):
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_what_was_there_stays_if_writing_fails(tmp_path):
     path = tmp_path / "file"
-    write_tensors(path, "checkpoint", 1, dict(loss=0.1, text="ä"), TENSORS)
-    description, tensors = read_tensors(path, "checkpoint", 1)
-    assert description == dict(loss=0.1, text="ä") and tensors.keys() == TENSORS.keys()
-    assert all(tensors[name].equal(tensor) and tensors[name].dtype == tensor.dtype for name, tensor in TENSORS.items())
-    assert [path] == list(tmp_path.iterdir())
-
-
-def in_the_next_format(path):
-    metadata = dict(kind="checkpoint", format="2", description="{}", sha256="")
-    save_file({"a": torch.ones(1)}, path, metadata)
-
-
-@pytest.mark.parametrize(
-    "damage, message",
-    [
-        (damaged_at(-1), "is damaged"),
-        (damaged_at(-1000), "is damaged"),
-        (damaged_at(3), "cannot be read as a checkpoint"),
-        (lambda path: path.write_bytes(path.read_bytes()[:-10]), "cannot be read as a checkpoint"),
-        (lambda path: path.write_bytes(path.read_bytes()[:4]), "cannot be read as a checkpoint"),
-        (lambda path: path.write_bytes(b""), "cannot be read as a checkpoint"),
-        (lambda path: path.write_text("my diary\n" * 100), "cannot be read as a checkpoint"),
-        (lambda path: save_file({"a": torch.ones(1)}, path), "is not a checkpoint of this program"),
-        (lambda path: write_tensors(path, "other", 1, {}, TENSORS), "is not a checkpoint of this program"),
-        (in_the_next_format, "in format 2; this program reads format 1"),
-    ],
-)
-def test_files_that_are_not_what_was_written(tmp_path, damage, message):
-    path = tmp_path / "file"
-    write_tensors(path, "checkpoint", 1, dict(loss=0.1), TENSORS)
-    damage(path)
-    with pytest.raises(UserError, match=message):
-        read_tensors(path, "checkpoint", 1)
-
-
-def test_any_flipped_byte_is_found(tmp_path):
-    path = tmp_path / "file"
-    write_tensors(path, "checkpoint", 1, dict(loss=0.1), {"a": torch.arange(4.0)})
-    whole = path.read_bytes()
-    padding = set(range(len(whole) - 16 - 8, len(whole) - 16))  # spaces behind the header, which say nothing
-    for position in set(range(len(whole))) - padding:
-        damaged_at(position)(path)
-        with pytest.raises(UserError):
-            read_tensors(path, "checkpoint", 1)
-        path.write_bytes(whole)
-
-
-def test_what_was_there_stays_if_the_disk_is_full(tmp_path):
-    path = tmp_path / "file"
-    write_tensors(path, "checkpoint", 1, {}, TENSORS)
-    before = path.read_bytes()
+    files.write_bytes(path, b"before")
     with no_file_above(10_000), pytest.raises(OSError, match="File too large"):
-        write_tensors(path, "checkpoint", 1, {}, {"a": torch.zeros(10_000)})
-    assert path.read_bytes() == before and [path] == list(tmp_path.iterdir())
+        files.write_bytes(path, bytes(20_000))
+    with pytest.raises(KeyboardInterrupt), files.atomic_write(path) as temporary:
+        temporary.write_bytes(b"half")
+        raise KeyboardInterrupt
+    assert path.read_bytes() == b"before" and names(tmp_path) == ["file"]
 
 
-@pytest.mark.parametrize(
-    "name, age, is_removed",
-    [
-        ("file.HERE.999999999.0123abcd.part", 0, True),
-        ("file.HERE.SELF.0123abcd.part", 0, False),  # at work
-        ("file.elsewhere.999999999.0123abcd.part", 0, False),  # on another host, or in another container
-        ("file.elsewhere.SELF.0123abcd.part", 25 * 3600, True),
-        ("file.999999999.part", 0, False),  # of an earlier version
-        ("file.999999999.part", 25 * 3600, True),
-        ("other.HERE.999999999.0123abcd.part", 25 * 3600, False),
-    ],
-)
-def test_what_a_killed_process_left_is_removed(tmp_path, name, age, is_removed):
-    """HERE is this host, SELF this process; no system has as many processes as 999,999,999."""
-    name = name.replace("HERE", files.host_name()).replace("SELF", str(os.getpid()))
-    folder = tmp_path / name
-    folder.mkdir()
-    (folder / ".tmp123").write_bytes(bytes(100))
-    for path in (folder / ".tmp123", folder):
-        os.utime(path, (time.time() - age,) * 2)
-    write_tensors(tmp_path / "file", "checkpoint", 1, {}, TENSORS)
-    assert {path.name for path in tmp_path.iterdir()} == {"file", *([] if is_removed else [name])}
-
-
-def test_a_writer_that_takes_days_is_left_alone(tmp_path):
-    """A folder is as old as the last write to what is in it."""
-    folder = tmp_path / "file.elsewhere.1.0123abcd.part"
-    folder.mkdir()
-    (folder / "file").write_bytes(bytes(100))
-    os.utime(folder, (time.time() - 7 * 24 * 3600,) * 2)
-    write_tensors(tmp_path / "file", "checkpoint", 1, {}, TENSORS)
-    assert folder.exists()
-
-
-def test_two_writers_of_one_process_do_not_meet(tmp_path):
+def test_two_writers_of_one_file(tmp_path):
     with files.atomic_write(tmp_path / "file") as first, files.atomic_write(tmp_path / "file") as second:
         first.write_text("first")
         second.write_text("second")
-    assert (tmp_path / "file").read_text() == "first" and len(list(tmp_path.iterdir())) == 1
+    assert (tmp_path / "file").read_text() == "first" and names(tmp_path) == ["file"]
 
 
-def test_a_pipe_is_never_replaced_by_a_file(tmp_path):
+def test_a_name_as_long_as_the_file_system_takes(tmp_path):
+    path = tmp_path / ("ä" * 125 + ".png")  # 254 bytes
+    with files.atomic_write(path) as temporary:
+        temporary.write_bytes(b"content")
+        assert temporary.suffix == ".png"
+    assert path.read_bytes() == b"content"
+
+
+def test_the_mode_is_that_of_any_new_file(tmp_path):
+    """Also where a library puts a file of its own, for its owner only, in place of the temporary one."""
+    (tmp_path / "other").touch()
+    with files.atomic_write(tmp_path / "file") as temporary:
+        temporary.unlink()
+        temporary.touch(mode=0o600)
+    assert (tmp_path / "file").stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+def test_a_link_keeps_leading_to_its_file(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "folder" / "file")
+    files.write_bytes(tmp_path / "link", b"content")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "folder" / "file").read_bytes() == b"content"
+
+
+@pytest.mark.parametrize("option", ["checkpoint", "save_model", "plot"])
+def test_a_link_that_leads_back_to_itself(nano, tmp_path, capfd, option):
+    path = tmp_path / "loop.png"
+    path.symlink_to(path)
+    with pytest.raises(OSError, match="symbolic links"):
+        files.write_bytes(path, b"content")
+    assert ae.main([*nano, f"--{option}", str(path)]) in (1, 2)
+    err = capfd.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1 and str(path) in err and path.is_symlink()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no such pipes")
+def test_a_pipe_and_a_device_are_never_replaced(nano, tmp_path, capfd):
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(OSError, match="not a regular file"):
-        files.write_bytes(tmp_path / "pipe", b"content")
-    assert (tmp_path / "pipe").is_fifo() and len(list(tmp_path.iterdir())) == 1
-
-
-def test_the_mode_of_a_file_is_kept(tmp_path):
-    path = tmp_path / "file"
-    files.write_bytes(path, b"before")
-    path.chmod(0o600)
-    files.write_bytes(path, b"after")
-    assert path.read_bytes() == b"after" and path.stat().st_mode & 0o777 == 0o600
+    for path in (tmp_path / "pipe", "/dev/null"):
+        with pytest.raises(OSError, match="not a regular file"):
+            files.write_bytes(path, b"content")
+        assert ae.main([*nano, "--checkpoint", str(path)]) == 2
+        assert capfd.readouterr().err == f"error: --checkpoint {path} is not a regular file\n"
+    assert (tmp_path / "pipe").is_fifo() and "pipe" in names(tmp_path)
 
 
 def test_values_that_are_not_finite_are_named():

@@ -1,6 +1,6 @@
 """The command line: what options mean, what bad ones are told, and --help."""
 
-import importlib.util
+import math
 from dataclasses import fields
 from pathlib import Path
 
@@ -9,6 +9,9 @@ import pytest
 from additional_experiments import Experiment, main, parse_args
 from runner.files import UserError
 from runner.options import RunOptions
+from runner.rows import ROWS
+
+NANO = "gpt2-nano (7M)"
 
 
 def parse(*options):
@@ -21,8 +24,15 @@ def test_options_given_with_a_preset_win():
     )
     assert parse("--batch_size", 2, "--row", 14).batch_size == 2
     demo = parse("--demo", "--num_epochs", 1)
-    assert (demo.model_size, demo.weights, demo.trainable_layers) == ("gpt2-nano (7M)", "random", "all")
+    assert (demo.model_size, demo.weights, demo.trainable_layers) == (NANO, "random", "all")
     assert (demo.dataset, demo.learning_rate, demo.num_epochs) == ("sample", 5e-4, 1)
+
+
+def test_dashes_and_short_names():
+    assert parse("--trainable-layers", "all", "--batch-size=4") == parse("--trainable_layers=all", "--batch_size", 4)
+    assert parse("--no-padding").no_padding
+    sizes = {parse("--weights=random", "--model-size", size).model_size for size in ("nano", "gpt2-nano", NANO)}
+    assert sizes == {NANO} and parse("--model_size", "xl").model_size == "gpt2-xl (1558M)"
 
 
 # --- bad input ---
@@ -31,8 +41,12 @@ def test_options_given_with_a_preset_win():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ("--no_such_option", "unrecognized arguments: --no_such_option"),
-        ("--batch 8", "unrecognized arguments: --batch 8"),  # no guessing of abbreviations
+        ("--batch 8", "there is no option --batch; the nearest is --batch_size"),  # no guessing of abbreviations
+        ("--model 3", "there is no option --model; the nearest is --model_size"),
+        ("--epochs=8", "there is no option --epochs=8; the nearest is --num_epochs"),
+        ("--learning-rte 1", "there is no option --learning_rte; the nearest is --learning_rate"),
+        ("-row 2", "there is no option -row; the nearest is --row"),
+        ("--xyz", "there is no option --xyz (--help"),
         ("--model_size gpt3", '"gpt3" is none of gpt2-small (124M), '),
         ("--trainable_layers some", "invalid choice: 'some'"),
         ("--trainable_token_pos middle", "invalid choice: 'middle'"),
@@ -86,22 +100,15 @@ def test_misprint_of_row_9(capsys):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ("--report_plot a.png", "--report_plot needs --report"),
+        ("--write a.png", "--write needs --report"),
         ("--classify a", "--classify needs --load_model"),
         ("--load_model a", "--load_model needs --classify"),
-        ("--restart", "--restart needs --checkpoint"),
         ("--plot a.gif", '"a.gif" does not end in .png, .pdf, .svg'),
         ("--repeats 0", "0 is less than 1"),
         ("--repeats 2 --save_model a", "--save_model is for one classifier, --repeats trains several"),
         ("--checkpoint nowhere/a", "--checkpoint nowhere/a: there is no folder nowhere"),
         ("--checkpoint .", "--checkpoint . is a folder"),
-        ("--results_file /dev/null", '--results_file /dev/null is not a regular file; for none: --results_file ""'),
-        ("--results_file /dev/full", "--results_file /dev/full is not a regular file"),
         ("--checkpoint /dev/null", "--checkpoint /dev/null is not a regular file"),
-        ("--results_file /dev/stdout", "--results_file /dev/stdout is not a regular file"),
-        ("--results_file /proc/self/fd/1", "--results_file /proc/self/fd/1 is not a regular file"),
-        ("--report /dev/stdin", "--report /dev/stdin is not a regular file"),
-        ("--report r.svg --report_plot ./r.svg", "--report and --report_plot name the same file"),
         ("--weights random --save_model sms_spam_collection/train.csv", "there is no folder sms_spam_collection"),
         ("--weights random --data_dir . --save_model train.csv", "--save_model train.csv would overwrite the data"),
         (
@@ -111,24 +118,19 @@ def test_misprint_of_row_9(capsys):
         ("--seed " + "9" * 5000, "is not a whole number"),
         ("--checkpoint=", "--checkpoint is given without the name of a file"),
         ("--checkpoint a --save_model ./a", "--checkpoint and --save_model name the same file, ./a"),
-        ("--plot results.csv.png --save_model results.csv", "--save_model and --results_file name the same file"),
+        ("--plot a.png --save_model ./a.png", "--plot and --save_model name the same file"),
         ("--checkpoint_minutes -1", "-1.0 is less than 0"),
         ("--report --row 3", "--row cannot be combined with --report"),
         ("--report --repeats 2", "--repeats cannot be combined with --report"),
-        ("--report missing.csv", "missing.csv cannot be read: No such file or directory"),
+        ("--report missing", "--report missing: there is no such folder"),
         ("--load_model missing --classify a", "missing cannot be read as a saved classifier"),
+        ("--classify --a-b --load-model missing", "missing cannot be read as a saved classifier"),
     ],
 )
 def test_bad_options_of_what_a_call_does(options, message, capsys):
     assert main(options.split()) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1 and message in err and list(Path().iterdir()) == []
-
-
-def test_pictures_need_matplotlib(monkeypatch, capsys):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert main(["--plot", "a.png"]) == 2
-    assert "pictures need matplotlib, which is not installed: pip install matplotlib" in capsys.readouterr().err
 
 
 # --- help and settings ---
@@ -138,13 +140,55 @@ def test_help_names_every_option_and_its_default(capsys):
     with pytest.raises(SystemExit) as exit:
         main(["--help"])
     assert exit.value.code == 0
-    text = " ".join(capsys.readouterr().out.split())
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) < 140 and max(map(len, lines)) <= 80
+    assert [line.split()[0] for line in lines[-19:]] == [str(number) for number in ROWS]
+    for number in list(ROWS)[1:]:  # the first is the defaults
+        assert parse(*lines[number - 20].split()[1:]) == parse("--row", number)
+    text = " ".join(" ".join(lines).split())
     for field in (*fields(Experiment), *fields(RunOptions)):
         assert f"--{field.name}" in text
         if field.type is not bool and field.default not in (None, ()):
-            assert f"(default: {field.default})" in text
+            assert f"default: {field.default})" in text
+        assert all(f"{choice}, " in text or f"{choice}; " in text for choice in field.metadata.get("choices", ()))
 
 
-def test_settings_are_checked_without_a_command_line_too():
-    with pytest.raises(UserError, match="no pretrained weights"):
-        Experiment(model_size="gpt2-nano (7M)")
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (dict(model_size=NANO), "no pretrained weights"),
+        (dict(model_size="xl"), "--model_size does not take 'xl'"),
+        (dict(precision="fp16"), "--precision does not take 'fp16'; choose from fp32, bf16, tf32"),
+        (dict(num_epochs=0), "--num_epochs: 0 is less than 1"),
+        (dict(num_epochs="3"), "--num_epochs does not take '3'"),
+        (dict(num_epochs=2.5), '--num_epochs: "2.5" is not a whole number'),
+        (dict(num_epochs=True), '--num_epochs: "True" is not a whole number'),
+        (dict(num_epochs=None), '--num_epochs: "None" is not a whole number'),
+        (dict(learning_rate=math.nan), '--learning_rate: "nan" is not a finite number'),
+        (dict(learning_rate=[5e-5]), "is not a finite number"),
+        (dict(context_length="120"), "--context_length does not take '120'"),
+        (dict(context_length=1025), "--context_length: 1025 is more than 1024"),
+        (dict(no_padding=0), "--no_padding does not take 0"),
+        (dict(no_padding="yes"), "--no_padding does not take 'yes'"),
+        (dict(weights=None), "--weights does not take None"),
+        (dict(device=["cpu"]), "--device does not take ['cpu']; choose from auto, cpu, mps, cuda"),
+        (dict(repeats=0), "--repeats: 0 is less than 1"),
+        (dict(quiet=None), "--quiet does not take None"),
+        (dict(checkpoint=3), "--checkpoint does not take 3"),
+        (dict(plot="a.gif"), '"a.gif" does not end in .png'),
+    ],
+)
+def test_settings_are_checked_without_a_command_line_too(settings, message):
+    kind = Experiment if settings.keys() <= Experiment.__dataclass_fields__.keys() else RunOptions
+    with pytest.raises(UserError) as error:
+        kind(**settings)
+    assert message in str(error.value)
+
+
+def test_settings_of_a_command_line_and_of_python_are_the_same():
+    settings = dict(
+        context_length=50, learning_rate=1, weight_decay=0, lora_alpha=1e-9, ignore_index=-1, seed=2**63 - 1
+    )
+    given = [word for name, value in settings.items() for word in (f"--{name}", value)]
+    assert Experiment(no_padding=True, **settings) == parse("--no_padding", *given)
+    assert RunOptions(classify=("a", "b"), load_model="c") == parse_args(["--load_model=c", "--classify", "a", "b"])[1]

@@ -1,52 +1,53 @@
-"""The pictures."""
+"""Pictures of runs and of the table."""
 
 import re
+from pathlib import Path
 
+import matplotlib
 import pytest
 from helpers import made_up_record
-from test_report import FIRST_ROWS, six_records, standing_of
+from test_summary import nano, row
 
 from runner.parsers import IMAGE_FORMATS
 from runner.results import pictures
 from runner.results.accuracy import Accuracy
 from runner.results.records import History
+from runner.results.summary import summarize
 
 SIGNATURES = {".png": b"\x89PNG", ".pdf": b"%PDF", ".svg": b"<?xml"}
 
 
-@pytest.mark.parametrize("suffix", IMAGE_FORMATS)
-def test_pictures(tmp_path, suffix):
-    history = History(
-        steps=[0, 50, 100],
-        train_losses=[1.0, 0.5, 0.1],
-        val_losses=[1.0, 0.6, 0.4],
-        train_accuracies=[Accuracy(30, 40)],
-        val_accuracies=[Accuracy(35, 40)],
-    )
-    record = made_up_record("x", history=history)
-    pictures.plot_histories(tmp_path / f"one{suffix}", [record], n_train=847)
-    pictures.plot_histories(tmp_path / f"seeds{suffix}", [record, record], n_train=847)
-    pictures.plot_report(tmp_path / f"report{suffix}", standing_of(*six_records(tmp_path / "r.csv")), FIRST_ROWS)
-    pictures.plot_report(tmp_path / f"nothing{suffix}", standing_of(), FIRST_ROWS)
-    drawn = [path for path in tmp_path.iterdir() if path.suffix == suffix]
-    assert len(drawn) == 4 and all(path.read_bytes().startswith(SIGNATURES[suffix]) for path in drawn)
-
-
-def test_report_picture_names_each_row(tmp_path):
-    import matplotlib
-
+def texts_in(draw, *arguments):
     with matplotlib.rc_context({"svg.fonttype": "none"}):  # letters as letters
-        pictures.plot_report(tmp_path / "report.svg", standing_of(*six_records(tmp_path / "r.csv")), FIRST_ROWS)
-    texts = re.findall(r"<text[^>]*>([^<]*)</text>", (tmp_path / "report.svg").read_text())
-    for text in (
-        "last block, last token (n\u00a0=\u00a02)   1",
-        "last layer   3",
-        "published",
-    ):
-        assert text in texts
+        draw("picture.svg", *arguments)
+    return re.findall(r"<text[^>]*>([^<]*)</text>", Path("picture.svg").read_text())
 
 
-def test_report_picture_takes_any_path(tmp_path):
-    record = made_up_record("x", row=None, configuration="{0} {braces} 100% $x^2$ weights, \\frac")
-    pictures.plot_report(tmp_path / "report.svg", standing_of(record), FIRST_ROWS)
-    assert "<svg" in (tmp_path / "report.svg").read_text()
+def histories(n):
+    history = History([0, 50, 100], [1.0, 0.5, 0.1], [1.0, 0.6, 0.4], [Accuracy(30, 40)], [Accuracy(35, 40)])
+    return [made_up_record(history=history)] * n
+
+
+@pytest.mark.parametrize("suffix", IMAGE_FORMATS)
+def test_pictures_in_each_format(tmp_path, suffix):
+    pictures.plot_histories(tmp_path / f"one{suffix}", histories(1), 847)
+    pictures.plot_summary(tmp_path / f"nothing{suffix}", summarize([]))
+    assert all(path.read_bytes().startswith(SIGNATURES[suffix]) for path in tmp_path.iterdir())
+
+
+def test_the_course_of_training_says_what_was_measured():
+    texts = texts_in(pictures.plot_histories, histories(3), 847)
+    assert {"training", "validation", "3 seeds", "Loss", "Messages seen", "first 40 messages"} <= set(texts)
+
+
+def test_the_picture_names_each_row_and_has_no_legend_for_what_is_not_drawn():
+    texts = texts_in(pictures.plot_summary, summarize([row(1, seed=1), row(1, seed=2), row(3), nano(1), nano(2)]))
+    rows = {"last block, last token  1", "last layer  3", "last block, last token  1, 6–8", "The table:"}
+    assert rows | {"published", "single seeds"} <= set(texts)
+    texts = texts_in(pictures.plot_summary, summarize([nano(1)]))
+    assert "published" not in texts and "single seeds" not in texts and "measured, 95% interval" in texts
+
+
+def test_the_picture_takes_any_name():
+    record = made_up_record(options=dict(weights="{0} 100% $x^2$ \\frac"), configuration="{0} 100% $x^2$ \\frac")
+    assert "{0} 100% $x^2$ \\frac" in texts_in(pictures.plot_summary, summarize([record]))

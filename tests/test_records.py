@@ -1,25 +1,212 @@
-"""The history of a run, and a record's way through JSON."""
+"""A run's history, its record, and the file that holds it."""
 
 import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
-from helpers import made_up_record, made_up_run
+import pandas as pd
+import pytest
+import torch
+from helpers import made_up_confusion, made_up_record, no_file_above
 
+from additional_experiments import ROWS, main, parse_args
+from gpt_download import find_weights
+from runner.data.datasets import Repeats, find_repeats
+from runner.files import UserError
 from runner.results.accuracy import Accuracy
-from runner.results.records import History, Record
+from runner.results.records import (
+    History,
+    Record,
+    describe_test,
+    options_of,
+    read_records,
+    row_number,
+    run_name,
+    without,
+    write_record,
+)
+
+UCI = SimpleNamespace(name="uci", sha256="01234567" * 8)
+OWN = SimpleNamespace(name="own", sha256="89abcdef" * 8)
 
 
-def test_records_and_their_history_survive_json():
+def parse(*options):
+    return parse_args([str(option) for option in options])[0]
+
+
+def name_of(*options, data=UCI, device="cpu"):
+    experiment = parse(*options)
+    weights = find_weights(experiment.weights, experiment.model_size)
+    return run_name(experiment, data, weights, torch.device(device))
+
+
+def test_history_prints_lines_that_fit_and_survives_json():
     history = History()
     line = history.add_losses(epoch=1, step=50, train_loss=0.25, val_loss=0.125)
     assert line == "Ep 1 (Step 000050): Train loss 0.250, Val loss 0.125"
-    history.add_accuracies(Accuracy(30, 40), Accuracy(35, 40))
-    record = made_up_record("x", history=history)
-    assert Record.from_dict(json.loads(json.dumps(record.to_dict()))) == record
-    record = made_up_run("x", [1, 2, 7], history=history)
-    assert Record.from_dict(json.loads(json.dumps(record.to_dict()))) == record
+    line = history.add_accuracies(Accuracy(40, 40), Accuracy(35, 40))
+    assert line == "Training accuracy: 100.00% | Validation accuracy: 87.50% (first messages only: 40/40, 35/40)"
+    assert len(line) <= 100
+    assert History.from_dict(json.loads(json.dumps(history.to_dict()))) == history
 
-    lengths = history.lengths
-    history.add_losses(epoch=2, step=100, train_loss=0.1, val_loss=0.1)
-    assert History.from_dict(json.loads(json.dumps(history.to_dict(lengths)))) == record.history.__class__(
-        [50], [0.25], [0.125], [Accuracy(30, 40)], [Accuracy(35, 40)], history.lines[:2]
-    )
+
+def test_a_record_survives_its_file(tmp_path):
+    history = History([0, 50], [1.0, 0.5], [1.0, 0.6], [Accuracy(30, 40)], [Accuracy(35, 40)], ["a line"])
+    record = made_up_record([1, 2, 299], history=history, note="two\nlines \u2028 \x1b[1m")
+    path = write_record(tmp_path / "new", record)
+    assert path == tmp_path / "new" / f"{record.run}.json"
+    assert read_records([path.parent]) == ([record], [])
+    write_record(path.parent, replace(record, minutes=9.0))  # the same run again
+    assert [found.minutes for found in read_records([path.parent])[0]] == [9.0]
+
+
+def test_records_are_a_data_frame_in_one_call(tmp_path):
+    for wrong, seed in (([1], 1), ([1, 2], 2)):
+        write_record(tmp_path, made_up_record(wrong, seed=seed))
+    runs = pd.json_normalize([json.loads(path.read_text()) for path in sorted(tmp_path.glob("*.json"))])
+    assert sorted(runs["test.correct"]) == [298, 299] and set(runs["settings.num_epochs"]) == {5}
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: content[:-50],
+        lambda content: b"",
+        lambda content: b"\xff\xfe",
+        lambda content: b"[1, 2]",
+        lambda content: b"[" * 100_000,
+        lambda content: content.replace(b'"version": 1', b'"version": 2'),
+        lambda content: content.replace(b'"note"', b'"other"'),
+        lambda content: content.replace(b'"minutes": 3.5', b'"minutes": "long"'),
+        lambda content: content.replace(b'"minutes": 3.5', b'"minutes": NaN'),
+        lambda content: content.replace(b'"totals": [150, 150]', b'"totals": [0, 0]'),
+        lambda content: content.replace(b"[1, 1, 0, 0.9]", b"[1, 7, 0, 0.9]"),
+        lambda content: content.replace(b"[1, 1, 0, 0.9]", b'[1, 1, 0, "x"]'),
+        lambda content: content.replace(b'"steps": []', b'"steps": [1]'),
+        lambda content: content.replace(b'"message 1"', b"5"),
+        lambda content: content.replace(b'"options": {}', b'"options": {"a": []}'),
+        lambda content: content.replace(b'"class_names": ["ham", "spam"]', b'"class_names": ["ham"]'),
+    ],
+)
+def test_what_is_no_record_is_named_and_skipped(tmp_path, damage):
+    good, bad = (write_record(tmp_path, made_up_record([1], seed=seed)) for seed in (1, 2))
+    before = bad.read_bytes()
+    bad.write_bytes(damage(before))
+    assert bad.read_bytes() != before
+    records, [problem] = read_records([tmp_path])
+    assert [record.seed for record in records] == [1] and problem.startswith(f"{bad} is no record of a run (")
+    assert problem.endswith("; skipped") and "\n" not in problem
+
+
+def test_folders_that_cannot_be_read(tmp_path):
+    with pytest.raises(UserError, match="results.csv of earlier versions is not read"):
+        read_records([tmp_path / "results.csv"])
+    with pytest.raises(UserError, match="there is no such folder"):
+        read_records([tmp_path / "nowhere"])
+
+
+def test_a_full_disk_leaves_the_earlier_file(tmp_path):
+    path = write_record(tmp_path, made_up_record())
+    before = path.read_bytes()
+    with no_file_above(100), pytest.raises(OSError):
+        write_record(tmp_path, made_up_record())
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+# --- what makes a run this run ---
+
+
+def test_the_name_of_a_run_is_what_it_is():
+    name = name_of("--row", 16)
+    assert name.startswith("row16-seed123-") and len(name) == len("row16-seed123-") + 8
+    same = ("--data_dir", "elsewhere"), ("--features", "off"), ("--device", "cpu")
+    assert {name_of("--row", 16, *options) for options in same} == {name}
+    others = [("--seed", 7), ("--precision", "bf16"), ("--num_epochs", 2), ("--learning_rate", 1e-4)]
+    names = {name, *(name_of("--row", 16, *options) for options in others)}
+    names |= {name_of("--row", 16, device="cuda"), name_of("--row", 16, data=OWN)}
+    assert len(names) == 7
+    assert name_of("--demo").startswith("gpt2-nano-random-weights-all-layers-lr-0.0005-sample-data-seed123-")
+
+
+@pytest.mark.parametrize("number", ROWS)
+def test_rows_are_known_by_their_options(number):
+    experiment = parse("--row", number)
+    weights = find_weights(experiment.weights, experiment.model_size)
+    assert row_number(options_of(experiment, UCI, weights)) == number
+    assert row_number(options_of(experiment, OWN, weights)) is None
+    assert row_number(options_of(replace(experiment, num_epochs=2), UCI, weights)) is None
+
+
+def test_weights_from_a_file_are_known_by_their_content(nano_weights):
+    experiment = parse("--model_size", "gpt2-nano", "--weights", nano_weights)
+    weights = find_weights(nano_weights, experiment.model_size)
+    assert options_of(experiment, UCI, weights)["weights"] == f"model.safetensors {weights.sha256[:8]}"
+    weights.sha256 = find_weights("pretrained", "gpt2-small (124M)").sha256
+    weights.model_size = "gpt2-small (124M)"
+    assert "weights" not in options_of(experiment, UCI, weights)
+
+
+# --- repeated messages, lopsided classes ---
+
+
+def test_repeated_messages_are_found():
+    texts = dict(train=["Win 500 NOW!", "ok", "1234"], validation=["no"], test=["win now", "ok", "??", "OK.", "ok"])
+    splits = {split: pd.DataFrame(dict(Text=found, Label=0)) for split, found in texts.items()}
+    splits["test"].loc[4, "Label"] = -100  # has no label, and is in no accuracy
+    found = find_repeats(splits)
+    assert found == dict(validation=Repeats(), test=Repeats((1,), (1, 3)))
+    splits["test"].loc[0, "Text"] = "WIN 900 now"
+    assert find_repeats(splits)["test"] == Repeats((1,), (0, 1, 3))
+
+
+def test_accuracy_without_repeated_messages():
+    confusion = made_up_confusion({0: 0.9, 5: 0.8})
+    assert without(confusion, (0, 1, 2)) == Accuracy(296, 297)
+    assert without(confusion, ()) == Accuracy(298, 300)
+    assert describe_test(confusion, Repeats((0,), (0, 1))) == [
+        "Test accuracy without the 2 that are like training messages: 99.66% (297/298, 95% interval 98.1–99.9)"
+    ]
+
+
+def test_lopsided_classes_are_told():
+    rare = made_up_confusion({number: 0.9 for number in range(1, 12, 2)}, totals=(294, 6))
+    frequent, f1 = describe_test(rare, Repeats())
+    assert frequent == "Test accuracy of always the most frequent class: 98.00%" and f1.endswith("F1: 0.495")
+
+
+# --- from the command line ---
+
+
+def test_a_finished_run_is_skipped(options, capfd):
+    further = ["--results", "r", "--skip_finished", "--note", "first"]
+    assert main([*options, *further]) == 0
+    first = capfd.readouterr().out
+    [path] = Path("r").iterdir()
+    before = path.read_bytes()
+    assert f"Wrote the record to {path}" in first and first.endswith("additional_experiments.py --report r\n")
+    assert main([*options, *further]) == 0
+    again = capfd.readouterr().out
+    assert f"Finished before: {path}" in again and "Ep 1" not in again and path.read_bytes() == before
+    assert [line for line in again.splitlines() if line.startswith("| -")] == [
+        line for line in first.splitlines() if line.startswith("| -")
+    ]
+    assert main([*options, *further, "--repeats", "2"]) == 0
+    out = capfd.readouterr().out
+    assert "Run 1 of 2, seed 123" in out and "Run 2 of 2, seed 124" in out and out.count("Training completed") == 1
+    assert out.count("| CPU/GPU |") == 1 and "| -, n=2 |" in out and len(list(Path("r").iterdir())) == 2
+    assert [Record.from_dict(json.loads(path.read_text())).note for path in Path("r").iterdir()] == ["first"] * 2
+    assert main([*options, *further, "--save_model", "m.safetensors"]) == 2
+
+
+@pytest.mark.parametrize(
+    "folder, message",
+    [("a/b/c", "there is no folder a/b"), ("file", "is not a folder"), ("locked", "nothing can be written there")],
+)
+def test_a_folder_that_cannot_be_written_is_found_before_training(options, capfd, monkeypatch, folder, message):
+    Path("file").touch()
+    Path("locked").mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: path != Path("locked"))  # the superuser may write anywhere
+    assert main([*options, "--results", folder]) == 2
+    assert message in capfd.readouterr().err

@@ -1,31 +1,19 @@
-"""The table: its rows as commands, what makes a run one of them, settings as text."""
+"""The printed row, and settings as text."""
 
 import shlex
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
-from helpers import made_up_record
+from helpers import made_up_confusion, made_up_record
 
-from additional_experiments import DEFAULTS, ROWS, Experiment, parse_args
-from gpt_download import find_weights
-from runner.results import table
-from runner.results.accuracy import Accuracy
-
-UCI = SimpleNamespace(name="uci", sha256="")
+from additional_experiments import ROWS, Experiment, parse_args
+from runner.console import Console
+from runner.results.table import print_row, row_cells
+from runner.wording import changed_options, command_line, describe_settings, in_ranges, markdown_line, markdown_table
 
 
 def parse(*options):
     return parse_args([str(option) for option in options])[0]
-
-
-def row_number(experiment):
-    return table.row_number(experiment, UCI, find_weights(experiment.weights, experiment.model_size), ROWS)
-
-
-def test_defaults_are_those_of_row_1():
-    assert parse() == Experiment() == parse("--row", 1)
-    assert row_number(parse("--seed", 7, "--device", "cpu", "--data_dir", "elsewhere", "--precision", "bf16")) == 1
 
 
 COMMANDS = {
@@ -55,80 +43,84 @@ COMMANDS = {
 def test_each_row_is_one_command(number, command):
     experiment = parse(*command.split())
     assert experiment == parse("--row", number)
-    assert row_number(experiment) == number
+    assert parse(*shlex.split(command_line(ROWS[number].options))) == experiment
+    assert changed_options(experiment) == ROWS[number].options  # a row holds nothing that is the default
 
 
-def test_a_run_on_other_data_is_no_row():
-    for name in ("own", "sample"):
-        data = SimpleNamespace(name=name)
-        assert table.row_number(Experiment(), data, find_weights("pretrained", "gpt2-small (124M)"), ROWS) is None
+def test_settings_in_words():
+    assert parse() == Experiment() and describe_settings({}) == "last block, last token"
+    demo = changed_options(parse("--demo", "--num_epochs", 1))
+    assert describe_settings(demo) == "gpt2-nano, random weights, all layers, 1 epoch, lr 0.0005, sample data"
+    assert len({describe_settings(row.options) for row in ROWS.values()}) == len(ROWS)
+    assert in_ranges([1, 2, 3, 5]) == "1–3, 5"
 
 
-def test_configuration_in_words():
-    own = parse("--seed", 5, "--device", "cpu", "--data_dir", "d")
-    assert (
-        table.describe_configuration(own, SimpleNamespace(name="own", sha256="01234567" * 8))
-        == "last block, last token, own data 01234567"
-    )
-    assert table.describe_configuration(parse(), UCI) == "last block, last token"
-    demo = "gpt2-nano (7M), random weights, all, learning rate 0.0005, sample data"
-    assert table.describe_configuration(parse("--demo"), SimpleNamespace(name="sample")) == demo
-    for number, row in ROWS.items():
-        assert parse_args(shlex.split(table.command_line(row.options)))[0] == parse("--row", number)
-        differing = table.describe_configuration(parse("--row", number), UCI).split(", ")
-        assert set(differing) == set(table.describe_settings(row.options).split(", ")) - {
-            "alpha 8"
-        }  # row 12 names what is the default
-
-
-def test_published_figures():
-    assert {n: row.published for n, row in ROWS.items() if n in (1, 9, 15)} == {
-        1: "96.63% / 99.33% / 95.00%, 0.28 min (A100)",
-        9: "100.00% / 98.66% / 98.67%, 8.12 min (A100)",
-        15: "99.33% / 98.66% / 98.33%, 1.70 min (A100)",
-    }
+def test_tables_are_markdown_whatever_is_in_them():
+    lines = markdown_table(["a", "b"], [["x|y", "<b>\x1b[1m"], [1, "z" * 200]])
+    assert lines[2:] == ["| x\\|y | &lt;b>\\x1b[1m |", f"| 1    | {'z' * 200} |"]
+    assert markdown_line(["two\nlines"]) == "| two lines |"
 
 
 # --- the printed row ---
 
-RECORD = made_up_record(
-    "x", train=Accuracy(1005, 1040), validation=Accuracy(148, 149), minutes=0.284, device_name="A100"
-)
+
+def record(number, seed=123, **changes):
+    mistakes = [made_up_confusion(dict.fromkeys(range(seed - 123), 0.9), totals) for totals in ((520, 520), (75, 74))]
+    options = ROWS[number].options
+    confusions = dict(train=mistakes[0], validation=mistakes[1], test=made_up_confusion({1: 0.5, seed - 100: 0.5}))
+    tokens = 1024 if number == 13 else 120
+    fields = dict(
+        tokens_per_message=tokens,
+        confusions=confusions,
+        seed=seed,
+        minutes=ROWS[number].minutes,
+        device_name="NVIDIA A100-SXM4-40GB",
+    )
+    return made_up_record(**options | fields | changes)
 
 
-def row(record):
-    return table.markdown_line(table.row_cells(record, ROWS, DEFAULTS).values())
+def printed(records, capsys):
+    print_row(records, Console())
+    return capsys.readouterr().out.splitlines()
 
 
-def test_row_with_the_published_figures():
-    assert row(RECORD) == (
-        "| 1 | gpt2-small (124M) | pretrained | last | last_block | longest train ex. (120) | 96.63% | 99.33% | 95.00% "
-        "| 0.28 min | A100 | - | 96.63% / 99.33% / 95.00%, 0.28 min (A100) |"
+def test_row_under_the_published_figures(capsys):
+    assert printed([record(1)], capsys)[1:] == [
+        "Published, row 1: training 96.63%, validation 99.33%, test 95.00%; 0.28 minutes on an A100",
+        "",
+        "| Row | Model | Weights | Token position | Trained layers | Context length | Train acc | Val acc | Test acc "
+        "| Minutes | CPU/GPU |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| 1 | gpt2-small | pretrained | last | last_block | 120 | 100.00% | 100.00% | 99.33% | 0.28 "
+        "| A100-SXM4-40GB |",
+    ]
+
+
+@pytest.mark.parametrize("number", ROWS)
+def test_rows_fit_140_columns_also_as_means_and_differ_in_more_than_their_numbers(number, capsys):
+    records = [record(number, seed) for seed in (123, 124, 130)]
+    for some in (records, records[:1]):
+        lines = printed(some, capsys)
+        assert max(map(len, lines)) <= 140
+        cells = lines[-1].split(" | ")[1:6]
+        assert sum(list(row_cells([record(other)]).values())[1:6] == cells for other in ROWS) <= 1
+
+
+def test_means_and_their_deviations(capsys):
+    cells = row_cells([record(17, seed) for seed in (123, 124, 125)])
+    assert (cells["Row"], cells["Train acc"], cells["Context length"]) == (
+        "17, n=3",
+        "99.90±0.1",
+        "120; no causal mask",
     )
 
 
-def test_row_is_a_markdown_table_whatever_is_in_it():
-    odd = replace(RECORD, row=None, settings=RECORD.settings | dict(weights="a|b.safetensors"))
-    header, rule = table.markdown_header(table.row_cells(odd, ROWS, DEFAULTS)).splitlines()
-    assert row(odd).startswith("| - |") and row(odd).endswith("| - |") and "a\\|b.safetensors" in row(odd)
-    assert header.count("|") == rule.count("|") == row(odd).replace("\\|", "").count("|")
-
-
-def test_row_names_all_that_differs_from_the_defaults():
-    changes = dict(trainable_layers="lora", lora_alpha=16.0, average_embeddings=True, no_padding=True, seed=5)
-    changes |= dict(context_length=64, batch_size=1, accumulation_steps=8, num_epochs=2, learning_rate=1e-3)
-    changes |= dict(weight_decay=0.0, ignore_index=1, precision="bf16", disable_causal_mask=True)
-    cells = table.row_cells(made_up_record("x", row=None, tokens_per_message=64, data="own", **changes), ROWS, DEFAULTS)
-    assert cells["Trainable layers"] == "lora (rank 8, alpha 16)"
-    assert cells["Trainable token position"] == "all real tokens" and cells["Context length"] == "64, no padding"
-    assert cells["Remarks"] == (
-        "averaged outputs, no causal mask, batch size 1, accumulation 8, epochs 2, learning rate 0.001, "
-        "weight decay 0, ignore index 1, bf16, seed 5, your own data (numbers do not compare with the table)"
+def test_the_row_names_all_that_differs_from_row_1():
+    changes = dict(trainable_layers="lora", lora_alpha=16.0, average_embeddings=True, no_padding=True, batch_size=1)
+    changes |= dict(accumulation_steps=8, num_epochs=2, learning_rate=1e-3, weight_decay=0.0, ignore_index=1)
+    changes |= dict(disable_causal_mask=True, dataset="sample")
+    cells = row_cells([replace(made_up_record(**changes), precision="bf16", seed=5)])
+    assert (cells["Row"], cells["Trained layers"], cells["Token position"]) == ("-", "lora 8/16", "mean of real")
+    assert cells["Context length"] == (
+        "unpadded, batch 1×8; no causal mask, 2 epochs, lr 0.001, weight decay 0, ignore 1, sample data, bf16, seed 5"
     )
-
-
-def test_row_of_several_seeds():
-    records = [replace(RECORD, test=Accuracy(correct, 300)) for correct in (282, 285, 288)]
-    line = table.markdown_line(table.mean_row_cells(records, ROWS, DEFAULTS).values())
-    assert "| 95.00% ± 1.00 | 0.28 ± 0.00 min |" in line
-    assert "| mean ± standard deviation of 3 seeds |" in line

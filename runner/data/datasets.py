@@ -1,12 +1,15 @@
 """The labelled messages: the splits of the collection and of the sample, and the user's own CSV files."""
 
+import codecs
 import csv
 import hashlib
 import json
 import re
+import textwrap
 from array import array
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import count, takewhile
 from pathlib import Path
 
 import numpy as np
@@ -36,83 +39,84 @@ UCI_SPLITS_SHA256 = {
 
 @dataclass
 class Dataset:
-    """The three splits as tokens, and what identifies them."""
+    """Labelled messages, and what identifies them."""
 
-    messages: dict  # of each split, Messages
-    limit: int  # in tokens, to which messages are cut, and padded where they are
-    longest: int  # tokens of the longest message, pads included
     name: str  # "uci", "sample" or "own"
     class_names: list  # of the K classes
     sha256: str  # of all labels and texts
     test_texts: list  # of the test messages
+    repeats: dict  # of validation and test, Repeats
+    warnings: list  # lines about what is probably not meant
+    messages: dict | None = None  # of each split, Messages
+    limit: int | None = None  # in tokens, to which messages are cut, and padded where they are
+    longest: int | None = None  # tokens of the longest message, pads included
+
+
+def load(data_dir, dataset, ignore_index):
+    """(a Dataset without its messages, the splits with numbered labels). Errors: `load_splits`, `number_labels`."""
+    splits, name = load_splits(data_dir, dataset)
+    sha256, test_texts = sha256_of_splits(splits), list(splits["test"]["Text"])
+    splits, names, warnings = number_labels(splits, name, data_dir, ignore_index)
+    return Dataset(name, names, sha256, test_texts, find_repeats(splits), warnings), splits
 
 
 # --- splits ---
 
 
-def load_splits(data_dir, dataset, quiet=False):
+def load_splits(data_dir, dataset):
     """The labelled messages of each split, and what they are: "uci", "sample" or "own".
 
-    Returns ({split: DataFrame with columns Label (int) and Text (str)}, name). Downloads the collection if need
-    be. Raises UserError for files that cannot be used, UserError for a download that failed.
+    Returns ({split: DataFrame with columns Label and Text (str)}, name). Label is an int, or the name of a class where
+    the user's own labels are names: see `number_labels`. Downloads the collection if need be. Raises UserError for
+    files that cannot be used and for a download that failed.
     """
     if dataset == "sample":
         return balanced_splits(gpt_download.sample_path()), "sample"
-
     data_dir = Path(data_dir)
+    names = names_in(data_dir)
     paths = {split: data_dir / f"{split}.csv" for split in SPLITS}
-    check_data_dir(data_dir, paths)
-    if not all(path.exists() for path in paths.values()):
-        write_uci_splits(data_dir, paths, quiet)
-    splits = {split: read_labelled_csv(path) for split, path in paths.items()}
-    is_uci = all(sha256_of(paths[split]) == UCI_SPLITS_SHA256[split] for split in SPLITS)
-    return splits, "uci" if is_uci else "own"
+    missing = [path.name for path in paths.values() if path.name not in names]
+    is_uci = all(sha256_of(path) == UCI_SPLITS_SHA256[split] for split, path in paths.items() if path.name in names)
+    if missing and not is_uci:
+        present = " and ".join(path.name for path in paths.values() if path.name in names)
+        raise UserError(f"{data_dir} holds {present} but not {' and '.join(missing)}; your own data needs all three")
+    if missing:  # all three, or some that an interrupted run did not get to
+        return make_uci_splits(data_dir, paths), "uci"
+    return {split: read_labelled_csv(path) for split, path in paths.items()}, "uci" if is_uci else "own"
 
 
-def check_data_dir(data_dir, paths):
-    """Raises UserError for a folder that was probably meant to hold other data than the collection.
+def names_in(data_dir):
+    """The names in a folder, a set. Raises UserError for a folder that was probably meant to hold other data.
 
-    The collection is downloaded into the default folder, or into an empty one. `paths` are those of the splits.
+    The collection is downloaded into the default folder, which is made, or into an empty one.
     """
     advice = "make an empty folder to have the collection downloaded into it, or put train.csv, validation.csv and "
-    advice += "test.csv there"
-    if not data_dir.exists() and (data_dir.is_symlink() or str(data_dir) != DEFAULT_DATA_DIR):
-        raise UserError(f"--data_dir {data_dir} does not exist; {advice}")
-    if data_dir.exists() and not data_dir.is_dir():
-        raise UserError(f"--data_dir {data_dir} is not a folder")
-    for path in paths.values():
-        if path.is_symlink() and not path.exists():
-            raise UserError(f"{path} is a link to {path.readlink()}, which does not exist")
-    if not data_dir.exists() or str(data_dir) == DEFAULT_DATA_DIR:
-        return
-    ours = {*(path.name for path in paths.values()), *gpt_download.COLLECTION_NAMES}
-    names = {path.name for path in data_dir.iterdir() if not path.name.startswith(".") and path.suffix != ".part"}
-    names -= {FEATURES}
-    if names and not names & ours:
-        raise UserError(f"--data_dir {data_dir} holds neither the three files nor the collection; {advice}")
-
-
-def write_uci_splits(data_dir, paths, quiet):
-    """Write the splits of the collection to `paths`, fetching it if need be. Errors: those of `load_splits`."""
-    for split, path in paths.items():  # an interrupted run may have left some of them; all others are the user's
-        if path.exists() and sha256_of(path) != UCI_SPLITS_SHA256[split]:
-            missing = " and ".join(other.name for other in paths.values() if not other.exists())
-            raise UserError(f"{data_dir} holds {path.name} but not {missing}; your own data needs all three")
-    existed = data_dir.exists()
+    advice += "test.csv there, not compressed"
+    is_default = str(data_dir) == DEFAULT_DATA_DIR
     try:
-        gpt_download.check_writable(data_dir)
-        splits = balanced_splits(gpt_download.fetch_collection(data_dir, quiet))
-    except BaseException:
-        if not existed:
-            with suppress(OSError):  # not there, or not empty
-                data_dir.rmdir()
-        raise
+        names = {path.name for path in data_dir.iterdir()}
+    except FileNotFoundError:
+        if is_default:
+            return set()
+        raise UserError(f"--data_dir {data_dir} does not exist; {advice}") from None
+    others = {name for name in names if not name.startswith(".") and name != FEATURES}
+    known = {*(f"{split}.csv" for split in SPLITS), *gpt_download.COLLECTION_NAMES}
+    if others and not others & known and not is_default:
+        found = f"{min(others)}, but neither the three files nor the collection"
+        raise UserError(f"--data_dir {data_dir} holds {found}; {advice}")
+    return names
+
+
+def make_uci_splits(data_dir, paths):
+    """The splits of the collection, which is fetched if need be; written to `paths` where that is possible."""
+    splits = balanced_splits(gpt_download.fetch_collection(data_dir))
     contents = {split: frame.to_csv(index=None, lineterminator="\n").encode() for split, frame in splits.items()}
-    for split, content in contents.items():
-        if hashlib.sha256(content).hexdigest() != UCI_SPLITS_SHA256[split]:
-            raise UserError(f"pandas {pd.__version__} splits the collection differently; see requirements.txt")
-    for split, content in contents.items():
-        write_bytes(paths[split], content)
+    if {split: hashlib.sha256(content).hexdigest() for split, content in contents.items()} != UCI_SPLITS_SHA256:
+        raise UserError(f"pandas {pd.__version__} splits the collection differently; see requirements.txt")
+    with suppress(OSError):  # a folder that cannot be written to serves as it is: they are made again in a second
+        for split, content in contents.items():
+            write_bytes(paths[split], content)
+    return splits
 
 
 def balanced_splits(path):
@@ -136,71 +140,94 @@ def balanced_splits(path):
     }
 
 
-def read_labelled_csv(path):
-    """The columns Label and Text of a CSV file, and for each row the line on which it ends, as a DataFrame.
+# --- the user's own CSV files ---
 
-    Raises UserError that names file and line. (Not pandas: it takes a message "NA" for a missing one, and knows
-    no line numbers.)
+
+def read_labelled_csv(path):
+    """The messages of a CSV file: a DataFrame with columns Label, Text, and line, the one on which a row begins.
+
+    Label is an int in every row, or a name in every row. UTF-8, or UTF-16 with its byte order mark; the separator is
+    a comma, semicolon or tab. Raises UserError that names file and line. (Not pandas: it takes a message "NA" for a
+    missing one, and knows no line numbers.)
     """
-    labels, texts, lines = array("q"), [], array("q")
+    values, labels, texts, lines = {}, [], [], array("q")  # values: {label as it is written: one object for all rows}
     csv.field_size_limit(2**31 - 1)
-    if Path(path).exists() and not Path(path).is_file():  # a pipe would be waited for
-        raise UserError(f"{path}: not a regular file")
+    line = 1
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file, strict=True)
-            columns = next(reader, None)
-            check_columns(path, columns)
-            label_at, text_at = columns.index("Label"), columns.index("Text")
+        with open_csv(path) as file:
+            separator, columns = parse_header(file.readline())
+            label_at, text_at = columns.index("label"), columns.index("text")
+            reader = csv.reader(file, delimiter=separator, strict=True)
+            line = 2
             for fields in reader:
-                if not fields:  # an empty line
-                    continue
-                if len(fields) < len(columns):
-                    fields += [""] * (len(columns) - len(fields))
-                label, text = fields[label_at], fields[text_at]
-                if problem := problem_of(label, text, len(fields) > len(columns)):
-                    raise UserError(f"{path}, line {reader.line_num}: {problem}")
-                labels.append(int(label))
-                texts.append(text)
-                lines.append(reader.line_num)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+                if fields:  # not an empty line
+                    if len(fields) > len(columns) or len(fields) <= max(label_at, text_at):
+                        problem = f"{len(fields)} instead of {len(columns)} fields"
+                        raise ValueError(f"{problem}; a text that contains {separator!r} needs quotes")
+                    label, text = fields[label_at], fields[text_at]
+                    if label not in values:
+                        values[label] = parse_label(label)
+                        if type(values[label]) is not type(labels[0] if labels else values[label]):
+                            problem = f'label "{label[:50]}", but "{str(labels[0])[:50]}" above'
+                            raise ValueError(f"{problem}: labels are either all numbers or all names")
+                    if not text.strip():
+                        raise ValueError("the text is empty")
+                    if problem := problem_of_text(text):
+                        raise ValueError(problem)
+                    labels.append(values[label])
+                    texts.append(text)
+                    lines.append(line)
+                line = reader.line_num + 2  # the next row's; the header is a line too
     except csv.Error as error:
-        raise UserError(f"{path}, line {reader.line_num}: {error}") from None
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
+        problem = "a quote that opens here is not closed, or is closed too early; a quote in a quoted text is doubled"
+        raise UserError(f"{path}, line {line}: {problem} ({error}, line {reader.line_num + 1})") from None
+    except ValueError as error:  # also what cannot be decoded as UTF-16
+        raise UserError(f"{path}, line {line}: {error}") from None
     if not texts:
         raise UserError(f"{path}: no messages below the header")
-    return pd.DataFrame({"Label": np.asarray(labels), "Text": texts, "line": np.asarray(lines)})
+    return pd.DataFrame({"Label": labels, "Text": texts, "line": np.asarray(lines)})
 
 
-def check_columns(path, columns):
-    """Raises UserError for a header, a list of names or None, without the columns that are read."""
-    if columns is None:
-        raise UserError(f"{path}: the file is empty")
-    for column in columns:
-        if columns.count(column) > 1:
-            raise UserError(f"{path}: there are {columns.count(column)} columns {column}")
-    for column in ("Label", "Text"):
-        if column not in columns:
-            raise UserError(f"{path}: column {column} is missing; the columns are {', '.join(columns)}")
+def open_csv(path):
+    """A text file for the csv module. What cannot be decoded becomes lone surrogates: see `problem_of_text`."""
+    with open(path, "rb") as file:
+        start = file.read(2)
+    if start in (b"\x1f\x8b", b"PK"):  # gzip; zip, and so Excel's own format
+        raise ValueError("this is a compressed file or a workbook; unpack it, or save it as CSV UTF-8")
+    if start in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        return open(path, encoding="utf-16", errors="surrogatepass", newline="")
+    return open(path, encoding="utf-8-sig", errors="surrogateescape", newline="")
 
 
-MAX_DIGITS = 18  # of a label: what is longer does not fit PyTorch's integers
+def parse_header(header):
+    """Separator and columns, in small letters, of a CSV file with this first line. Raises ValueError."""
+    if not header:
+        raise ValueError("the file is empty")
+    for separator in ",;\t":
+        [columns] = csv.reader([header.lower()], delimiter=separator)
+        columns = [column.strip() for column in columns]
+        if columns.count("label") == columns.count("text") == 1:
+            return separator, columns
+    raise ValueError(f"the header must have one column Label and one column Text; it is {header.strip()[:80]!r}")
+
+
+def parse_label(text):
+    """A label as an int, from "1.0" too, or as a name. Raises ValueError."""
+    name = " ".join(text.split())
+    if problem := problem_of_text(name):
+        raise ValueError(problem)
+    if not name:
+        raise ValueError("the label is empty (where labels are numbers, --ignore_index stands for none)")
+    try:
+        number = float(name)
+    except ValueError:
+        return name
+    if not number.is_integer():
+        raise ValueError(f'label "{name[:50]}" is neither a whole number nor a name')
+    return int(number)
+
+
 MAX_SPACES = 100_000  # or other whitespace, in a row; the tokenizer fails somewhere above 300,000
-
-
-def problem_of(label, text, is_longer):
-    """Why a row of a CSV file, longer than its header or not, is no labelled message; None if it is one."""
-    if not re.fullmatch(r"\s*-?\d+\s*", label):
-        return f'label "{label[:50]}" is not a whole number'
-    if len(label.strip()) > MAX_DIGITS:
-        return f"a label of {len(label.strip())} digits is too large"
-    if not text.strip():
-        return "the text is empty"
-    if is_longer:
-        return "more fields than columns; a text with a comma needs quotes"
-    return problem_of_text(text)
 
 
 def problem_of_text(text):
@@ -211,47 +238,97 @@ def problem_of_text(text):
         return f"the text has more than {MAX_SPACES:,} whitespace characters in a row"
 
 
-def refuse_label(splits, split, data_dir, wrong, problem):
-    """Raises UserError for the first message of a split that `wrong` (bool for each) marks."""
-    first = splits[split][wrong].iloc[0]
-    raise UserError(f"{data_dir}/{split}.csv, line {first['line']}: label {first['Label']}, {problem}")
+# --- labels ---
 
 
-def count_classes(splits, ignore_index, data_dir):
-    """K, from the labels 0..K-1 of the training messages. Raises UserError for labels that are not these.
+def number_labels(splits, name, data_dir, ignore_index):
+    """The splits with labels as numbers from 0 to K-1, the names of these K classes, and warnings, a list.
 
-    A negative label equal to `ignore_index` marks a message without a label: it adds nothing to the loss and is
-    not counted in an accuracy.
+    `splits` and `name` are what `load_splits` returns. Labels that are names are numbered in alphabetical order. A
+    negative number equal to `ignore_index` marks a message without a label: it adds nothing to the loss and is not
+    counted in an accuracy. Raises UserError for labels from which nothing can be learned.
     """
-    labels = {split: frame["Label"] for split, frame in splits.items()}
-    unlabelled = {split: (column < 0) & (column == ignore_index) for split, column in labels.items()}
-    train = labels["train"]
-    if (train == ignore_index).all():
-        raise UserError(f"every training label is the ignored one, {ignore_index}: nothing to learn from")
-    classes = sorted(train[~unlabelled["train"]].unique().tolist())
-    if classes[0] != 0:
-        problem = f"but labels start at 0; the training file's start at {classes[0]}"
-        refuse_label(splits, "train", data_dir, train == classes[0], problem)
-    for label, expected in zip(classes, range(len(classes))):
-        if label != expected:
-            problem = f"but no training message has label {expected}"
-            refuse_label(splits, "train", data_dir, train == label, problem)
-    if len(classes) == 1:
-        raise UserError(f"{data_dir}/train.csv: every label is 0; a classifier needs two classes or more")
-    for split in SPLITS:
-        unknown = ~labels[split].isin(classes) & ~unlabelled[split]
-        if unknown.any():
-            problem = f"which no training message has; their labels are 0 to {classes[-1]}"
-            refuse_label(splits, split, data_dir, unknown, problem)
-    return len(classes)
+    if name != "own":
+        return splits, ["ham", "spam"], []
+    unlabelled = [ignore_index] if ignore_index < 0 else []
+    found = set(splits["train"]["Label"].unique().tolist()).difference(unlabelled)
+    if len(found) < 2:
+        problem = f"every label is {found.pop()}" if found else "no message has a label"
+        raise UserError(f"{data_dir}/train.csv: {problem}; a classifier needs two classes or more")
+    if are_names := any(isinstance(label, str) for label in found):
+        classes, unlabelled = sorted(found), []
+    else:
+        classes = list(takewhile(found.__contains__, count()))
+    for split, frame in splits.items():
+        unknown = frame[~frame["Label"].isin([*classes, *unlabelled])]
+        if not unknown.empty:
+            label, line = str(unknown["Label"].iloc[0])[:50], unknown["line"].iloc[0]
+            problem = "training labels that are numbers must be 0, 1, 2 and so on, none left out"
+            if split != "train":
+                problem = (
+                    f"the labels of the training messages are {textwrap.shorten(', '.join(map(str, classes)), 100)}"
+                )
+            raise UserError(f"{data_dir}/{split}.csv, line {line}: label {label}, but {problem}")
+    warnings = warnings_about({split: frame[~frame["Label"].isin(unlabelled)] for split, frame in splits.items()})
+    if are_names:
+        numbers = {name: number for number, name in enumerate(classes)}
+        splits = {split: frame.assign(Label=frame["Label"].map(numbers)) for split, frame in splits.items()}
+    return splits, [str(label) for label in classes], warnings
 
 
-def class_names(name, n_classes):
-    """The names of the K classes of the data that `load_splits` calls by this name."""
-    return ["ham", "spam"] if name != "own" and n_classes == 2 else [str(label) for label in range(n_classes)]
+def warnings_about(labelled):
+    """What is probably not meant in the messages that have a label, {split: DataFrame}: a list of lines."""
+    none = [split for split, frame in labelled.items() if frame.empty]
+    warnings = [f"no message of {split}.csv has a label: loss and accuracy on it are not known" for split in none]
+    messages = pd.concat(labelled.values())[["Label", "Text"]]
+    texts = messages.drop_duplicates()["Text"]
+    if len(contradictory := texts[texts.duplicated()].unique()):
+        labels = messages["Label"][messages["Text"] == contradictory[0]].value_counts(sort=False)
+        labels = " and ".join(f"{label} ({n} times)" for label, n in labels.items())
+        text = textwrap.shorten(contradictory[0], 60)
+        warnings.append(f'texts with contradictory labels: {len(contradictory):,}, among them "{text}": {labels}')
+    return warnings
 
 
 def sha256_of_splits(splits):
     """SHA-256 of the labels and texts of all splits."""
     content = json.dumps([[splits[split][column].tolist() for column in ("Label", "Text")] for split in SPLITS])
     return hashlib.sha256(content.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Repeats:
+    """Numbers of the labelled messages of a split that are among the training messages too."""
+
+    exact: tuple = ()  # word for word
+    similar: tuple = ()  # where case, digits and punctuation do not count; the exact ones included
+
+
+def find_repeats(splits):
+    """{"validation": Repeats, "test": Repeats} of the splits, {split: DataFrame with columns Label and Text}."""
+    train = splits["train"]["Text"]
+    known, known_similar = set(train), set(map(letters_of, train)) - {""}
+    found = {}
+    for split in ("validation", "test"):
+        columns = zip(splits[split]["Text"], splits[split]["Label"], strict=True)
+        texts = [(number, text) for number, (text, label) in enumerate(columns) if label >= 0]
+        exact = {number for number, text in texts if text in known}
+        similar = exact | {number for number, text in texts if letters_of(text) in known_similar}
+        found[split] = Repeats(tuple(sorted(exact)), tuple(sorted(similar)))
+    return found
+
+
+def describe_repeats(data):
+    """A line on the repeated messages of a Dataset, if it has any: a list."""
+    counts = [
+        f"{len(found.exact)} of {len(data.messages[split]):,} {split} messages word for word, {len(found.similar)} but "
+        "for case, digits and punctuation"
+        for split, found in data.repeats.items()
+        if found.similar
+    ]
+    return [f"Also among the training messages: {'; '.join(counts)}"] if counts else []
+
+
+def letters_of(text):
+    """A text without case, digits and punctuation."""
+    return re.sub(r"[^\w\s]|[\d_]", "", text.lower()).strip()

@@ -1,36 +1,30 @@
 """Frozen features: the output of the blocks before the first trained parameter, computed once per message and kept.
 
 A classifier says at which Stage its frozen part ends (`feature_stage`) and computes it (`frozen_part`). Between runs
-the hidden states after its blocks are kept on disk (feature_cache.py). Features are made from them in the passes in
-which everything is computed without them, and are therefore the same to the bit.
+the hidden states after its blocks are kept in files (feature_files.py). Whatever is computed is computed in the same
+passes, and is therefore the same to the bit. In the arguments `messages` maps each split to its Messages.
 """
 
+import math
+import os
+import platform
+import secrets
+import sys
 import time
-from contextlib import ExitStack, nullcontext, suppress
+from contextlib import ExitStack
 from dataclasses import replace
-from datetime import date
 from pathlib import Path
 
 import torch
 
 from runner.data.datasets import FEATURES
-from runner.data.feature_cache import FeatureCache, NothingKept, circumstances, exists
+from runner.data.feature_files import FeatureFiles, KeptStates
 from runner.data.messages import Stage, split_into_passes
-from runner.data.placement import (
-    CPU,
-    choose_placement,
-    count_tokens,
-    feature_bytes,
-    free_for_each,
-    hidden_state_bytes,
-    memory_needs,
-    parameter_bytes,
-)
-from runner.data.tensor_files import NewRows
-from runner.files import UserError
+from runner.files import UserError, sha256_of, sha256_of_json, sha256_of_tensors
 from runner.machine import processes
-from runner.results.table import changed_options, command_line
+from runner.machine.devices import describe_device, free_memory
 
+CPU = torch.device("cpu")
 MIN_SECONDS = 5  # features that take less are not kept between runs
 
 
@@ -43,7 +37,7 @@ def in_memory(device):
 
 
 def compute_features(classifier, messages, compute, allocate, progress_bar=None):
-    """Messages with what `compute` makes of them, a Batch to a Batch, in place of what they hold.
+    """The Messages of a split with what `compute` makes of them, a Batch to a Batch, in place of what they hold.
 
     Each message runs once, together with others of similar length. `allocate(n_rows, like)` makes what the result is
     to be written to: a matrix (n_rows, D) of the type and the D of the tensor `like` (..., D), in memory or in a file.
@@ -79,54 +73,162 @@ def compute_features(classifier, messages, compute, allocate, progress_bar=None)
     return features
 
 
+def compute_random_pass(classifier, messages, n_blocks):
+    """The hidden states after `n_blocks` of the tokens of one pass, (N, D) on the CPU, after its split and indices.
+
+    The pass is drawn from the system's randomness: PyTorch's belongs to the numbers of the run.
+    """
+    device = classifier.device
+    passes = [(split, own) for split, part in messages.items() for own in split_into_passes(part.lengths, device)]
+    split, indices = processes.from_main(secrets.choice(passes))
+    part = messages[split].select(indices)
+    computed = compute_features(classifier, part, lambda batch: classifier.run_blocks(batch, n_blocks), in_memory(CPU))
+    return split, indices, computed.x
+
+
+def expected_seconds(classifier, messages):
+    """How long the full blocks will take, from one pass."""
+    start, (n_tokens, _) = time.perf_counter(), shape_of_states(classifier, messages)
+    *_, x = compute_random_pass(classifier, messages, classifier.n_full_blocks)
+    return (time.perf_counter() - start) / len(x) * n_tokens / processes.world_size()
+
+
+# --- what they take, and where they go ---
+#
+# Of a classifier only sizes are read here: it may be on the meta device.
+
+
+def shape_of_states(classifier, messages):
+    """The number of tokens of all splits, and D."""
+    return sum(len(part.x) for part in messages.values()), classifier.gpt.cfg.emb_dim
+
+
+def feature_bytes(classifier, messages):
+    """Bytes that the features of all splits take."""
+    of_tokens = 4 * math.prod(shape_of_states(classifier, messages))
+    of_messages = 4 * sum(map(len, messages.values())) * classifier.gpt.cfg.emb_dim
+    match classifier.feature_stage:
+        case Stage.TOKEN_IDS:
+            return 0
+        case Stage.HIDDEN_STATES:
+            return of_tokens
+        case Stage.STANDARDIZED:
+            return (of_tokens // 2 if classifier.bf16 else of_tokens) + of_messages
+        case Stage.HEAD_INPUT:
+            return of_messages
+
+
+def free_for_each(holder):
+    """Bytes that each process can allocate on `holder`: those of a host share its main memory."""
+    return free_memory(holder) // (processes.local_world_size() if holder == CPU else 1)
+
+
+def choose_placement(choice, size, device, reserved=0, fits_on_disk=False):
+    """Where `size` bytes of features go: "device", "host", "disk", or "off", recomputed each time.
+
+    `choice` is the value of --features. `reserved` bytes of `device` will be needed for something else.
+    """
+    if choice in ("disk", "off"):
+        return choice
+    for placement, holder in (("device", device), ("host", CPU)):
+        if size <= (free_for_each(holder) - (reserved if holder == device else 0)) / 2:
+            return placement
+    return "host" if choice == "memory" else "disk" if fits_on_disk else "off"
+
+
+# --- kept between runs ---
+
+
+def circumstances(classifier, messages, seed, experiment, weights):
+    """What the hidden states after frozen blocks depend on, but for the number of blocks: as much as is cheap to name.
+
+    The rest is found when a pass is computed anew.
+    """
+    tensors = {f"{split}/x": part.x for split, part in messages.items()}
+    tensors |= {f"{split}/lengths": part.lengths for split, part in messages.items()}
+    classes = {Stage, FrozenFeatures, *(parent for module in classifier.modules() for parent in type(module).__mro__)}
+    modules = {one.__module__ for one in classes if one.__module__.split(".")[0] not in ("torch", "builtins")}
+    code = {getattr(sys.modules[name], "__file__", None) for name in modules} - {None}  # None: of a notebook
+    return {
+        "weights": weights.sha256 or f"random, seed {seed}",
+        "model size": experiment.model_size,
+        "causal mask": classifier.gpt.cfg.causal,
+        "token ids": sha256_of_tensors(tensors),
+        "precision": experiment.precision,
+        "device": f"{classifier.device.type}: {describe_device(classifier.device)}",  # of a CPU the threads too
+        "processor": [platform.machine(), platform.processor(), torch.backends.cpu.get_cpu_capability()],
+        "shards": processes.is_divided(classifier.gpt.final_norm.weight),  # their blocks are not fused
+        "PyTorch": torch.__version__,
+        "code": sorted(map(sha256_of, code)),
+    }
+
+
+def on_main(call):
+    """`call()` in process 0, and None in the others; an OSError is raised in all of them."""
+    value = problem = None
+    if processes.rank() == 0:
+        try:
+            value = call()
+        except OSError as error:
+            problem = str(error)
+    if problem := processes.from_main(problem):
+        raise OSError(problem)
+    return value
+
+
 class FrozenFeatures:
     """The frozen features of a run, seed after seed: where they are, and how they come there.
 
-    Raises UserError for options that cannot be combined.
+    `seconds` is how long those of the last seed took when they were first computed. Raises UserError for options that
+    cannot be combined.
     """
 
     def __init__(self, experiment, run_options, weights, console):
         self.experiment, self.weights, self.console = experiment, weights, console
-        self.shard = run_options.shard
-        self.features = None
-        folder, self.cache = run_options.feature_cache, None
+        self.n_shards = processes.world_size() if run_options.shard else 1
+        self.features, self.seconds, self.files = None, 0.0, None
+        folder = run_options.feature_cache
         if folder is None:
             folder = Path(experiment.data_dir, FEATURES)
         if folder != "":
-            self.cache = FeatureCache(folder, run_options.feature_cache_gb * 1e9, console)
+            self.files = FeatureFiles(folder, run_options.feature_cache_gb * 1e9)
         elif experiment.features == "disk":
             raise UserError('--features disk needs a --feature_cache; "" is none')
 
-    def placement(self, classifier, messages, device, reserved=0, is_on_disk=False):
-        """`choose_placement` for these messages. Raises UserError where the disk is chosen and the cache too small."""
-        choice, size = self.experiment.features, hidden_state_bytes(classifier, messages)
-        is_frozen = classifier.feature_stage is not Stage.TOKEN_IDS
-        if choice == "disk" and is_frozen and size > self.cache.max_bytes:
-            allowed = f"--feature_cache_gb allows {self.cache.max_bytes / 1e9:g}"
-            raise UserError(f"--features disk: they take {size / 1e9:.2f} GB, and {allowed}")
-        is_room = is_on_disk or (choice == "auto" and self.cache is not None and size <= self.cache.room())
-        placement = choose_placement(choice, feature_bytes(classifier, messages), device, reserved, is_room)
-        return processes.from_main(placement)
+    def may_be_kept(self, classifier, messages):
+        """Whether the folder of kept files, if there is one, may hold those of these messages."""
+        size = 4 * math.prod(shape_of_states(classifier, messages))
+        return self.files is not None and size <= self.files.max_bytes
 
-    def warn_if_memory_is_short(self, classifier, messages, device):
-        """Warn before a run that cannot fit into memory, that of `device` or of the host; of `classifier` only sizes
-        are read."""
-        reserved = parameter_bytes(classifier) // (processes.world_size() if self.shard else 1)
-        placement = self.placement(classifier, messages, device, reserved)
-        needs = {device: memory_needs(classifier, messages, placement, device, self.shard)}
-        if placement == "host" and device != CPU:
-            needs[CPU] = {"frozen features in main memory": feature_bytes(classifier, messages)}
+    def placement(self, classifier, messages, device, reserved=0):
+        """`choose_placement` for these messages, the same for all processes."""
+        size, fits_on_disk = feature_bytes(classifier, messages), self.may_be_kept(classifier, messages)
+        return processes.from_main(choose_placement(self.experiment.features, size, device, reserved, fits_on_disk))
+
+    def warn_if_memory_is_short(self, sizes, messages, device):
+        """Warn before a run that cannot fit into memory, that of `device` or of the host; activations do not count.
+
+        `sizes` is the classifier, perhaps on the meta device.
+        """
+        weights = sum(p.nbytes for p in sizes.parameters()) // self.n_shards
+        trained = sum(p.nbytes for p in sizes.parameters() if p.requires_grad) // self.n_shards
+        needs = {device: {"weights": weights, "gradients": trained, "optimizer": 2 * trained}}  # AdamW's two moments
+        placement = self.placement(sizes, messages, device, weights)
+        if placement in ("device", "host"):
+            holder = device if placement == "device" else CPU
+            needs.setdefault(holder, {})["frozen features"] = feature_bytes(sizes, messages)
         who = "each process of this run" if processes.world_size() > 1 else "this run"
-        for holder, sizes in needs.items():
-            if sum(sizes.values()) > (free := free_for_each(holder)):
-                items = ", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in sizes.items())
-                needed = f"{sum(sizes.values()) / 1e9:.2f} GB and {free / 1e9:.2f} GB are free"
-                self.console.warning(f"{who} needs {needed}: {items}")
+        for holder, items in needs.items():
+            if sum(items.values()) > (free := free_for_each(holder)):
+                listed = ", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in items.items())
+                needed = f"{sum(items.values()) / 1e9:.2f} GB and {free / 1e9:.2f} GB are free"
+                self.console.warning(f"{who} needs {needed}: {listed}")
 
     def of(self, classifier, messages, seed):
         """{split: Messages} with their features, if there are frozen blocks and there is room for what they give.
 
-        Those of an earlier seed are returned again, unless the weights change with the seed.
+        Those of an earlier seed are returned again, unless the weights change with the seed. Raises UserError where the
+        weights file was changed.
         """
         if classifier.feature_stage is Stage.TOKEN_IDS:
             return messages
@@ -136,160 +238,119 @@ class FrozenFeatures:
         return self.features
 
     def make(self, classifier, messages, seed):
-        """What `of` returns; a line on the console says how it came about."""
-        start, facts, is_on_disk = time.perf_counter(), None, False
-        if self.cache is not None and hidden_state_bytes(classifier, messages) <= self.cache.max_bytes:
-            facts = circumstances(classifier, messages, replace(self.experiment, seed=seed), self.weights)
-            is_on_disk = exists(self.cache.path(facts, classifier.n_full_blocks))
-        placement = self.placement(classifier, messages, classifier.device, is_on_disk=is_on_disk)
-        states, features = NothingKept(), messages
+        """What `of` returns; a line on the console says where they are and how they came there."""
+        start, placement = time.perf_counter(), self.placement(classifier, messages, classifier.device)
+        states, why_not, self.seconds, where = KeptStates(), "", 0.0, "on disk"
         if placement != "off":
-            if facts is not None:
-                states = self.hidden_states(classifier, messages, placement, facts, seed)
-            try:
-                features = self.finish(classifier, states.continue_from(messages), placement)
-            except OSError as error:
-                if processes.world_size() > 1:  # the others are waiting for what this process has to compute
-                    raise
-                self.console.warning(f"frozen features: {states.path} cannot be read: {error}; they are computed again")
-                states = NothingKept()
-                features = self.finish(classifier, messages, placement)
-        how = self.describe(classifier, messages, features, states, time.perf_counter() - start)
+            states, why_not = self.hidden_states(classifier, messages, placement, seed)
+        features, begun = states.continue_from(messages), time.perf_counter()
+        is_small = classifier.feature_stage is Stage.HEAD_INPUT
+        if placement in ("device", "host") or placement == "disk" and is_small:
+            holder = CPU if placement == "host" else classifier.device
+            where = f"in {holder.type} memory"
+            features = self.run(classifier, features, classifier.frozen_part, in_memory(holder))
+        size = feature_bytes(classifier, messages) / 1e9
+        if features is messages:
+            how = f"recomputed each time (they would take {size:.2f} GB)"
+        else:
+            self.seconds = states.seconds + time.perf_counter() - begun
+            how = describe(states, classifier.n_frozen_blocks, time.perf_counter() - start)
+            how = f"{how}; {size:.2f} GB {where}"
         blocks = f"{classifier.n_frozen_blocks} of {len(classifier.gpt.trf_blocks)} blocks"
-        counts = f"{sum(map(len, messages.values())):,} messages, {count_tokens(messages):,} tokens"
-        self.console.info(f"Frozen features: {blocks}, {counts}, {how}")
-        if placement != "disk":
-            states.close()
+        counts = f"{sum(map(len, messages.values())):,} messages, {shape_of_states(classifier, messages)[0]:,} tokens"
+        self.console.info(f"Frozen features: {blocks}, {counts}, {how}{why_not}")
         return features
 
-    def describe(self, classifier, messages, features, states, seconds):
-        """How the features came about, in words."""
-        size = feature_bytes(classifier, messages)
-        if features is messages:
-            return f"recomputed each time (they would take {size / 1e9:.2f} GB)"
-        took = f"in {seconds:.0f} s"
-        if states.n_blocks == 0:
-            too_large = self.cache is not None and hidden_state_bytes(classifier, messages) > self.cache.max_bytes
-            why = ", more than --feature_cache_gb to keep" if too_large else ""
-            return f"computed {took} ({size / 1e9:.2f} GB){why}"
-        if states.n_before is not None:
-            begun = f"continued from {states.n_before} blocks" if states.n_before else "computed"
-            where = f"kept in {states.path}" if exists(states.path) else "on disk"
-            return f"{begun} {took} and {where} ({states.size / 1e9:.2f} GB)"
-        if states.n_blocks == classifier.n_frozen_blocks:
-            return f"read from {states}"
-        return f"continued from {states.n_blocks} blocks {took}, read from {states}"
+    def hidden_states(self, classifier, messages, placement, seed):
+        """The KeptStates after all full blocks, read, or written if they take long; else the deepest there are.
 
-    def hidden_states(self, classifier, messages, placement, facts, seed):
-        """The HiddenStates after all full blocks, read, or written if they take long; else those there are."""
-        depth, path = classifier.n_full_blocks, self.cache.path(facts, classifier.n_full_blocks)
-        is_to_keep = seed == self.experiment.seed or not self.weights.is_random  # a later run may ask for them
-        states = self.open_deepest(facts, depth)
-        if states.n_blocks == depth:
-            return states
-        is_slow = is_to_keep and expected_seconds(classifier, states.continue_from(messages)) >= MIN_SECONDS
-        if processes.from_main(is_slow) or placement == "disk":
-            with self.cache.turn(path) if processes.rank() == 0 else nullcontext():
-                if processes.from_main(exists(path)):  # another run has computed them meanwhile
-                    states = self.open_deepest(facts, depth)
-                if states.n_blocks < depth:
-                    states = self.write(classifier, messages, states, facts, is_needed=placement == "disk")
-            if not is_to_keep and processes.rank() == 0:
-                with suppress(OSError):
-                    path.unlink()
-        return states
-
-    def open_deepest(self, facts, depth):
-        """`FeatureCache.open_deepest`; NothingKept where it is not the same file for all processes."""
-        states = self.cache.open_deepest(facts, depth)
-        deepest, shallowest = processes.largest(states.n_blocks, -states.n_blocks)
-        if deepest != -shallowest:
-            self.cache.warn(f"frozen features: not all hosts see the same {self.cache.folder}; it is not used")
-            states.close()
-            states = NothingKept()
-        return states
-
-    def write(self, classifier, messages, states, facts, is_needed):
-        """From HiddenStates to those after all full blocks, in a new file; after a warning, the same ones.
-
-        All processes compute, and process 0 writes.
+        And why they cannot be kept, in words for the end of a line.
         """
-        start, depth = time.perf_counter(), classifier.n_full_blocks
-        shapes = {split: (int(part.lengths.sum()), classifier.gpt.cfg.emb_dim) for split, part in messages.items()}
-        problem, is_computed = None, False
+        if not self.may_be_kept(classifier, messages):
+            return KeptStates(), "" if self.files is None else "; not kept: more than --feature_cache_gb"
+        facts = circumstances(classifier, messages, seed, self.experiment, self.weights)
+        of_main = processes.from_main(facts)
+        differ = ", ".join(name for name in facts if facts[name] != of_main[name])
+        if differ := processes.from_any(differ or None):
+            return KeptStates(), f"; not kept: the processes of this run differ in {differ}"
+
+        key, depth = sha256_of_json(facts)[:16], classifier.n_full_blocks
+        path = processes.from_main(self.files.deepest(key, depth))
+        states = self.find(path, classifier, messages)
+        if states.n_blocks < depth:
+            is_first = seed == self.experiment.seed or not self.weights.is_random  # a later run may ask for them
+            is_slow = is_first and expected_seconds(classifier, states.continue_from(messages)) >= MIN_SECONDS
+            if processes.from_main(is_slow) or placement == "disk":
+                try:
+                    states = self.write(classifier, messages, states, key, path)
+                except OSError as error:
+                    self.console.warning(f"frozen features are not kept: {error}")
+        return states, ""
+
+    def find(self, path, classifier, messages):
+        """The KeptStates in a file; none if a process cannot read it, or if a pass computed anew is not the same."""
+        if path is None:
+            return KeptStates()
+        states = problem = None
         try:
-            with ExitStack() as stack:
-                new = NewRows(dict.fromkeys(shapes, NoRows()))
-                if processes.rank() == 0:
-                    try:
-                        path = self.cache.path(facts, depth)
-                        new = stack.enter_context(self.cache.create(path, shapes, is_needed))
-                    except OSError as error:
-                        problem = str(error)
-                if problem := processes.from_main(problem):
-                    raise OSError(problem)
-                self.run(
-                    classifier,
-                    states.continue_from(messages),
-                    lambda batch: classifier.run_blocks(batch, depth),
-                    lambda split: lambda *_: new.rows[split],
-                )
-                is_computed = True
-                new.description = dict(
-                    options=command_line(changed_options(self.experiment)),
-                    date=date.today().isoformat(),
-                    seconds=round(states.seconds + time.perf_counter() - start, 1),
-                    blocks=depth,
-                    circumstances=facts,
-                )
-        except OSError as error:
-            if processes.world_size() > 1 and problem is None and not is_computed:  # the others wait for passes
-                raise
-            problem = str(error)
-        if problem := processes.from_main(problem):
-            self.console.warning(f"frozen features are not kept: {problem}")
-            return states
-        written = self.open_deepest(facts, depth)
-        written.n_before = states.n_blocks
-        return written
+            states = self.files.open(path, shape_of_states(classifier, messages))
+        except (OSError, ValueError) as error:
+            problem = f"{path} cannot be used: {error}"
+        if not (problem := processes.from_any(problem)):
+            split, indices, computed = compute_random_pass(classifier, messages, states.n_blocks)
+            kept = states.continue_from(messages)[split].select(indices).x
+            problem = None if kept.equal(computed) else f"{path} does not hold what is computed here"
+        if problem := processes.from_any(problem):
+            self.console.warning(f"frozen features: {problem}; they are computed again")
+            return KeptStates()
+        return states
 
-    def finish(self, classifier, messages, placement):
-        """The features of messages with token ids or hidden states, at `placement`.
+    def write(self, classifier, messages, states, key, path):
+        """From the KeptStates in the deepest file, `path`, to those after all full blocks, in a new one.
 
-        On the disk hidden states stay where they are, and what little is to be made of them is made for each batch;
-        inputs of the head are no larger than token ids, and always in memory.
+        All processes compute, process 0 writes. Of several runs one does so, while the others wait. Raises
+        OSError in all processes of the run, and UserError where the weights file was changed.
         """
-        if placement == "disk" and classifier.feature_stage is not Stage.HEAD_INPUT:
-            return messages
-        allocate = in_memory(classifier.device if placement == "device" else CPU)
-        return self.run(classifier, messages, classifier.frozen_part, lambda split: allocate)
+        depth, part = classifier.n_full_blocks, self.files.part(key, classifier.n_full_blocks)
+        with ExitStack() as stack:
+            on_main(lambda: stack.enter_context(self.files.turn(part, self.console)))
+            if (newer := processes.from_main(self.files.deepest(key, depth))) != path:  # written meanwhile
+                states = self.find(newer, classifier, messages)
+            if states.n_blocks < depth:
+                start, n_before = time.perf_counter(), states.n_blocks
+                self.fill(classifier, states.continue_from(messages), part)
+                self.weights.require_unchanged()
+                seconds = states.seconds + time.perf_counter() - start
+                path = processes.from_main(on_main(lambda: self.files.publish(part, seconds)))
+                states = replace(self.find(path, classifier, messages), continued_from=n_before)
+        return states
+
+    def fill(self, classifier, messages, part):
+        """Write the hidden states after all full blocks to a new file. When this returns it is no longer mapped."""
+        shape, depth = shape_of_states(classifier, messages), classifier.n_full_blocks
+        rows = on_main(lambda: self.files.create(part, shape))
+        if processes.from_any(None if os.path.exists(part) else "unseen"):
+            raise OSError(f"not all processes of this run see the folder {part.parent} of process 0")
+        if rows is None:
+            rows = torch.empty(shape, device="meta")  # what process 0 writes, the others forget
+        of_splits = iter(rows.split([len(split.x) for split in messages.values()]))
+        self.run(classifier, messages, lambda batch: classifier.run_blocks(batch, depth), lambda *_: next(of_splits))
 
     def run(self, classifier, messages, compute, allocate):
-        """`compute_features` for each split; `allocate` is a function of its name."""
+        """`compute_features` for each split."""
         with self.console.progress("features", sum(map(len, messages.values())), "message") as bar:
             return {
-                split: compute_features(classifier, part, compute, allocate(split), bar)
-                for split, part in messages.items()
+                split: compute_features(classifier, part, compute, allocate, bar) for split, part in messages.items()
             }
 
 
-class NoRows:
-    """What stands for the rows of a file in a process that does not write it."""
-
-    device = CPU
-
-    def __setitem__(self, indices, values):
-        """Another process writes them."""
-
-
-def expected_seconds(classifier, messages):
-    """How long the full blocks will take, from one pass in the middle."""
-    passes = list(split_into_passes(messages["train"].lengths, classifier.device))
-    indices = passes[len(passes) // 2]
-    start = time.perf_counter()
-    with torch.no_grad():
-        batch = messages["train"].batch(indices, classifier.device)
-        x = classifier(batch, lambda batch: classifier.run_blocks(batch, classifier.n_full_blocks)).x
-    float(x.sum())  # an accelerator answers when it has finished
-    seconds_per_token = (time.perf_counter() - start) / int(messages["train"].lengths[indices].sum())
-    return seconds_per_token * count_tokens(messages) / processes.world_size()
+def describe(states, n_frozen_blocks, seconds):
+    """How features came about, of which KeptStates, in words."""
+    if states.path is None:
+        return f"computed in {seconds:.0f} s"
+    if states.continued_from is not None:
+        begun = f"continued from {states.continued_from} blocks" if states.continued_from else "computed"
+        return f"{begun} in {seconds:.0f} s and kept in {states.path}"
+    if states.n_blocks == n_frozen_blocks:
+        return f"read from {states.path} (computed in {states.seconds:.0f} s)"
+    return f"continued from {states.n_blocks} blocks in {seconds:.0f} s, read from {states.path}"

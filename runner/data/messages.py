@@ -3,7 +3,7 @@
 In the shapes B is messages in a batch, T tokens in a message, D the embedding width.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 import numpy as np
@@ -36,7 +36,7 @@ class Messages:
     """The n messages of a split, of unequal lengths, concatenated."""
 
     stage: Stage
-    x: torch.Tensor  # (N,) token ids, or (N, D) what the frozen blocks made of them, perhaps as FileRows
+    x: torch.Tensor  # (N,) token ids, or (N, D) what the frozen blocks made of them, perhaps mapped from a file
     lengths: torch.Tensor  # (n,) tokens of each message in x
     positions: torch.Tensor  # (n,) as in Batch
     labels: torch.Tensor  # (n,)
@@ -57,6 +57,12 @@ class Messages:
         lengths = self.lengths[indices, None]
         offsets = torch.arange(int(lengths.max()))
         return self.starts[indices, None] + offsets.minimum(lengths - 1), offsets < lengths
+
+    def select(self, indices):
+        """The messages `indices` (B,) as Messages, without a residual."""
+        tokens, is_real = self.token_indices(indices)
+        own = dict(x=self.x[tokens[is_real]], lengths=self.lengths[indices], residual=None)
+        return replace(self, **own, positions=self.positions[indices], labels=self.labels[indices])
 
     def batch(self, indices, device):
         """The messages `indices` (B,) as a Batch on `device`."""

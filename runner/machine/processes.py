@@ -6,8 +6,6 @@ writes. Without torchrun there is one process, and nothing here does anything.
 
 import os
 import platform
-import re
-import time
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from itertools import islice
@@ -20,7 +18,6 @@ from runner.files import UserError
 # What process 0 may do alone, while the others wait for it: a download, a checkpoint on a slow disk. Only after this
 # time a process that is silent, but not gone, is given up.
 TIMEOUT = timedelta(minutes=60)
-WAIT_TO_BE_ENDED = 10.0  # seconds
 
 # --- the group ---
 
@@ -60,62 +57,18 @@ def describe_process():
     return f"process {rank()} on {platform.node()}"
 
 
-store = None  # what all processes of the group can read and count in
-
-
 @contextmanager
-def process_group(device):
-    """Within it the processes that torchrun has started work together; each computes on its own `device`.
-
-    Raises UserError where one of the others has ended.
-    """
-    global store
+def process_group():
+    """Within it the processes that torchrun has started work together."""
     if not is_launched():
         yield
         return
-    is_cuda = device.type == "cuda"
-    try:
-        store, *_ = next(dist.rendezvous("env://"))
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if is_cuda else "gloo",
-            store=dist.PrefixStore("group", store),
-            rank=rank(),
-            world_size=world_size(),
-            timeout=TIMEOUT,
-            device_id=device if is_cuda else None,
-        )
-        yield
-        barrier()  # process 0 may still be writing, and torchrun ends with the first process that fails
-        wait_for_the_barrier()
-    except RuntimeError as error:
-        # Gloo's errors have no class of their own; those of this program have one, and may contain any word.
-        is_from_gloo = type(error) is RuntimeError and re.search("gloo/transport|Gloo connectFullMesh", str(error))
-        if isinstance(error, dist.DistError) or is_from_gloo:
-            raise UserError(f"{describe_process()} has lost another process of this run", status=1) from None
-        raise
-    dist.destroy_process_group()  # after an error it might wait for processes that are gone
-
-
-def wait_for_the_barrier():
-    """Wait until all have left `barrier`: one that goes on closes connections which another may still need."""
-    with suppress(dist.DistError):  # the process that holds the store may have gone on, and so may this one
-        if store.add("through", 1) == world_size():
-            store.set("all are through", "")
-        store.wait(["all are through"])
-
-
-def is_to_tell(is_interrupt):
-    """Whether this process is the one that prints why the run ends."""
-    if is_interrupt:  # all are interrupted, and process 0 knows of the checkpoint
-        return rank() == 0
-    if store is None:  # no group yet: an option or a file, which may be wrong for this process only
-        if local_rank() > 0:
-            time.sleep(WAIT_TO_BE_ENDED)  # torchrun ends this process as soon as the first of its host has told
-        return True
-    try:
-        return store.add("told", 1) == 1
-    except RuntimeError:  # with the process that held the store another one has ended, and told why
-        return False
+    has_nccl = torch.cuda.is_available() and dist.is_nccl_available()
+    dist.init_process_group("cpu:gloo,cuda:nccl" if has_nccl else "gloo", timeout=TIMEOUT)
+    yield
+    with suppress(RuntimeError):  # who is through first closes connections that others may still read from
+        barrier()
+        dist.destroy_process_group()
 
 
 # --- agreement ---
@@ -135,37 +88,47 @@ def barrier():
     largest(0)
 
 
-def from_main(value):
-    """The value of process 0, anything that can be pickled."""
-    return from_process(0, value)
-
-
-def from_process(owner, value):
-    """The value of process `owner`, likewise."""
+def gather(value):
+    """What each process has, anything that can be pickled, in the order of the processes."""
+    values = [value] * world_size()
     if world_size() > 1:
-        values = [value]
-        dist.broadcast_object_list(values, owner, device=torch.device("cpu"))
-        value = values[0]
-    return value
+        dist.all_gather_object(values, value)
+    return values
+
+
+def from_main(value):
+    """The value of process 0."""
+    return gather(value)[0]
 
 
 def from_any(value):
     """The first value that is not None, in the order of the processes; None if there is none."""
-    for owner in range(world_size()):
-        found = from_process(owner, value)
-        if found is not None:
-            return found
-    return None
+    return next((found for found in gather(value) if found is not None), None)
+
+
+@contextmanager
+def agreed():
+    """A UserError that one process raises within is raised by all: process 0 prints it, and they end together."""
+    problem = None
+    try:
+        yield
+    except UserError as error:
+        problem = error
+    if problem := from_any(problem):
+        raise problem
 
 
 @contextmanager
 def main_first():
-    """Process 0 goes first, and the others when it is through: they find what it has downloaded."""
-    if rank() > 0:
-        barrier()
-    yield
-    if rank() == 0:
-        barrier()
+    """`agreed`, and process 0 goes first: the others find what it has downloaded."""
+    with agreed():
+        if rank() > 0:
+            barrier()
+        try:
+            yield
+        finally:
+            if rank() == 0:
+                barrier()
 
 
 # --- shares of the work ---

@@ -2,13 +2,17 @@
 
 import math
 import statistics
+from collections import Counter
 from dataclasses import dataclass
 
-from runner.data.datasets import SPLITS
+import numpy as np
+from scipy.special import ndtri, stdtrit
+
+from runner.wording import shown
 
 # --- accuracies ---
 
-Z95 = 1.959963984540054  # the normal distribution has 95% of its mass within this many standard deviations
+Z95 = float(ndtri(0.975))  # the normal distribution has 95% of its mass within this many standard deviations
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,23 @@ class Accuracy:
         return f"{self} ({self.correct}/{self.total}, 95% interval {self.bounds})"
 
 
+def mean_interval(accuracies):
+    """The 95% interval (low, high) of the mean of the Accuracies of S seeds on the same messages.
+
+    Of one seed it is the interval of that Accuracy. Of several, the distance of each end from the mean is made of two,
+    that of the interval of their mean Accuracy and that of the seeds by Student's t, squared and added (MOVER: Zou,
+    Computational Statistics & Data Analysis 52, 2008). With two seeds it is very wide.
+    """
+    total, seeds = accuracies[0].total, len(accuracies)
+    mean = Accuracy(statistics.fmean(accuracy.correct for accuracy in accuracies), total)
+    low, high = mean.interval
+    if seeds == 1 or not total:
+        return low, high
+    by_seeds = stdtrit(seeds - 1, 0.975) * statistics.stdev(one.fraction for one in accuracies) / math.sqrt(seeds)
+    below, above = (math.hypot(by_seeds, mean.fraction - end) for end in (low, high))
+    return max(mean.fraction - below, 0.0), min(mean.fraction + above, 1.0)
+
+
 def mean_and_deviation(values):
     """Mean and sample standard deviation, which of a single value is NaN; both are, where a value is NaN."""
     if any(math.isnan(value) for value in values):
@@ -84,13 +105,10 @@ class Confusion:
     @classmethod
     def of(cls, numbers, labels, called, confidences, n_classes):
         """The Confusion of n messages, described by lists (n,); a negative label is none and does not count."""
-        totals, mistakes = [0] * n_classes, []
-        for number, label, called_class, confidence in zip(numbers, labels, called, confidences, strict=True):
-            if label >= 0:
-                totals[label] += 1
-                if label != called_class:
-                    mistakes.append(Mistake(number, label, called_class, confidence))
-        return cls(tuple(totals), tuple(sorted(mistakes, key=lambda mistake: mistake.number)))
+        labelled = sorted(row for row in zip(numbers, labels, called, confidences, strict=True) if row[1] >= 0)
+        totals = Counter(label for _, label, _, _ in labelled)
+        mistakes = (Mistake(*row) for row in labelled if row[1] != row[2])
+        return cls(tuple(totals[label] for label in range(n_classes)), tuple(mistakes))
 
     @property
     def accuracy(self):
@@ -98,15 +116,29 @@ class Confusion:
         return Accuracy(sum(self.totals) - len(self.mistakes), sum(self.totals))
 
     @property
+    def most_frequent(self):
+        """The Accuracy of calling every message the most frequent class of the split."""
+        return Accuracy(max(self.totals), sum(self.totals))
+
+    @property
     def counts(self):
-        """(K, K) of lists: how many of each class (row) were called each class (column)."""
-        counts = [[0] * len(self.totals) for _ in self.totals]
-        for label, total in enumerate(self.totals):
-            counts[label][label] = total
+        """(K, K) int: how many of each class (row) were called each class (column)."""
+        counts = np.diag(self.totals)
         for mistake in self.mistakes:
-            counts[mistake.label][mistake.label] -= 1
-            counts[mistake.label][mistake.called] += 1
+            counts[mistake.label, mistake.label] -= 1
+            counts[mistake.label, mistake.called] += 1
         return counts
+
+    @property
+    def macro_f1(self):
+        """The mean over the classes of F1 = 2 TP / (2 TP + FP + FN); NaN where nothing was measured.
+
+        A class that no message is labelled with is left out; a message that was called so is an FN of its own class.
+        """
+        counts = self.counts
+        labelled, called = counts.sum(axis=1), counts.sum(axis=0)
+        scores = 2 * counts.diagonal()[labelled > 0] / (labelled + called)[labelled > 0]
+        return float(scores.mean()) if len(scores) else math.nan
 
     def describe(self, class_names):
         """The errors of each class: for two a line in words, else a small table, for many classes without columns."""
@@ -117,8 +149,7 @@ class Confusion:
                 for label, total in enumerate(self.totals)
             ]
             return ["errors: " + ", ".join(words)]
-        wrong = [total - counts[label][label] for label, total in enumerate(self.totals)]
-        sums = [f"{n} of {total}" for n, total in zip(wrong, self.totals, strict=True)]
+        sums = [f"{total - counts[label][label]} of {total}" for label, total in enumerate(self.totals)]
         if len(self.totals) > MAX_COLUMNS:
             return ["errors: " + ", ".join(f"{name}: {n}" for name, n in zip(class_names, sums, strict=True))]
         table = [["label", *(f"called {name}" for name in class_names), "errors"]]
@@ -138,7 +169,7 @@ def describe_mistakes(confusion, class_names, texts, measure=""):
     `measure` says what the confidence is where it is no probability.
     """
     lines = confusion.describe(class_names)
-    lines[0] = f"{SPLITS['test']} {lines[0]}"
+    lines[0] = f"Test {lines[0]}"
     worst = confusion.most_confident(3)
     if worst:
         lines.append(f"Most confident test mistakes{measure}:")
@@ -149,8 +180,3 @@ def describe_mistakes(confusion, class_names, texts, measure=""):
             f"{text[:60]}{'…' if len(text) > 60 else ''}"
         )
     return lines
-
-
-def shown(text):
-    """A text in one line, in which what a terminal would obey or hide is escaped."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -1,31 +1,22 @@
-"""`--baseline`: what linear models on words and on letters make of the same splits, in a second.
-
-scikit-learn is imported only here.
-"""
+"""`--baseline`: what linear models on words and on letters make of the same splits, in a second."""
 
 import time
-import uuid
-from dataclasses import asdict
 
 import numpy as np
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.svm import LinearSVC
 
 from runner.console import Console, describe_data
-from runner.data.datasets import SPLITS, class_names, count_classes, load_splits, sha256_of_splits
-from runner.data.placement import CPU
+from runner.data.datasets import SPLITS, load
 from runner.files import UserError
-from runner.machine.devices import peak_memory, reset_peak_memory
 from runner.results.accuracy import Confusion, describe_mistakes
-from runner.results.outputs import publish_record
-from runner.results.records import Record, made_now
+from runner.results.records import describe_test, file_name, new_record, write_record
 
 
 def baselines():
     """{name: a scikit-learn pipeline that has learned nothing yet}."""
-    from sklearn.feature_extraction.text import TfidfVectorizer
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.svm import LinearSVC
-
     letters = TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 5), sublinear_tf=True)
     return {
         "logistic regression on words (TF-IDF)": make_pipeline(TfidfVectorizer(), LogisticRegression(max_iter=1000)),
@@ -42,30 +33,34 @@ def certainty(model, texts):
 
 
 def run_baselines(experiment, run_options):
-    """Train and evaluate each baseline, print its row and append its record: [Record, ...].
+    """Train and evaluate each baseline, print its row and write its record: [Record, ...].
 
     Of `experiment` only the data are read. Errors: those of the data.
     """
     console = Console(run_options.quiet)
-    splits, data_name = load_splits(experiment.data_dir, experiment.dataset, console.quiet)
-    n_classes = count_classes(splits, experiment.ignore_index, experiment.data_dir)
-    names, sha256 = class_names(data_name, n_classes), sha256_of_splits(splits)
-    console.info(describe_data(data_name, splits))
+    data, splits = load(experiment.data_dir, experiment.dataset, experiment.ignore_index)
+    console.info(describe_data(data.name, splits))
+    for warning in data.warnings:
+        console.warning(warning)
     finished = []
     for name, model in baselines().items():
         console.info(f"\n{name}")
-        known_above, start = reset_peak_memory(CPU), time.perf_counter()
-        confusions = evaluate(model, splits, n_classes)
+        start = time.perf_counter()
+        confusions = evaluate(model, splits, len(data.class_names))
         seconds = time.perf_counter() - start
         for split, confusion in confusions.items():
             console.info(f"{SPLITS[split]} accuracy: {confusion.accuracy.in_full}")
         measure = "" if hasattr(model, "predict_proba") else " (with their margins)"
-        for line in describe_mistakes(confusions["test"], names, list(splits["test"]["Text"]), measure):
+        for line in (
+            *describe_test(confusions["test"], data.repeats["test"]),
+            *describe_mistakes(confusions["test"], data.class_names, data.test_texts, measure),
+        ):
             console.info(line)
-        record = make_record(name, experiment, data_name, sha256, confusions, seconds, peak_memory(CPU, known_above))
+        record = make_record(name, data, confusions, seconds, run_options.note)
         cells = {f"{title} acc": getattr(record, split) for split, title in SPLITS.items()}
-        console.table_row({"Baseline": name, **cells, "Time": f"{seconds:.1f} s"})
-        publish_record(record, run_options.results_file, console)
+        console.table_row({"Baseline": name, **cells, "Unseen": record.unseen, "Time": f"{seconds:.1f} s"})
+        if folder := run_options.results:
+            console.write_output("the record", folder, write_record, record)
         finished.append(record)
     console.close()
     return finished
@@ -87,24 +82,26 @@ def evaluate(model, splits, n_classes):
     return confusions
 
 
-def make_record(name, experiment, data_name, sha256, confusions, seconds, peak):
-    """The Record of a baseline; settings that it has none of are empty."""
-    settings = dict.fromkeys(asdict(experiment), "")
-    ours = {name: getattr(experiment, name) for name in ("seed", "ignore_index", "data_dir", "dataset")}
-    return Record(
-        run=uuid.uuid4().hex,
-        **made_now(),
+def make_record(name, data, confusions, seconds, note):
+    """The Record of a baseline, which has no settings."""
+    names = {"uci": "", "sample": ", sample data", "own": f", own data {data.sha256[:8]}"}
+    return new_record(
+        data,
+        confusions,
+        run=file_name(name, "", dict(baseline=name, data=data.sha256)),
         row=None,
-        configuration=name + {"uci": "", "sample": ", sample data", "own": f", own data {sha256[:8]}"}[data_name],
-        settings=settings | ours | dict(device="cpu", precision="fp32"),
+        configuration=name + names[data.name],
+        options={},
+        settings={},
+        seed=None,
+        precision="fp32",
         weights_sha256="",
-        data=data_name,
-        data_sha256=sha256,
-        tokens_per_message=None,
-        **{split: confusion.accuracy for split, confusion in confusions.items()},
         minutes=seconds / 60,
+        feature_seconds=0.0,
         seconds=seconds,
-        peak_memory_gb=peak / 1e9 if peak else None,
+        peak_memory_gb=None,
+        device="cpu",
         device_name="CPU",
-        confusions=confusions,
+        note=note,
+        is_baseline=True,
     )

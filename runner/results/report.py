@@ -1,199 +1,143 @@
-"""`--report`: the table of all runs in a results file, and what can be concluded from it, as text."""
+"""`--report`: the table of all runs and what can be concluded from it, as text and as files by their suffix."""
 
 import sys
 import textwrap
-from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
+
 from runner.data.datasets import SPLITS
-from runner.files import UserError
-from runner.results.page import write_page
-from runner.results.pictures import plot_report
-from runner.results.results_file import read_records
-from runner.results.summary import answer_questions, arrange, in_precision, options_in, rank
-from runner.results.table import command_line, markdown_header, markdown_line, plain
-from runner.results.wording import against_published, describe, in_ranges, minutes_cell, unanswered, where
+from runner.files import write_bytes
+from runner.results.comparison import P_DECIDES
+from runner.results.records import read_records
+from runner.results.summary import summarize
+from runner.rows import ROWS
+from runner.wording import describe_settings, markdown_table, plain, shown
 
 
-def print_report(run_options, rows, defaults, questions):
-    """Print the report of a results file, and write its page and its picture, if they are asked for.
-
-    `rows` maps the number of each row to its Row, `defaults` are those of the settings. Raises UserError or OSError.
-    """
-    records = []
-    for path in files_of(run_options.report):
-        try:
-            found, damaged = read_records(path)
-        except UserError:
-            if path == run_options.report:
-                raise
-            continue  # somebody else's, which only has such a name
-        records += found
-        if damaged:
-            numbers = ", ".join(map(str, damaged[:10]))
-            numbers += f" and {len(damaged) - 10} more" if len(damaged) > 10 else ""
-            print(f"{path}: no complete record on line {numbers}; skipped", file=sys.stderr)
-    standing = arrange(records, rows, defaults)
-    answers = answer_questions(standing, questions)
-    print("\n".join(lines_of(standing, answers, rows, is_compact=sys.stdout.isatty())))
-    if path := run_options.report_page:
-        write_page(path, standing, answers, rows)
-    if path := run_options.report_plot:
-        plot_report(path, standing, rows)
+def print_report(run_options):
+    """Print the report of folders of records, and write the files that are asked for. Raises UserError or OSError."""
+    records, problems = read_records(run_options.report or [run_options.results])
+    for problem in problems:
+        print(shown(problem), file=sys.stderr)
+    summary = summarize(records)
+    print(as_text(summary))
+    for path in run_options.write:
+        WRITERS[Path(path).suffix](path, summary)
+        print(f"Written: {path}")
 
 
-def files_of(path):
-    """A results file, and those that `append_record` wrote beside it because its columns are others."""
-    path, found = Path(path), [path]
-    while (beside := path.with_name(f"{path.stem}-{len(found) + 1}{path.suffix}")).exists():
-        found.append(beside)
-    return found
+# --- text ---
 
 
-def lines_of(standing, answers, rows, is_compact):
-    """The report, line by line: compact for a terminal of 100 columns, else in Markdown with all figures."""
-    lines = []
-    for table in (standing.table, *standing.variants):
-        if table.title:
-            lines += ["", f"The rows with {table.title}:" if is_compact else f"**The rows with {table.title}**", ""]
-        if table.groups:
-            lines += (compact_table if is_compact else markdown_table)(table, rows)
-        if missing := [number for number in rows if table.group(number) is None]:
-            lines += ["", f"Not run: rows {in_ranges(missing)}."]
-        if ours := [answer for answer in answers if answer.table is table]:
-            lines += ["", *comparison_lines(ours, rows, is_compact)]
-    if standing.others:
-        lines += ["", *(compact_others if is_compact else markdown_others)(standing.others)]
-    lines += ["", *NOTES[is_compact]]
-    if standing.disagreements:
-        disagreements = list(map(plain, standing.disagreements))
-        lines += ["", *(wrapped(disagreements) if is_compact else disagreements)]
-    return lines[1:] if lines[0] == "" else lines
+NOTE = (
+    "Test: accuracy in percent, of n runs the mean, with its 95% interval, which holds the choice of messages and of "
+    "seeds. Unseen: without the messages that are, but for case, digits and punctuation, among the training messages. "
+    f"Conclusions: rows are compared message by message. {P_DECIDES}"
+)
 
 
-NOTES = {
-    True: [
-        "Test accuracy in percent with its 95% interval, which speaks of the choice of messages; of n seeds",
-        "the mean. Published: the figure, and whether it is inside the interval.",
-    ],
-    False: [
-        "Measured accuracy (of several runs mean ± standard deviation) with its 95% interval; then the published",
-        "figure, the difference in points, and whether the published figure lies inside the interval. Times: minutes",
-        "measured; published, on an A100. A seed counts once, however often and on whatever devices it was run.",
-    ],
-}
-
-
-def options_text(table, number, group, rows):
-    """What a row's options are in this table: as of the command line, or those of another row."""
-    if (first := table.first_with(group)) != number:
-        return f"as row {first}"
-    return command_line(options_in(table, rows[number])) or "-"
-
-
-# --- on a terminal ---
-
-
-def fitted(text, width):
-    """A text cut to a width."""
-    return text if len(text) <= width else text[: width - 1] + "…"
+def as_text(summary):
+    """The report in lines of 100 columns, which are Markdown too."""
+    lines = [*wrapped([NOTE]), ""] if summary.records else ["There are no runs."]
+    for table in summary.tables:
+        lines += [f"## Rows with {table.title}" if table.title else "## The table", ""]
+        lines += table_lines(table.groups, is_published=not table.title)
+        lines += ["", *wrapped([table.below]), ""]
+        lines += answer_lines(table)
+    if summary.others:
+        lines += ["## Other runs", "", *table_lines(summary.others, is_other=True), ""]
+    lines += wrapped(f"- {plain(remark)}" for remark in summary.remarks)
+    return "\n".join(lines).rstrip()
 
 
 def wrapped(lines):
     """Lines of at most 100 columns."""
-    return [part for line in lines for part in textwrap.wrap(line, 100, subsequent_indent="  ") or [""]]
-
-
-def compact_table(table, rows):
-    """Lines of at most 100 columns for the groups of a table."""
-    lines = [
-        f"{'row':>9}  {'options':<46}{'n':>3}  {'test accuracy':<21}{'published' if not table.title else ''}".rstrip()
+    return [
+        part
+        for line in lines
+        for part in textwrap.wrap(line, 100, subsequent_indent="  " * line.startswith("- "), break_on_hyphens=False)
     ]
-    for (number, precision), group in sorted(table.groups.items(), key=rank):
-        options = fitted(options_text(table, number, group, rows), 44)
-        line = f"{f'{number}{in_precision(precision)}':>9}  {options:<46}{compact_figures(group)}"
-        if not table.title:
-            line += f"{rows[number].test:6.2f} {where(group.mean(), rows[number].test)}"
-        lines.append(line.rstrip())
-    return lines
 
 
-def compact_figures(group):
-    """Runs, and test accuracy with its interval, in fixed columns."""
-    mean = group.mean()
-    return f"{len(group.records):>3}  {100 * mean.fraction:6.2f} [{mean.bounds}]".ljust(26)
-
-
-def compact_others(groups):
-    """Lines of at most 100 columns for other runs."""
-    lines = [f"{'other runs':<57}{'n':>3}  test accuracy"]
-    return lines + [f"{fitted(plain(group.name), 55):<57}{compact_figures(group)}".rstrip() for group in groups]
-
-
-# --- in Markdown ---
-
-
-def measured(group, split):
-    """One cell: the mean of several runs, ± their standard deviation, and its interval."""
-    mean = group.mean(split)
-    deviation = f" ± {group.deviation(split):.2f}" if len(group.records) > 1 else ""
-    return f"{mean}{deviation} [{mean.bounds}]"
-
-
-TITLES = ["Runs", *(f"{title} acc" for title in SPLITS.values()), "Training time", "CPU/GPU"]
-
-
-def markdown_table(table, rows):
-    """The lines of a table; published figures stand in the published one only."""
-    lines = markdown_header(["Row", "Options", *TITLES]).splitlines()
-    for (number, precision), group in sorted(table.groups.items(), key=rank):
-        cells, minutes = [measured(group, split) for split in SPLITS], minutes_cell(group)
-        if not table.title:
-            published = [getattr(rows[number], split) for split in SPLITS]
-            means = [group.mean(split) for split in SPLITS]
-            cells = [f"{c}; {against_published(m, p)}" for c, m, p in zip(cells, means, published, strict=True)]
-            minutes += f"; {rows[number].minutes:.2f}"
-        options = options_text(table, number, group, rows)
-        first = [
-            f"{number}{in_precision(precision)}",
-            f"`{options}`" if options.startswith("--") else options,
-            len(group.records),
-        ]
-        lines.append(markdown_line([*first, *cells, minutes, ", ".join(group.devices)]))
-    return lines
-
-
-def markdown_others(groups):
-    """The lines of the table of other runs."""
-    lines = markdown_header(["Other runs", *TITLES]).splitlines()
-    for group in groups:
-        cells = [measured(group, split) for split in SPLITS]
-        name = group.name
-        lines.append(markdown_line([name, len(group.records), *cells, minutes_cell(group), ", ".join(group.devices)]))
-    return lines
-
-
-# --- comparisons ---
-
-
-def comparison_lines(answers, rows, is_compact):
-    """The questions that were answered, and which were not, and why; on a terminal in lines of 100 columns."""
+def table_lines(groups, is_published=False, is_other=False):
+    """The lines of a table of Groups; published figures are shown with the published table."""
     lines = []
-    for answer in answers:
+    for group in groups:
+        line = dict(n=len(group.records), Test=group.in_full(), Unseen=f"{100 * group.mean('unseen').fraction:.2f}")
+        if any(other.macro_f1 is not None for other in groups):
+            line["Macro F1"] = "" if group.macro_f1 is None else f"{group.macro_f1:.3f}"
+        if is_published:
+            published = ROWS[group.numbers[0]].test
+            line["Published"] = f"{published:.2f} {group.where(published)}"
+        if is_other:
+            lines.append(line | dict(Run=group.name))
+        else:
+            lines.append(dict(Row=group.name) | line | dict(Options=describe_settings(group.options)))
+    return markdown_table(list(lines[0]), [line.values() for line in lines])
+
+
+def answer_lines(table):
+    """The questions that were answered, and which were not, and why."""
+    lines = []
+    for answer in table.answers:
         if answer.comparison:
             a, b = answer.question.a, answer.question.b
-            published = "" if answer.table.title else f" (published {rows[b].test - rows[a].test:+.2f})"
-            lines.append(
-                f"- {a}–{b}: {answer.question.asks} {describe(replace(answer, remark=plain(answer.remark)))}{published}"
-            )
-    if lines:
-        lines = [
-            "Conclusions, on the same test messages. Verdicts and p-values hold for all comparisons of the report "
-            "together (Holm), each interval for its own. Of two runs they speak of these two only, of several seeds of "
-            "others too.",
-            "",
-            *lines,
-            "",
-        ]
-    lines += [f"Not compared ({why}): {pairs}." for why, pairs in unanswered(answers).items()]
-    return wrapped(lines) if is_compact else lines
+            published = "" if table.title else f" Published: {ROWS[b].test - ROWS[a].test:+.2f}."
+            lines.append(f"- {a}–{b}: {answer.question.asks} {plain(answer.sentence)}{published} {answer.question.why}")
+    lines = ["### Conclusions", "", *wrapped(lines), ""] if lines else []
+    return [*lines, *wrapped(f"Not compared ({why}): {pairs}." for why, pairs in table.not_compared.items()), ""]
+
+
+# --- files ---
+
+
+def write_text(path, summary):
+    """`.md`: what is printed."""
+    write_bytes(path, f"{as_text(summary)}\n".encode())
+
+
+def write_csv(path, summary):
+    """`.csv`: a line for each run that counts, with flat columns."""
+    lines = []
+    for record in summary.records:
+        flat = {name: value for name, value in vars(record).items() if isinstance(value, str | int | float | None)}
+        line = record.settings | flat
+        for split in (*SPLITS, "unseen"):
+            line |= {f"{split}_{name}": value for name, value in vars(getattr(record, split)).items()}
+        line["test_macro_f1"] = record.confusions["test"].macro_f1
+        # Text that begins with one of these is a formula to a spreadsheet; after an apostrophe it is text.
+        is_formula = {name for name, value in line.items() if str(value).startswith(("=", "+", "-", "@"))}
+        lines.append({n: f"'{v}" if n in is_formula and isinstance(v, str) else v for n, v in line.items()})
+    write_bytes(path, pd.DataFrame(lines).to_csv(index=False).encode())
+
+
+def write_tex(path, summary):
+    """`.tex`: a table for a paper, for the package booktabs."""
+    lines = [
+        dict(Row=group.name, Options=describe_settings(group.options), n=len(group.records), Test=group.in_full())
+        | dict(Published="" if table.title else f"{ROWS[group.numbers[0]].test:.2f}", Table=table.title)
+        for table in summary.tables
+        for group in table.groups
+    ]
+    lines += [dict(Row="", Options=group.name, n=len(group.records), Test=group.in_full()) for group in summary.others]
+    frame = pd.DataFrame(lines).fillna("").map(lambda value: shown(str(value)))
+    write_bytes(path, frame.to_latex(index=False, escape=True).encode())
+
+
+def write_page(path, summary):
+    """`.html`: the page."""
+    from runner.results.page import render
+
+    write_bytes(path, render(summary).encode())
+
+
+def write_picture(path, summary):
+    """`.png`, `.pdf`, `.svg`: the picture."""
+    from runner.results.pictures import plot_summary
+
+    plot_summary(path, summary)
+
+
+WRITERS = {".md": write_text, ".csv": write_csv, ".tex": write_tex, ".html": write_page}
+WRITERS |= dict.fromkeys((".png", ".pdf", ".svg"), write_picture)

@@ -1,60 +1,93 @@
-"""Interrupted runs: checkpoints on disk, and when they are written."""
+"""Interrupted runs: the state of training, the file that keeps it, and the signals that end a run."""
 
+import json
+import signal
+import threading
 import time
-import uuid
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 
-from runner.data.tensor_files import read_tensors, write_tensors
-from runner.files import NonFiniteError, UserError, require_finite
-from runner.locks import LockFile, lock_path
+from runner.files import UserError, atomic_write, require_finite, resolve
 from runner.machine import processes
-from runner.results.records import Record
-from runner.saved.signals import DeferredSignals
+from runner.machine.devices import peak_memory, random_states, reset_peak_memory, set_random_states
 
-KIND, VERSION = "checkpoint", 2
+FORMAT = "checkpoint 3"
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+# --- the state of training ---
+
+
+class Usage:
+    """Seconds and peak memory of one seed from the creation of this object on, interrupted parts included."""
+
+    def __init__(self, device):
+        self.device, self.known_above = device, reset_peak_memory(device)
+        self.started = dict(total=time.perf_counter())
+        self.before = dict(training=0.0, total=0.0, peak_memory=0)  # before the interruption
+
+    def start_training(self):
+        """Training starts now."""
+        self.started["training"] = time.perf_counter()
+
+    def so_far(self):
+        """Seconds of `training` and in `total`, and `peak_memory` in bytes, 0 where it is not known."""
+        now, peak = time.perf_counter(), peak_memory(self.device, self.known_above) or 0
+        seconds = {kind: self.before[kind] + now - started for kind, started in self.started.items()}
+        return self.before | seconds | dict(peak_memory=max(self.before["peak_memory"], peak))
+
+
+class TrainingState:
+    """All that training changes, and how far it has come: what a run needs to continue as if it had never stopped."""
+
+    def __init__(self, classifier, optimizer, history, usage):
+        self.parameters = {name: p for name, p in classifier.named_parameters() if p.requires_grad}
+        self.optimizer, self.history, self.usage, self.device = optimizer, history, usage, classifier.device
+        self.batches_done = 0  # whose updates are made
+        self.order = torch.empty(0, dtype=torch.long)  # message indices of the current epoch, batch after batch
+
+    def state_dict(self):
+        """What `load_state_dict` restores: nested dicts of tensors, numbers and texts.
+
+        With shards all processes have to call it, and only process 0 gets the tensors.
+        """
+        moments = {name: self.optimizer.state[parameter] for name, parameter in self.parameters.items()}
+        return dict(
+            batches_done=self.batches_done,
+            order=self.order,
+            history=self.history.to_dict(),
+            usage=self.usage.so_far(),
+            random_states=random_states(self.device),
+            parameters=self.full_parameters(),
+            optimizer={name: {key: processes.full(t) for key, t in kept.items()} for name, kept in moments.items()},
+        )
+
+    def full_parameters(self):
+        """The trained parameters, {name: tensor}; with shards as in `state_dict`."""
+        return {name: processes.full(parameter.detach()) for name, parameter in self.parameters.items()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state):
+        """Restore what `state_dict` gave."""
+        self.batches_done, self.order, self.usage.before = state["batches_done"], state["order"], state["usage"]
+        self.history = type(self.history).from_dict(state["history"])
+        for name, parameter in self.parameters.items():
+            parameter.copy_(processes.divided_like(state["parameters"][name], parameter))
+            for key, tensor in state["optimizer"][name].items():  # none of a parameter that had no gradient
+                tensor = processes.divided_like(tensor, parameter)
+                # On a device the optimizer's count of updates is there too, because it is a fused one.
+                self.optimizer.state[parameter][key] = tensor.to(parameter.device)
+        set_random_states(state["random_states"])
+
+
+class Interrupted(UserError):
+    """A signal has ended the run, in a state that can be resumed if there is a checkpoint."""
+
 
 # --- the file ---
-
-
-def flatten(tree, prefix=""):
-    """{"a": {"b": leaf}} to {"a/b": leaf}."""
-    flat = {}
-    for name, value in tree.items():
-        flat |= flatten(value, f"{prefix}{name}/") if isinstance(value, dict) else {prefix + name: value}
-    return flat
-
-
-def unflatten(flat):
-    """The inverse of `flatten`, but for empty dicts."""
-    tree = {}
-    for path, value in flat.items():
-        *parents, name = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[name] = value
-    return tree
-
-
-def write_checkpoint(path, identity, content):
-    """Write nested dicts of tensors and of what JSON can hold. Raises OSError; the file that was there then stays."""
-    flat = flatten(dict(identity=identity, content=content))
-    tensors = {name: value for name, value in flat.items() if isinstance(value, torch.Tensor)}
-    write_tensors(path, KIND, VERSION, {name: value for name, value in flat.items() if name not in tensors}, tensors)
-
-
-def read_checkpoint(path, identity):
-    """What `write_checkpoint` was given. Raises UserError that names the first entry of `identity` that differs."""
-    description, tensors = read_tensors(path, KIND, VERSION)
-    tree = unflatten(description | tensors)
-    for name, value in identity.items():
-        if (theirs := tree["identity"].get(name)) != value:
-            raise UserError(f"{path} is of a run with {name} {theirs}, not {value}")
-    return tree["content"]
 
 
 def run_identity(experiment, data, weights, device):
@@ -65,205 +98,165 @@ def run_identity(experiment, data, weights, device):
     return settings | dict(weights=weights.sha256 or "random", device=device.type, data=data.sha256)
 
 
-# --- the checkpointer ---
+def write_checkpoint(path, content):
+    """Write nested dicts of tensors and plain values. Raises OSError; the file that was there then stays."""
+    with atomic_write(path) as temporary, open(temporary, "wb") as file:
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:  # PyTorch's own, raised on the way out, hides that of the file
+            raise error.__context__ if isinstance(error.__context__, OSError) else OSError(str(error)) from None
 
 
-@dataclass
+def read_checkpoint(path, identity):
+    """What `write_checkpoint` wrote; nothing in it can run code.
+
+    Raises UserError for a file that cannot be read, and one that names the first entry of `identity` that differs.
+    """
+    with open(path, "rb") as file:
+        try:
+            content = torch.load(file, map_location="cpu", weights_only=True)
+            is_ours = content["format"] == FORMAT
+        except Exception as error:  # of many classes
+            if isinstance(error, MemoryError) or "alloc" in str(error):  # the file may be good
+                raise
+            is_ours = False
+    if not is_ours:
+        raise UserError(f"{path} is damaged, or no checkpoint of this version; delete it to start over")
+    for name, value in identity.items():
+        if (theirs := content["identity"].get(name)) != value:
+            raise UserError(f"{path} is of a run with {name} {theirs}, not {value}; delete it to start over")
+    return content
+
+
+@contextmanager
+def locked(path, console):
+    """Hold the lock of a checkpoint. Raises UserError if another run has it; warns where there can be none."""
+    path = resolve(path)
+    path = path.with_name(f".{path.name}.lock")
+    lock = FileLock(path, timeout=0, fallback_to_soft=False)  # a soft one would outlast a killed run
+    try:
+        lock.acquire()
+    except Timeout:
+        raise UserError(f"another run uses this checkpoint ({path}); wait for it, or use another file") from None
+    except OSError as error:
+        console.warning(f"the checkpoint is not locked ({error}); use it in one run at a time")
+    try:
+        yield
+    finally:
+        if lock.is_locked:
+            with suppress(OSError):  # Windows removes nothing that is open, but there filelock does it
+                path.unlink()
+        lock.release()
+
+
 class Checkpoint:
-    """What the file holds of a run, besides its identity."""
+    """The file from which an interrupted run is resumed. Without a path nothing is written.
 
-    run_id: str = field(default_factory=lambda: uuid.uuid4().hex)
-    environment: dict = field(default_factory=dict)  # what may change the last digits; resuming under another one warns
-    finished: list = field(default_factory=list)  # a Record of each seed
-    training_state: dict | None = None  # the state_dict of the interrupted seed
-    parameters: dict = field(default_factory=dict)  # those trained by the last finished seed, if none followed it
-
-    def to_dict(self):
-        """What `from_dict` takes: nested dicts of tensors and of what JSON can hold."""
-        return vars(self) | dict(finished=[record.to_dict() for record in self.finished])
-
-    @classmethod
-    def from_dict(cls, content):
-        """What `to_dict` gave, also after it was written and read."""
-        return cls(**content | dict(finished=[Record.from_dict(record) for record in content["finished"]]))
-
-
-class Checkpointer:
-    """Writes the state of training so that an interrupted run can be resumed.
-
-    Within `with checkpointer:` the signals that end a run raise KeyboardInterrupt or Terminated, never during an
-    update or the writing of the file. Whatever ends the run, the last state that can be resumed is written, but not
-    where training diverges, as it would do again. No other run can use the file meanwhile. Without a path nothing is
-    written or copied, and signals are left alone.
-
-    Of several processes each reads the file, and process 0 writes it. They agree with each update whether one of them
-    has a signal that ends the run, and how old the last checkpoint is; until then signals wait.
+    It holds the state of the last seed, also when that is finished, and the records of the seeds before. Of several
+    processes each reads the file, and process 0 writes it.
     """
 
-    def __init__(self, run_options, identity=None, console=None):
-        self.path, self.minutes = run_options.checkpoint, run_options.checkpoint_minutes
-        self.run_options, self.identity, self.console = run_options, identity, console
-        self.checkpoint = Checkpoint()
-        self.signals = DeferredSignals()
-        self.lock = LockFile(lock_path(self.path or ""))
-        self.latest = None  # (TrainingState, its snapshot): the last state that can be resumed
-        self.written_at, self.is_written, self.last_warning = time.monotonic(), False, None
-        self.age, self.is_stopped_by_all = 0.0, False  # seconds since the last checkpoint, as of the last update
-
-    def load(self):
-        """Read the file, if there is one and it is not to be overwritten.
-
-        Raises UserError for one that is damaged or of another run, UserError where --save_model or --export asks for
-        a classifier that is no longer in it.
-        """
-        if self.run_options.restart or not Path(self.path).exists():
-            return
-        try:
-            self.checkpoint = Checkpoint.from_dict(read_checkpoint(self.path, self.identity))
-        except UserError as error:
-            raise UserError(f"{error}; --restart overwrites it") from None
-        self.is_written = True
-        for name, tensor in self.checkpoint.parameters.items():  # out of the memory map of a file that will be replaced
-            self.checkpoint.parameters[name] = tensor.clone()
-        n_finished = len(self.checkpoint.finished)
-        is_replaced = n_finished > 1 or (n_finished == 1 and self.checkpoint.training_state is not None)
-        for name in ("save_model", "export"):
-            if getattr(self.run_options, name) is not None and is_replaced:
-                seed = self.identity["seed"]
-                raise UserError(f"--{name}: {self.path} no longer holds the classifier of seed {seed}, but a later one")
-
-    def take_lock(self):
-        """Raises UserError if another run has the lock."""
-        problem = None
-        try:
-            if holder := self.lock.acquire():
-                raise UserError(f"--checkpoint {self.path} is used by {holder}; wait for it, or use another file")
-            if not self.lock.is_effective:
-                problem = "its file system has no locks"
-        except OSError as error:
-            problem = f"{self.lock.path}: {error.strerror or error}"
-        if problem:
-            self.console.warning(f"{self.path} is not locked ({problem}); use it in one run at a time")
-
-    def resume(self, state):
-        """Restore a TrainingState from the checkpoint of the interrupted seed; whether there was one."""
-        if self.checkpoint.training_state is None:
-            return False
-        state.load_state_dict(self.checkpoint.training_state)
-        self.checkpoint.training_state = None
-        self.remember(state)
-        return True
-
-    def set_environment(self, environment):
-        """Note what may change the last digits, by name; warn where an interrupted seed ran under another one."""
-        for name, value in environment.items() if self.checkpoint.training_state is not None else ():
-            if (before := self.checkpoint.environment[name]) != value:
-                self.console.warning(
-                    f"{self.path} was started with {name} {before} and is resumed with {value}: last digits may differ"
-                )
-        self.checkpoint.environment = environment
-
-    # while training
+    def __init__(self, options, identity=None, console=None):
+        self.path, self.minutes = options.checkpoint, options.checkpoint_minutes
+        self.identity, self.console = identity, console
+        self.records, self.state, self.environment = [], None, {}
+        self.signal, self.saved_at, self.has_warned = None, time.monotonic(), False
 
     @contextmanager
-    def update(self, state):
-        """Parameters change within it; after it, training can be resumed from `state`."""
-        with self.signals.deferred(stay=processes.world_size() > 1):
-            self.latest = None  # an error during the update leaves nothing to resume from but the file
+    def opened(self):
+        """Read the file, if there is one; within `with`, no other run can use it. Errors: see `read_checkpoint`."""
+        with ExitStack() as stack:
+            if self.path is not None:
+                with processes.main_first():
+                    if processes.rank() == 0:
+                        stack.enter_context(locked(self.path, self.console))
+                    if resolve(self.path).exists():
+                        content = read_checkpoint(self.path, self.identity)
+                        self.records, self.state = content["records"], content["state"]
+                        self.environment = content["environment"]
+                self.require_the_same_file()
             yield
-            self.remember(state)
-            age = time.monotonic() - self.written_at
-            signal_number, self.age = processes.largest(self.signals.pending or 0, age)
-        if processes.world_size() > 1 and signal_number:
-            self.is_stopped_by_all, self.signals.pending = True, int(signal_number)
-            self.signals.end_run()
-
-    def remember(self, state):
-        """Training can be resumed from `state` as it is now."""
-        if self.path is not None:
-            self.latest = state, state.snapshot()
-
-    def save_if_due(self, state):
-        """Training can be resumed from `state` as it is now; write it if the last checkpoint is old enough."""
-        if self.age >= 60 * self.minutes:
-            self.save(state)
-        else:
-            self.remember(state)
-
-    def save(self, state):
-        """Write the state as it is now."""
-        self.remember(state)
-        with self.signals.deferred():
-            if self.path is not None:
-                self.write_training()
-
-    def finish(self, record, parameters):
-        """Keep the Record of a seed and its trained parameters, {name: tensor}, in place of its state of training."""
-        with self.signals.deferred():
-            self.latest = None
-            self.checkpoint.finished.append(record)
-            if self.path is not None:
-                self.write(parameters=parameters)
-
-    def write_training(self):
-        """Write the last state that can be resumed. Raises NonFiniteError for parameters that are not finite."""
-        state, snapshot = self.latest
-        training_state = state.state_dict_at(snapshot)
-        require_finite(training_state["parameters"], "parameter")
-        self.write(training_state=training_state)
-
-    def write(self, **parts):
-        """Write the file, with these entries of Checkpoint. Where that fails, the run warns, once, and continues."""
-        try:
-            content = self.checkpoint.to_dict() | dict(training_state=None, parameters={}) | parts
-            if processes.rank() == 0:
-                write_checkpoint(self.path, self.identity, content)
-            self.is_written = True
-        except OSError as error:
-            warning = f"the checkpoint {self.path} could not be written: {error.strerror or error}"
-            if warning != self.last_warning:
-                self.console.warning(warning)
-            self.last_warning = warning
-        self.written_at = time.monotonic()
-
-    def __enter__(self):
-        if self.path is not None:
-            with processes.main_first():
-                if processes.rank() == 0:
-                    self.take_lock()
-                try:
-                    self.load()
-                except Exception:
-                    self.lock.release()
-                    raise
-            self.require_the_same_file()
-        if self.path is not None or processes.world_size() > 1:
-            self.signals.install()
-        return self
 
     def require_the_same_file(self):
         """Raises UserError where process 0 has read another checkpoint than this one."""
-        found = (self.checkpoint.training_state or {}).get("batches_done"), len(self.checkpoint.finished)
-        if processes.from_main(found) != found:
-            raise UserError(
-                f"--checkpoint {self.path}: this host has another file there, or none, than that of process 0"
-            )
+        found = len(self.records), self.state and self.state["batches_done"]
+        with processes.agreed():
+            if processes.from_main(found) != found:
+                raise UserError(f"--checkpoint {self.path}: not all hosts have the same file there")
 
-    def __exit__(self, kind, error, traceback):
-        self.signals.is_deferring = True
+    def note_environment(self, environment):
+        """Note what may change the last digits, by name; warn where a seed is resumed under another one."""
+        for name, value in environment.items() if self.state is not None else ():
+            if (before := self.environment[name]) != value:
+                self.console.warning(
+                    f"{self.path} was started with {name} {before} and is resumed with {value}: last digits may differ"
+                )
+        self.environment = environment
+
+    def restore(self, state):
+        """Restore a TrainingState from the file. Returns whether there was one."""
+        if self.state is None:
+            return False
+        state.load_state_dict(self.state)
+        self.state = None
+        return True
+
+    @contextmanager
+    def signals_noted(self):
+        """Within it the first signal that would end the run is noted for `save_if_due`; a second one ends it at once.
+
+        A signal that is ignored stays ignored. Only the main thread can handle signals: in others nothing changes.
+        """
+
+        def note(number, frame):
+            self.signal = number
+            handlers.close()
+
+        is_needed = self.path is not None or processes.world_size() > 1
+        can_handle = threading.current_thread() is threading.main_thread()
+        with ExitStack() as handlers:  # restores those that were there before
+            for number in SIGNALS if is_needed and can_handle else ():
+                if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                    handlers.callback(signal.signal, number, signal.signal(number, note))
+            yield
+        self.end_if(self.signal)  # it came while the last state was being saved
+
+    def end_if(self, number):
+        """Raises Interrupted if there is a signal of this number."""
+        if number:
+            can_resume = self.path is not None and Path(self.path).exists()
+            advice = f"; the same command resumes from {self.path}" if can_resume else ""
+            raise Interrupted(f"interrupted{advice}", status=128 + int(number))
+
+    def save_if_due(self, state, is_end_of_epoch=False):
+        """Save the state after an epoch, when the last time is long ago, and when a signal is to end the run.
+
+        All processes do the same, whichever has the signal and whatever their clocks say. Raises Interrupted.
+        """
+        is_due = is_end_of_epoch or time.monotonic() - self.saved_at >= 60 * self.minutes
+        number, is_due = processes.largest(self.signal or 0, is_due)
+        if self.path is not None and (number or is_due):
+            self.save(state)
+        self.end_if(number)
+
+    def save(self, state):
+        """Write the file. Where that fails the run warns, once, and goes on.
+
+        Raises NonFiniteError for parameters that are not finite, and leaves the file as it was.
+        """
+        content = dict(format=FORMAT, identity=self.identity, environment=self.environment, records=self.records)
+        content["state"] = state.state_dict()
+        require_finite(content["state"]["parameters"], "parameter")
         try:
-            # To gather shards takes all processes: where they do not end together, the last checkpoint stays.
-            can_write = self.latest is not None and (self.is_stopped_by_all or not self.latest[0].has_shards)
-            if error is not None and can_write and not isinstance(error, NonFiniteError):
-                with suppress(NonFiniteError):
-                    self.write_training()
-            if self.is_stopped_by_all:
-                processes.barrier()  # torchrun ends process 0 when another one has ended
-        finally:
-            self.signals.uninstall()
-            self.lock.release()
-        if error is None and self.signals.pending is not None:
-            self.signals.end_run()
-        if isinstance(error, KeyboardInterrupt) and self.is_written and Path(self.path).exists():
-            command = "the same command without --restart" if self.run_options.restart else "the same command"
-            error.args = (f"interrupted; {command} resumes from {self.path}",)
+            if processes.rank() == 0:
+                write_checkpoint(self.path, content)
+        except OSError as error:
+            if not self.has_warned:
+                self.console.warning(f"the checkpoint {self.path} could not be written: {error.strerror or error}")
+            self.has_warned = True
+        self.saved_at = time.monotonic()
+        processes.barrier()  # torchrun ends process 0, which may still be writing, when another process has ended
+
+    def add_record(self, record):
+        """Keep the record of a finished seed, anything JSON can hold, beside the state of the next one."""
+        self.records.append(json.loads(json.dumps(record)))  # plain types only: PyTorch's version is no plain str

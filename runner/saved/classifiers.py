@@ -1,188 +1,150 @@
-"""Trained classifiers on disk: what training changed, and all that is needed to use it again."""
+"""Trained classifiers on disk: what training changed, and what is needed to use it; the messages of --classify."""
 
+import json
 import os
-import queue
 import re
 import sys
-import threading
-import time
-from contextlib import suppress
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from runner.data.datasets import problem_of_text
-from runner.data.tensor_files import read_tensors, write_tensors
-from runner.files import NonFiniteError, UserError, require_finite, sha256_of_tensors
-from runner.machine.devices import resolve_device
-from runner.results.records import Record
+from runner.files import UserError, atomic_write, require_finite, sha256_of_tensors
 
-KIND, VERSION = "saved classifier", 1
+# --- on disk ---
 
-
-def frozen_sha256(classifier):
-    """SHA-256 of the parameters that are not trained, as they were drawn or read."""
-    return sha256_of_tensors({name: p for name, p in classifier.named_parameters() if not p.requires_grad})
-
-
-def save_classifier(path, experiment, data, base, parameters, record):
-    """Write the trained parameters, {name: tensor}, what is needed to use them, and their Record. Raises OSError.
-
-    `base` is the SHA-256 of the weights file under them, or what `frozen_sha256` gives for weights that were drawn.
-    """
-    description = dict(
-        settings=asdict(experiment),
-        width=data.limit,
-        labels=data.class_names,
-        base_sha256=base,
-        torch=torch.__version__,
-        record=record.to_dict(),
-    )
-    write_tensors(path, KIND, VERSION, description, parameters)
+KIND = "classifier of additional_experiments.py, format 2"
 
 
 @dataclass
 class SavedClassifier:
-    """What `save_classifier` wrote."""
+    """What is needed to use the trained parameters of a run again; JSON can hold it."""
 
-    path: str
-    settings: dict  # of the Experiment, by name; the context length is the number of tokens it came to
+    settings: dict  # the Experiment's, by name
+    limit: int  # tokens to which messages are cut, and padded where they are
     class_names: list  # of the K classes
-    base_sha256: str
-    parameters: dict  # {name: tensor}
-    record: Record | None = None  # of the run that trained it; None: of an earlier version, which kept none
+    base_sha256: str  # of the weights file under the trained parameters, or what `frozen_sha256` gives
+    record: dict  # of the run that trained it
+
+    def settings_with(self, given):
+        """The settings for use, with the weights and the device that `given`, {name: value}, has in place of theirs.
+
+        Raises UserError for another model size.
+        """
+        if (size := given.get("model_size", self.settings["model_size"])) != self.settings["model_size"]:
+            raise UserError(f"--model_size {size}: the classifier was trained on {self.settings['model_size']}")
+        changed = dict(context_length=self.limit, device="cpu" if self.settings["device"] == "cpu" else "auto")
+        if self.settings["precision"] == "tf32":
+            changed["precision"] = "fp32"  # the device may have no TF32
+        if not self.needs_base:
+            given = given | dict(weights="random")
+        return self.settings | changed | given
 
     @property
     def needs_base(self):
         """Whether there are weights under the trained ones, or all were trained."""
         return self.settings["trainable_layers"] != "all"
 
-    def settings_with(self, given):
-        """The settings, with the model size, weights and device that `given`, {name: value}, has in place of theirs.
-
-        TF32 becomes float32 where the device has none. Raises UserError for another model size, for a weights file
-        that is not there, and for a device that is not.
-        """
-        if (size := given.get("model_size", self.settings["model_size"])) != self.settings["model_size"]:
-            raise UserError(f"--model_size {size}: {self.path} was trained on {self.settings['model_size']}")
-        base = given.get("weights", self.settings["weights"]) if self.needs_base else "random"
-        if base not in ("pretrained", "random") and not Path(base).is_file():
-            raise UserError(f"{self.path} was trained on {base}, which does not exist; use --weights FILE")
-        device, _ = resolve_device(given.get("device", "cpu" if self.settings["device"] == "cpu" else "auto"))
-        precision = self.settings["precision"]
-        if precision == "tf32" and device.type != "cuda":
-            precision = "fp32"
-        return self.settings | dict(weights=base, device=device.type, precision=precision)
-
     def check_base(self, weights, sha256):
         """Raises UserError if the `weights` given, with this SHA-256, are not those that it was trained on."""
         if self.needs_base and sha256 != self.base_sha256:
-            raise UserError(f"--weights {weights}: {self.path} was trained on other weights (by their SHA-256)")
+            raise UserError(f"--weights {weights}: the classifier was trained on other weights (by their SHA-256)")
 
-    @torch.no_grad()
-    def restore(self, classifier):
-        """Copy the trained parameters into a Classifier of the same settings. Raises UserError for other ones."""
-        trained = {name: p for name, p in classifier.named_parameters() if p.requires_grad}
-        if {name: p.shape for name, p in trained.items()} != {name: p.shape for name, p in self.parameters.items()}:
-            raise UserError(f"{self.path} does not hold the trained parameters that its settings name")
-        for name, parameter in trained.items():
-            parameter.copy_(self.parameters[name])
+
+def frozen_sha256(classifier):
+    """SHA-256 of the parameters that are not trained: which random weights were drawn."""
+    return sha256_of_tensors({name: p for name, p in classifier.named_parameters() if not p.requires_grad})
+
+
+def save_classifier(path, saved, parameters):
+    """Write a SavedClassifier and the trained parameters, {name: tensor}, as a .safetensors file. Raises OSError."""
+    parameters = {name: tensor.detach().cpu().contiguous() for name, tensor in parameters.items()}
+    with atomic_write(path) as temporary:
+        try:
+            save_file(parameters, temporary, dict(kind=KIND, description=json.dumps(asdict(saved))))
+        except SafetensorError as error:  # raised for a full disk and the like
+            raise OSError(str(error)) from error
 
 
 def read_classifier(path):
-    """The SavedClassifier at `path`. Raises UserError for a file that cannot be used."""
-    description, parameters = read_tensors(path, KIND, VERSION)
+    """(SavedClassifier, {name: tensor}) of a file that `save_classifier` wrote. Raises UserError for any other."""
     try:
-        require_finite(parameters, "parameter")
-    except NonFiniteError as error:
-        raise UserError(f"{path} cannot be used: {error}") from None
-    settings = description["settings"] | dict(context_length=description["width"])
-    record = Record.from_dict(description["record"]) if "record" in description else None
-    return SavedClassifier(path, settings, description["labels"], description["base_sha256"], parameters, record)
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            parameters = {name: file.get_tensor(name) for name in file.keys()}
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} cannot be read as a saved classifier: {error}") from None
+    if metadata.get("kind") != KIND:
+        raise UserError(f"{path} was not written by --save_model of this version")
+    require_finite(parameters, f"{path}: parameter")
+    return SavedClassifier(**json.loads(metadata["description"])), parameters
 
 
-def chunks_of_texts(arguments, size, seconds):
-    """The messages of `--classify`, its arguments or the lines of standard input, in lists of at most `size`.
+@torch.no_grad()
+def load_parameters(classifier, parameters):
+    """Copy {name: tensor} into what `classifier` trains. Raises UserError unless all names and shapes are the same."""
+    trained = {name: p for name, p in classifier.named_parameters() if p.requires_grad}
+    expected, found = ({name: p.shape for name, p in group.items()} for group in (trained, parameters))
+    if wrong := expected.items() ^ found.items():
+        raise UserError(f"saved parameter {min(name for name, _ in wrong)} is missing, left over or of another shape")
+    for name, parameter in trained.items():
+        parameter.copy_(parameters[name])
 
-    Raises UserError for arguments that cannot be used; for standard input see `chunks_of_lines`.
+
+# --- messages and answers ---
+
+
+def chunks_of_texts(arguments):
+    """The messages of `--classify` in lists: its arguments in one, the lines of standard input as they come.
+
+    Raises UserError for arguments that cannot be used at once; for standard input see `chunks_of_lines`.
     """
     if list(arguments) == ["-"]:
         if sys.stdin is None:
             raise UserError("standard input is closed")
-        return chunks_of_lines(sys.stdin.fileno(), size, seconds)
+        return chunks_of_lines(sys.stdin.fileno())
     for number, text in enumerate(arguments, 1):
-        if not text.strip():
-            raise UserError(f"message {number} is empty")
-        if problem := problem_of_text(text):
+        if problem := problem_of_text(text) if text.strip() else "the text is empty":
             raise UserError(f"message {number}: {problem}")
-    return [arguments[start : start + size] for start in range(0, len(arguments), size)]
+    return [arguments]
 
 
-def chunks_of_lines(descriptor, size, seconds):
-    """The lines of a file as they come: lists of at most `size`, of what has come within `seconds` of the first.
+def chunks_of_lines(descriptor):
+    """The lines of an open file, as text, in lists of what has arrived. A line may be empty.
 
-    A line may be empty: each has its line of output. Raises UserError for one that cannot be used, after those before
-    it were given, and for a file without lines.
+    Raises UserError for a line that cannot be used, after those before it were given, and for a file without lines.
     """
-    n_given = 0
-    for lines in lines_in_time(descriptor, size, seconds):
+    number = 0
+    for lines in lines_as_they_come(descriptor):
         texts, problem = [], None
-        for number, line in enumerate(lines, n_given + 1):
+        for line in lines:
+            number += 1
             try:
-                texts.append(line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n"))
-                problem = problem_of_text(texts[-1])
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8").removesuffix("\r")
+                problem = problem_of_text(text)
             except UnicodeDecodeError as error:
-                texts.append(None)
                 problem = f"not UTF-8 text ({error.reason})"
             if problem:
                 break
-        n_given += len(texts)
-        yield texts[:-1] if problem else texts
+            texts.append(text)
+        yield texts
         if problem:
-            raise UserError(f"message {n_given}: {problem}")
-    if n_given == 0:
+            raise UserError(f"message {number}: {problem}")
+    if number == 0:
         raise UserError("there is no message on standard input")
 
 
-def lines_in_time(descriptor, size, seconds):
-    """Lists of at most `size` lines (bytes) of a file; each is given `seconds` after its first line, or sooner.
-
-    Raises OSError where the file cannot be read.
-    """
-    lines, failures = queue.Queue(maxsize=2 * size), []  # a fast writer waits
-    threading.Thread(target=read_lines, args=(descriptor, lines, failures), daemon=True).start()
-    while (line := next_line(lines)) is not None:
-        chunk, end = [line], time.monotonic() + seconds
-        with suppress(queue.Empty):
-            while len(chunk) < size and (line := lines.get(timeout=max(end - time.monotonic(), 0))) is not None:
-                chunk.append(line)
-        yield chunk
-        if line is None:
-            break
-    if failures:
-        raise failures[0]
-
-
-def next_line(lines):
-    """The next entry of a queue, however long it takes."""
-    while True:
-        with suppress(queue.Empty):
-            return lines.get(timeout=1)  # without a time-out Windows would not see Ctrl-C
-
-
-def read_lines(descriptor, lines, failures):
-    """Put the lines of a file into a queue, and None at its end; an exception that was the end goes to `failures`."""
-    try:
-        if hasattr(os, "set_blocking"):
-            os.set_blocking(descriptor, True)  # a parent may have left it otherwise, which would look like the end
-        # A file object of its own: Python's, which it closes at the end of the program, must not be in use then.
-        with open(descriptor, "rb", closefd=False) as file:
-            for line in file:
-                lines.put(line)
-    except Exception as error:
-        failures.append(error)
-    lines.put(None)
+def lines_as_they_come(descriptor):
+    """Lists of the lines (bytes) of an open file: each time those that have arrived, and at least one."""
+    rest = b""
+    while piece := os.read(descriptor, 1 << 16):  # waits for the first byte, and for no more
+        *lines, rest = (rest + piece).split(b"\n")
+        if lines:
+            yield lines
+    if rest:
+        yield [rest]
 
 
 def escape(text):
