@@ -1,9 +1,8 @@
-"""The layout: which module may import which, and where the README says that each switch acts."""
+"""The layout: which module may import which, and what belongs to the project."""
 
 import ast
 import graphlib
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +11,6 @@ import pytest
 
 import additional_experiments
 import gpt_download
-import previous_chapters
 
 ROOT = Path(additional_experiments.__file__).parent
 MODULES = {
@@ -47,7 +45,7 @@ def test_directions_of_imports():
     graphlib.TopologicalSorter(graph).prepare()  # raises CycleError
 
 
-TOP = {"additional_experiments.py", "previous_chapters.py", "gpt_download.py", "runner", "tests", "data"}
+TOP = {"additional_experiments.py", "previous_chapters.py", "gpt_download.py", "runner", "tests", "data", "docs"}
 TOP |= {".gitattributes", "README.md", "LICENSE", "requirements.txt", "pyproject.toml", ".gitignore", ".ci"}
 
 
@@ -81,27 +79,3 @@ def test_a_clone_with_the_line_ends_of_windows_runs_the_demo(tmp_path):
     command = [sys.executable, "additional_experiments.py", "--demo", "--num_epochs", "1", "--device", "cpu"]
     done = subprocess.run(command, cwd=clone, capture_output=True, text=True, env=os.environ | dict(PYTHONPATH=""))
     assert done.returncode == 0 and "Test accuracy" in done.stdout, done.stderr
-
-
-SECTION = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Where each switch acts\n")[2]
-SWITCHES = dict(re.findall(r"^\| (.+?) \| (.+) \|$", SECTION, re.M)[2:])
-
-
-def test_every_kind_of_switch_is_in_the_walk():
-    options = re.findall(r"`--(\w+)`", " ".join(SWITCHES))
-    expected = "trainable_token_pos trainable_layers model_size weights lora_rank lora_alpha context_length no_padding"
-    assert set(options) == {*expected.split(), "disable_causal_mask", "average_embeddings"}
-
-
-@pytest.mark.parametrize("switch", SWITCHES)
-def test_the_walk_names_what_exists(switch):
-    names = re.findall(r"`([\w.]+)`", SWITCHES[switch])
-    assert names
-    for name in names:
-        owner, *attributes = name.split(".")
-        module = additional_experiments if hasattr(additional_experiments, owner) else previous_chapters
-        found = getattr(module, owner)
-        for attribute in attributes:
-            found = getattr(found, attribute)
-        found = found.fget if isinstance(found, property) else found
-        assert callable(found) and found.__module__ in ("additional_experiments", "previous_chapters"), name
