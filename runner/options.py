@@ -89,19 +89,17 @@ class RunOptions:
     feature_cache: str | None = option(
         None,
         MACHINE,
-        "folder in which hidden states after the frozen blocks are kept for later runs (default: features in "
+        "folder that keeps hidden states after frozen blocks for later runs (default: features in "
         '--data_dir); "" for none; to empty it, delete it',
         metavar="DIR",
     )
     feature_cache_gb: float = option(
-        5.0, MACHINE, "what that folder may hold, in GB; the least recently used go first", type=number(float, above=0)
+        5.0, MACHINE, "what that folder may hold in GB; the least recently used go first", type=number(float, above=0)
     )
     activation_checkpointing: bool = option(
-        False, MACHINE, "compute trained blocks again in the backward pass instead of keeping what they computed"
+        False, MACHINE, "compute trained blocks again in the backward pass to save memory"
     )
-    shard: bool = option(
-        False, MACHINE, "with torchrun: each process holds a part of the model, its gradients and its optimizer (FSDP2)"
-    )
+    shard: bool = option(False, MACHINE, "with torchrun: each process holds a part of model and optimizer (FSDP2)")
     checkpoint: str | None = option(
         None,
         INTERRUPTION,

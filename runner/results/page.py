@@ -25,9 +25,7 @@ def render(summary):
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.globals |= dict(
-        rows=ROWS, describe=describe_settings, command_line=command_line, p_decides=P_DECIDES
-    )
+    environment.globals |= dict(rows=ROWS, describe=describe_settings, command_line=command_line, p_decides=P_DECIDES)
     groups = summary.groups
     compared = [answer.comparison for table in summary.tables for answer in table.answers if answer.comparison]
     runs, n_hidden = run_views(groups)

@@ -50,7 +50,9 @@ def plot_histories(path, records, n_train):
         losses.set(ylabel="Loss", ylim=(0, None))
         losses.legend(title=f"{len(histories)} seeds" if len(histories) > 1 else None, frameon=False)
         n_first = max(accuracy.total for history in histories for accuracy in history.val_accuracies)
-        accuracies.set(xlabel="Epochs", ylabel=f"Accuracy (%) of the\nfirst {n_first} messages", xlim=(0, n_epochs * 1.02))
+        accuracies.set(
+            xlabel="Epochs", ylabel=f"Accuracy (%) of the\nfirst {n_first} messages", xlim=(0, n_epochs * 1.02)
+        )
         accuracies.set_xticks(range(0, n_epochs + 1, math.ceil(n_epochs / 10)))
         per_epoch = steps_per_epoch * batch_size
         messages = losses.secondary_xaxis("top", functions=(lambda x: x * per_epoch, lambda x: x / per_epoch))

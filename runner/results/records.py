@@ -134,7 +134,8 @@ class Record:
             raise ValueError(f"it is of version {content['version']}, not {VERSION}")
         parts = {setting.name: content[setting.name] for setting in fields(cls)}
         parts["repeats"] = {
-            split: Repeats(tuple(found["exact"]), tuple(found["similar"])) for split, found in content["repeats"].items()
+            split: Repeats(tuple(found["exact"]), tuple(found["similar"]))
+            for split, found in content["repeats"].items()
         }
         parts["confusions"] = {
             split: Confusion(tuple(found["totals"]), tuple(Mistake(*entry) for entry in found["mistakes"]))

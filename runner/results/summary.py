@@ -292,7 +292,9 @@ def compare_groups(a, b):
     if len({record.data_sha256 for record in records}) > 1 or records[0].test.total == 0:
         return None, "on other messages"
     devices, precisions = dict.fromkeys(r.device_name for r in records), dict.fromkeys(r.precision for r in records)
-    remarks = [f"on {' and '.join(devices)}"] * (len(devices) > 1) + [f"in {' and '.join(precisions)}"] * (len(precisions) > 1)
+    remarks = [f"on {' and '.join(devices)}"] * (len(devices) > 1) + [f"in {' and '.join(precisions)}"] * (
+        len(precisions) > 1
+    )
     return compare(*samples_of(a, b)), "; ".join(remarks)
 
 
