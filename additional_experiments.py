@@ -182,16 +182,15 @@ def encode(tokenizer, splits, experiment):
     if limit == "model_context_length" or (limit == "longest_training_example" and experiment.no_padding):
         limit = MAX_CONTEXT  # without padding nothing needs to be as long as the longest training message
     elif limit == "longest_training_example":
-        _, lengths = encoded["train"]
-        limit = min(int(lengths.max()), MAX_CONTEXT)
-    messages = {split: encode_split(*encoded[split], splits[split]["Label"], limit, experiment) for split in splits}
-    longest = max(int(lengths.max()) for _, lengths in encoded.values())
+        limit = min(max(map(len, encoded["train"])), MAX_CONTEXT)
+    messages = {split: encode_split(encoded[split], splits[split]["Label"], limit, experiment) for split in splits}
+    longest = max(max(map(len, token_ids)) for token_ids in encoded.values())
     return messages, limit, min(longest, limit) if experiment.no_padding else limit
 
 
-def encode_split(token_ids, lengths, labels, limit, experiment):
+def encode_split(token_ids, labels, limit, experiment):
     """Messages from what `tokenize` gives, and labels (n,): cut to `limit`, padded to it, cut to what is visible."""
-    n_real = lengths.clamp(max=limit)
+    n_real = torch.tensor([min(len(message), limit) for message in token_ids])
     n_tokens = n_real if experiment.no_padding else torch.full_like(n_real, limit)  # pads included
     match experiment.trainable_token_pos:
         case "last":
@@ -201,7 +200,7 @@ def encode_split(token_ids, lengths, labels, limit, experiment):
         case "flexible":
             positions = n_real - 1
     n_visible = n_tokens if experiment.disable_causal_mask else positions + 1
-    visible = cut_and_pad(token_ids, lengths, n_visible, PAD_TOKEN)
+    visible = cut_and_pad(token_ids, n_visible, PAD_TOKEN)
     return Messages(Stage.TOKEN_IDS, visible, n_visible, positions, torch.tensor(labels.to_numpy()))
 
 
@@ -630,10 +629,10 @@ def predict_batches(classifier, messages, loader, n_batches=None):
 
 
 def mean_loss(predictions, ignore_index):
-    """The mean of the batches' mean cross entropies, each over the labels that count."""
+    """The mean of the batches' mean cross entropies, each over the labels that count; NaN where none does."""
     losses = F.cross_entropy(predictions.logits, predictions.labels, ignore_index=ignore_index, reduction="none")
     weights = loss_weights(predictions.labels, predictions.batch_sizes, ignore_index)
-    return (losses @ weights.to(losses.dtype).to(losses.device)).item()
+    return (losses @ weights.to(losses.dtype).to(losses.device)).item() if weights.any() else math.nan
 
 
 def accuracy(predictions):

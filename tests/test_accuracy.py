@@ -16,7 +16,7 @@ from runner.results.accuracy import Accuracy, Confusion, Mistake, describe_mista
 def test_accuracy_is_printed_in_percent():
     assert str(Accuracy(285, 300)) == "95.00%"
     assert Accuracy(1, 3).fraction == pytest.approx(1 / 3)
-    assert str(Accuracy(0, 0)) == "nan%"  # nothing was measured
+    assert str(Accuracy(0, 0)) == "n/a"  # nothing was measured
 
 
 def test_accuracy_in_full():
@@ -69,7 +69,7 @@ def test_a_classifier_that_never_finds_the_rare_class_is_no_success():
     confusion = Confusion((294, 6), tuple(Mistake(number, 1, 0, 0.9) for number in range(6)))
     assert str(confusion.accuracy) == str(confusion.most_frequent) == "98.00%"
     assert confusion.macro_f1 == pytest.approx((2 * 294 / (2 * 294 + 6) + 0) / 2)
-    assert np.isnan(Confusion((0, 0), ()).macro_f1) and str(Confusion((0, 0), ()).most_frequent) == "nan%"
+    assert np.isnan(Confusion((0, 0), ()).macro_f1) and str(Confusion((0, 0), ()).most_frequent) == "n/a"
 
 
 def test_the_confusion_of_predictions():

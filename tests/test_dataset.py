@@ -30,46 +30,32 @@ def read(data_dir, ignore_index=-100):
 # --- bad data ---
 
 QUOTE = "a quote that opens here is not closed, or is closed too early"
-GAP = "but training labels that are numbers must be 0, 1, 2 and so on, none left out"
+GAP = "but all labels of train.csv must be names, or 0, 1, 2 and so on, none left out"
 
 
 @pytest.mark.parametrize(
     "split, content, message",
     [
-        ("train", "", "line 1: the file is empty"),
+        ("train", "", "line 1: the header must have one column Label and one column Text; it is ''"),
         ("train", "Label,Text\n", "no messages below the header"),
-        ("train", "Label,Message\n0,a\n", "one column Label and one column Text; it is 'Label,Message'"),
         ("test", "Label,Text,Text\n0,a,b\n", "one column Label and one column Text; it is 'Label,Text,Text'"),
-        ("train", "Label,Text\n".encode("utf-16-le"), "it is 'L\\x00a\\x00b\\x00"),
-        ("train", gzip.compress(b"Label,Text\n0,a\n"), "this is a compressed file or a workbook"),
-        ("train", b"PK\x03\x04", "this is a compressed file or a workbook"),
-        ("test", "Label,Text\n0,a\n1,\n", "line 3: the text is empty"),
+        ("train", gzip.compress(b"Label,Text\n0,a\n"), "line 1: not text ('utf-8' codec can't decode byte 0x8b"),
         ("test", "Label,Text\n0,a\n1,   \n", "line 3: the text is empty"),
         ("test", "Label,Text\n0,a\n\n1\n", "line 4: 1 instead of 2 fields"),
         ("train", "Label;Text\n0;a;b\n", "line 2: 3 instead of 2 fields; a text that contains ';' needs quotes"),
-        ("test", "Label,Text\n0,a\n,b\n", "line 3: the label is empty"),
         ("test", "Label,Text\nspam,a\n ,b\n", "line 3: the label is empty"),
         ("train", "Label,Text\n0,a\n0.5,b\n", 'line 3: label "0.5" is neither a whole number nor a name'),
-        ("train", "Label,Text\n0,a\nnan,b\n", 'line 3: label "nan" is neither a whole number nor a name'),
-        ("train", "Label,Text\n0,a\nspam,b\n", 'line 3: label "spam", but "0" above: labels are either all numbers'),
-        ("train", 'Label,Text\n0,"two\nlines"\nx,b\n', 'line 4: label "x", but "0" above'),
-        ("train", "Label,Text\n2,a\n1,b\n", f"line 2: label 2, {GAP}"),
+        ("train", 'Label,Text\n0,"two\nlines"\nx,b\n', f"line 4: label x, {GAP}"),
         ("train", "Label,Text\n0,a\n-1,b\n", f"line 3: label -1, {GAP}"),
-        ("train", "Label,Text\n0,a\n2,b\n", f"line 3: label 2, {GAP}"),
         ("train", f"Label,Text\n0,a\n{'9' * 19},b\n", "line 3: label 1000"),
-        ("train", f"Label,Text\n0,a\n{'1' * 5000},b\n", f'line 3: label "{"1" * 50}" is neither'),
         ("validation", "Label,Text\n0,a\n2,b\n", "line 3: label 2, but the labels of the training messages are 0, 1"),
         ("validation", "Label,Text\nham,a\n", "line 2: label ham, but the labels of the training messages are 0, 1"),
-        ("train", "Label,Text\n0,a\n0,b\n", "every label is 0; a classifier needs two classes or more"),
         ("train", "Label,Text\n" + "spam,b\n" * 9, "every label is spam; a classifier needs two classes"),
         ("train", "Label,Text\n-100,a\n-100,b\n", "no message has a label; a classifier needs two classes or more"),
         ("train", 'Label,Text\n0,a\n0,"b\n' + "1,c\n" * 9, f"line 3: {QUOTE}"),
         ("train", 'Label,Text\n0,a\n0,"b\n' + "1,c\n" * 9 + '0,"d"\n', f"line 3: {QUOTE}"),
-        ("train", b"Label,Text\n" + b"0,a\n" * 90_000 + b"0,caf\xe9\n", "line 90002: not UTF-8 text"),
-        ("train", b"Label,Text\ncaf\xe9,a\n", "line 2: not UTF-8 text"),
-        ("train", "\ufeffLabel,Text\n0,a\n".encode("utf-16-le") + b"0\0,\0\x3d\xd8\n\0", "line 3: not UTF-8 text"),
-        ("train", "Label,Text\n0,a\n".encode("utf-16")[:-1], "line 2: 'utf-16-le' codec can't decode"),
-        ("train", f"Label,Text\n0,a\n1,b{' ' * 1_000_000}c\n", "line 3: the text has more than 100,000 whitespace"),
+        ("train", b"Label,Text\n" + b"0,a\n" * 90_000 + b"0,caf\xe9\n", "line 90002: not text"),
+        ("train", "Label,Text\n0,a\n".encode("utf-16")[:-1], "line 2: not text ('utf-16-le' codec can't decode"),
     ],
 )
 def test_bad_data_is_refused_by_line(data_dir, split, content, message):
@@ -91,11 +77,6 @@ def test_batch_larger_than_the_training_set(nano, capsys):
     assert "--batch_size 44: there are only 43 training messages" in capsys.readouterr().err
 
 
-def test_as_many_blanks_as_the_tokenizer_takes():
-    text = "a" + " " * datasets.MAX_SPACES + "b"
-    assert datasets.problem_of_text(text) is None and len(ae.load_vocabulary().encode_ordinary(text)) > 1000
-
-
 # --- the folder ---
 
 
@@ -104,7 +85,9 @@ def no_download(monkeypatch):
     monkeypatch.setattr(gpt_download, "fetch_collection", lambda *_: pytest.fail("the collection was asked for"))
 
 
-ADVICE = "make an empty folder to have the collection downloaded into it, or put train.csv, validation.csv and test.csv"
+ADVICE = "make an empty folder to have the collection downloaded into it, or put train.csv, validation.csv"
+    "make an empty folder to have the collection downloaded into it, or put train.csv and validation.csv and test.csv"
+)
 
 
 @pytest.mark.parametrize("folder", ["missing", "link", "other files"])
@@ -116,7 +99,7 @@ def test_a_folder_from_which_somebody_expects_other_data(no_download, tmp_path, 
     if folder == "other files":
         path.mkdir()
         (path / "train.csv.gz").touch()
-    with pytest.raises(UserError, match=f"^--data_dir {path} .*; {ADVICE} there, not compressed$"):
+    with pytest.raises(UserError, match=f"^--data_dir {path} .*; {ADVICE} and test.csv there, not compressed$"):
         datasets.load_splits(path, "uci")
 
 
@@ -130,7 +113,7 @@ def test_files_that_cannot_be_read_are_no_reason_for_a_download(nano, no_downloa
 
 def test_one_of_three_files_is_not_overwritten(no_download, data_dir):
     (data_dir / "test.csv").unlink()
-    with pytest.raises(UserError, match="holds train.csv and validation.csv but not test.csv; your own data needs all"):
+    with pytest.raises(UserError, match="holds train.csv and validation.csv alone; your own data needs all"):
         datasets.load_splits(data_dir, "uci")
 
 
@@ -197,9 +180,16 @@ def test_three_classes_and_messages_without_a_label(nano, data_dir, capsys):
 
 
 def test_warnings_come_before_training(nano, data_dir, capsys):
+    """And what is not known is not shown as a number."""
     write(data_dir, validation="Label,Text\n-100,same\n", test='Label,Text\n0,"see\nyou"\n1,"see\nyou"\n0,"see\nyou"\n')
-    assert main(nano) == 0
-    assert capsys.readouterr().err.splitlines() == [
+    assert main([*nano, "--plot", "curves.png"]) == 0
+    out, err = capsys.readouterr()
+    assert (
+        ", Val loss n/a\n" in out and "| Validation accuracy: n/a (" in out and "% | n/a " in out and " nan" not in out
+    )
+    assert main(["--report", "results", "--write", "page.html"]) == 0
+    assert capsys.readouterr().err == ""
+    assert err.splitlines() == [
         "warning: no message of validation.csv has a label: loss and accuracy on it are not known",
         'warning: texts with contradictory labels: 1, among them "see you": 0 (2 times) and 1 (1 times)',
     ]

@@ -3,20 +3,19 @@
 import codecs
 import csv
 import hashlib
-import json
+import io
+import os
 import re
 import textwrap
-from array import array
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count, takewhile
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 import gpt_download
-from runner.files import UserError, sha256_of, write_bytes
+from runner.files import UserError, sha256_of, sha256_of_json, write_bytes
 
 SPLITS = {"train": "Training", "validation": "Validation", "test": "Test"}
 
@@ -72,39 +71,33 @@ def load_splits(data_dir, dataset):
     """
     if dataset == "sample":
         return balanced_splits(gpt_download.sample_path()), "sample"
-    data_dir = Path(data_dir)
-    names = names_in(data_dir)
-    paths = {split: data_dir / f"{split}.csv" for split in SPLITS}
-    missing = [path.name for path in paths.values() if path.name not in names]
-    is_uci = all(sha256_of(path) == UCI_SPLITS_SHA256[split] for split, path in paths.items() if path.name in names)
-    if missing and not is_uci:
-        present = " and ".join(path.name for path in paths.values() if path.name in names)
-        raise UserError(f"{data_dir} holds {present} but not {' and '.join(missing)}; your own data needs all three")
-    if missing:  # all three, or some that an interrupted run did not get to
-        return make_uci_splits(data_dir, paths), "uci"
-    return {split: read_labelled_csv(path) for split, path in paths.items()}, "uci" if is_uci else "own"
+    paths = {split: Path(data_dir, f"{split}.csv") for split in SPLITS}
+    present = {split: path for split, path in paths.items() if os.path.lexists(path)}  # also a link that leads nowhere
+    is_uci = all(sha256_of(path) == UCI_SPLITS_SHA256[split] for split, path in present.items())
+    if len(present) == len(SPLITS):
+        return {split: read_labelled_csv(path) for split, path in paths.items()}, "uci" if is_uci else "own"
+    if not is_uci:
+        found = " and ".join(path.name for path in present.values())
+        raise UserError(f"--data_dir {data_dir} holds {found} alone; your own data needs all three files")
+    if not present:
+        check_folder(data_dir)
+    return make_uci_splits(data_dir, paths), "uci"
 
 
-def names_in(data_dir):
-    """The names in a folder, a set. Raises UserError for a folder that was probably meant to hold other data.
+def check_folder(data_dir):
+    """Raises UserError for a folder that was probably meant to hold other data: a missing one, or one with other files.
 
     The collection is downloaded into the default folder, which is made, or into an empty one.
     """
+    if str(data_dir) == DEFAULT_DATA_DIR:
+        return
     advice = "make an empty folder to have the collection downloaded into it, or put train.csv, validation.csv and "
     advice += "test.csv there, not compressed"
-    is_default = str(data_dir) == DEFAULT_DATA_DIR
-    try:
-        names = {path.name for path in data_dir.iterdir()}
-    except FileNotFoundError:
-        if is_default:
-            return set()
-        raise UserError(f"--data_dir {data_dir} does not exist; {advice}") from None
-    others = {name for name in names if not name.startswith(".") and name != FEATURES}
-    known = {*(f"{split}.csv" for split in SPLITS), *gpt_download.COLLECTION_NAMES}
-    if others and not others & known and not is_default:
-        found = f"{min(others)}, but neither the three files nor the collection"
-        raise UserError(f"--data_dir {data_dir} holds {found}; {advice}")
-    return names
+    if not os.path.isdir(data_dir):
+        raise UserError(f"--data_dir {data_dir} does not exist; {advice}")
+    names = {name for name in os.listdir(data_dir) if not name.startswith(".") and name != FEATURES}
+    if names and names.isdisjoint(gpt_download.COLLECTION_NAMES):
+        raise UserError(f"--data_dir {data_dir} holds {min(names)}, but no data of this program; {advice}")
 
 
 def make_uci_splits(data_dir, paths):
@@ -146,66 +139,44 @@ def balanced_splits(path):
 def read_labelled_csv(path):
     """The messages of a CSV file: a DataFrame with columns Label, Text, and line, the one on which a row begins.
 
-    Label is an int in every row, or a name in every row. UTF-8, or UTF-16 with its byte order mark; the separator is
-    a comma, semicolon or tab. Raises UserError that names file and line. (Not pandas: it takes a message "NA" for a
-    missing one, and knows no line numbers.)
+    UTF-8, or UTF-16 with its byte order mark; the separator is a comma, semicolon or tab. Raises UserError that names
+    file and line. (Not pandas: it takes a message "NA" for a missing one, and knows no line numbers.)
     """
-    values, labels, texts, lines = {}, [], [], array("q")  # values: {label as it is written: one object for all rows}
+    rows, line, content = [], 1, path.read_bytes()
     csv.field_size_limit(2**31 - 1)
-    line = 1
     try:
-        with open_csv(path) as file:
-            separator, columns = parse_header(file.readline())
-            label_at, text_at = columns.index("label"), columns.index("text")
-            reader = csv.reader(file, delimiter=separator, strict=True)
-            line = 2
-            for fields in reader:
-                if fields:  # not an empty line
-                    if len(fields) > len(columns) or len(fields) <= max(label_at, text_at):
-                        problem = f"{len(fields)} instead of {len(columns)} fields"
-                        raise ValueError(f"{problem}; a text that contains {separator!r} needs quotes")
-                    label, text = fields[label_at], fields[text_at]
-                    if label not in values:
-                        values[label] = parse_label(label)
-                        if type(values[label]) is not type(labels[0] if labels else values[label]):
-                            problem = f'label "{label[:50]}", but "{str(labels[0])[:50]}" above'
-                            raise ValueError(f"{problem}: labels are either all numbers or all names")
-                    if not text.strip():
-                        raise ValueError("the text is empty")
-                    if problem := problem_of_text(text):
-                        raise ValueError(problem)
-                    labels.append(values[label])
-                    texts.append(text)
-                    lines.append(line)
-                line = reader.line_num + 2  # the next row's; the header is a line too
+        encoding = "utf-16" if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
+        file = io.StringIO(content.decode(encoding), newline="")
+        separator, columns = parse_header(file.readline())
+        reader = csv.reader(file, delimiter=separator, strict=True)
+        line = 2
+        for fields in reader:
+            if fields:  # not an empty line
+                row = dict(zip(columns, fields))
+                if len(fields) > len(columns) or not {"label", "text"} <= row.keys():
+                    problem = f"{len(fields)} instead of {len(columns)} fields"
+                    raise ValueError(f"{problem}; a text that contains {separator!r} needs quotes")
+                if not row["text"].strip():
+                    raise ValueError("the text is empty")
+                rows.append((parse_label(row["label"]), row["text"], line))
+            line = reader.line_num + 2  # the next row's; the header is a line too
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise UserError(f"{path}, line {line}: not text ({error}); save it as CSV UTF-8, not compressed") from None
     except csv.Error as error:
         problem = "a quote that opens here is not closed, or is closed too early; a quote in a quoted text is doubled"
         raise UserError(f"{path}, line {line}: {problem} ({error}, line {reader.line_num + 1})") from None
-    except ValueError as error:  # also what cannot be decoded as UTF-16
+    except ValueError as error:
         raise UserError(f"{path}, line {line}: {error}") from None
-    if not texts:
+    if not rows:
         raise UserError(f"{path}: no messages below the header")
-    return pd.DataFrame({"Label": labels, "Text": texts, "line": np.asarray(lines)})
-
-
-def open_csv(path):
-    """A text file for the csv module. What cannot be decoded becomes lone surrogates: see `problem_of_text`."""
-    with open(path, "rb") as file:
-        start = file.read(2)
-    if start in (b"\x1f\x8b", b"PK"):  # gzip; zip, and so Excel's own format
-        raise ValueError("this is a compressed file or a workbook; unpack it, or save it as CSV UTF-8")
-    if start in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-        return open(path, encoding="utf-16", errors="surrogatepass", newline="")
-    return open(path, encoding="utf-8-sig", errors="surrogateescape", newline="")
+    return pd.DataFrame(rows, columns=["Label", "Text", "line"])
 
 
 def parse_header(header):
     """Separator and columns, in small letters, of a CSV file with this first line. Raises ValueError."""
-    if not header:
-        raise ValueError("the file is empty")
     for separator in ",;\t":
-        [columns] = csv.reader([header.lower()], delimiter=separator)
-        columns = [column.strip() for column in columns]
+        columns = [column.strip() for column in next(csv.reader([header.lower()], delimiter=separator))]
         if columns.count("label") == columns.count("text") == 1:
             return separator, columns
     raise ValueError(f"the header must have one column Label and one column Text; it is {header.strip()[:80]!r}")
@@ -214,8 +185,6 @@ def parse_header(header):
 def parse_label(text):
     """A label as an int, from "1.0" too, or as a name. Raises ValueError."""
     name = " ".join(text.split())
-    if problem := problem_of_text(name):
-        raise ValueError(problem)
     if not name:
         raise ValueError("the label is empty (where labels are numbers, --ignore_index stands for none)")
     try:
@@ -225,17 +194,6 @@ def parse_label(text):
     if not number.is_integer():
         raise ValueError(f'label "{name[:50]}" is neither a whole number nor a name')
     return int(number)
-
-
-MAX_SPACES = 100_000  # or other whitespace, in a row; the tokenizer fails somewhere above 300,000
-
-
-def problem_of_text(text):
-    """Why the tokenizer cannot take a message; None if it can."""
-    if not text.isascii() and re.search("[\ud800-\udfff]", text):  # how Python shows what it could not decode
-        return "not UTF-8 text"
-    if len(text) > MAX_SPACES and re.search(rf"\s{{{MAX_SPACES + 1}}}", text):
-        return f"the text has more than {MAX_SPACES:,} whitespace characters in a row"
 
 
 # --- labels ---
@@ -251,28 +209,26 @@ def number_labels(splits, name, data_dir, ignore_index):
     if name != "own":
         return splits, ["ham", "spam"], []
     unlabelled = [ignore_index] if ignore_index < 0 else []
-    found = set(splits["train"]["Label"].unique().tolist()).difference(unlabelled)
+    found = set(splits["train"]["Label"]).difference(unlabelled)
     if len(found) < 2:
         problem = f"every label is {found.pop()}" if found else "no message has a label"
         raise UserError(f"{data_dir}/train.csv: {problem}; a classifier needs two classes or more")
-    if are_names := any(isinstance(label, str) for label in found):
+    if all(isinstance(label, str) for label in found):
         classes, unlabelled = sorted(found), []
     else:
         classes = list(takewhile(found.__contains__, count()))
+    numbers = {label: number for number, label in enumerate(classes)} | {label: label for label in unlabelled}
     for split, frame in splits.items():
-        unknown = frame[~frame["Label"].isin([*classes, *unlabelled])]
+        unknown = frame[~frame["Label"].isin(numbers)]
         if not unknown.empty:
             label, line = str(unknown["Label"].iloc[0])[:50], unknown["line"].iloc[0]
-            problem = "training labels that are numbers must be 0, 1, 2 and so on, none left out"
+            problem = "all labels of train.csv must be names, or 0, 1, 2 and so on, none left out"
             if split != "train":
-                problem = (
-                    f"the labels of the training messages are {textwrap.shorten(', '.join(map(str, classes)), 100)}"
-                )
+                known = textwrap.shorten(", ".join(map(str, classes)), 100)
+                problem = f"the labels of the training messages are {known}"
             raise UserError(f"{data_dir}/{split}.csv, line {line}: label {label}, but {problem}")
     warnings = warnings_about({split: frame[~frame["Label"].isin(unlabelled)] for split, frame in splits.items()})
-    if are_names:
-        numbers = {name: number for number, name in enumerate(classes)}
-        splits = {split: frame.assign(Label=frame["Label"].map(numbers)) for split, frame in splits.items()}
+    splits = {split: frame.assign(Label=frame["Label"].map(numbers)) for split, frame in splits.items()}
     return splits, [str(label) for label in classes], warnings
 
 
@@ -292,8 +248,7 @@ def warnings_about(labelled):
 
 def sha256_of_splits(splits):
     """SHA-256 of the labels and texts of all splits."""
-    content = json.dumps([[splits[split][column].tolist() for column in ("Label", "Text")] for split in SPLITS])
-    return hashlib.sha256(content.encode()).hexdigest()
+    return sha256_of_json([[splits[split][column].tolist() for column in ("Label", "Text")] for split in SPLITS])
 
 
 @dataclass(frozen=True)
@@ -306,15 +261,13 @@ class Repeats:
 
 def find_repeats(splits):
     """{"validation": Repeats, "test": Repeats} of the splits, {split: DataFrame with columns Label and Text}."""
-    train = splits["train"]["Text"]
-    known, known_similar = set(train), set(map(letters_of, train)) - {""}
-    found = {}
+    train, found = splits["train"]["Text"], {}
     for split in ("validation", "test"):
-        columns = zip(splits[split]["Text"], splits[split]["Label"], strict=True)
-        texts = [(number, text) for number, (text, label) in enumerate(columns) if label >= 0]
-        exact = {number for number, text in texts if text in known}
-        similar = exact | {number for number, text in texts if letters_of(text) in known_similar}
-        found[split] = Repeats(tuple(sorted(exact)), tuple(sorted(similar)))
+        frame = splits[split].reset_index(drop=True)
+        texts = frame["Text"][frame["Label"] >= 0]
+        exact = texts.isin(train)
+        similar = exact | texts.map(letters_of).isin(set(map(letters_of, train)) - {""})
+        found[split] = Repeats(*(tuple(texts.index[repeated].tolist()) for repeated in (exact, similar)))
     return found
 
 

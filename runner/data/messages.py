@@ -6,8 +6,8 @@ In the shapes B is messages in a batch, T tokens in a message, D the embedding w
 from dataclasses import dataclass, replace
 from enum import Enum
 
-import numpy as np
 import torch
+import torch.nn.functional as F
 
 
 class Stage(Enum):
@@ -79,47 +79,15 @@ class Messages:
 
 # --- from texts to tokens ---
 
-TEXTS_PER_CALL = 1000
-
 
 def tokenize(tokenizer, texts):
-    """The token ids of n texts, one after the other (N,), and how many each has (n,).
-
-    Many texts are one call of the tokenizer, which splits them at a special token; and there is no Python object for
-    each token.
-    """
-    separator, separator_id = tokenizer.decode([tokenizer.eot_token]), tokenizer.eot_token
-    parts = []
-    for start in range(0, len(texts), TEXTS_PER_CALL):
-        chunk = texts[start : start + TEXTS_PER_CALL]
-        joined = separator.join(chunk)
-        if joined.count(separator) < len(chunk):
-            parts.append(tokenizer.encode_to_numpy(joined, allowed_special={separator}))
-            parts.append([separator_id])
-        else:  # in a message it is text like any other
-            for text in chunk:
-                parts.append(tokenizer.encode_ordinary(text))
-                parts.append([separator_id])
-    token_ids = torch.cat([torch.from_numpy(np.asarray(part, dtype=np.int32)) for part in parts])
-    is_separator = token_ids == separator_id
-    ends = is_separator.nonzero().flatten()
-    return token_ids[~is_separator], ends.diff(prepend=torch.tensor([-1])) - 1
+    """The token ids of each text, a list of tensors; a special token in a text is text like any other."""
+    return [torch.tensor(tokenizer.encode_ordinary(text), dtype=torch.int32) for text in texts]
 
 
-def cut_and_pad(x, lengths, new_lengths, pad):
-    """n messages of these lengths (n,), one after the other in x (N,), cut or padded to their `new_lengths` (n,).
-
-    Where one is padded, all new lengths must be the same.
-    """
-    n_kept = lengths.minimum(new_lengths)
-    if not n_kept.equal(lengths):
-        offsets = torch.arange(len(x)) - (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
-        x = x[offsets < n_kept.repeat_interleave(lengths)]
-    if n_kept.equal(new_lengths):
-        return x
-    length = int(new_lengths[0])
-    padded = torch.full((len(lengths), length), pad, dtype=x.dtype)
-    return padded.masked_scatter_(torch.arange(length) < n_kept[:, None], x).flatten()
+def cut_and_pad(token_ids, lengths, pad):
+    """Messages, a list of tensors, one after the other (N,), each cut or padded to its own of `lengths` (n,)."""
+    return torch.cat([F.pad(part, (0, n - len(part)), value=pad) for part, n in zip(token_ids, lengths.tolist())])
 
 
 # --- passes ---

@@ -42,7 +42,7 @@ class Accuracy:
         return low if p > 0 else 0.0, high if p < 1 else 1.0  # rounding would miss these
 
     def __str__(self):
-        return f"{self.fraction * 100:.2f}%"
+        return f"{self.fraction * 100:.2f}%" if self.total else "n/a"
 
     @property
     def bounds(self):

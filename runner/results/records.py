@@ -42,7 +42,8 @@ class History:
         self.steps.append(step)
         self.train_losses.append(train_loss)
         self.val_losses.append(val_loss)
-        return self.add_line(f"Ep {epoch} (Step {step:06d}): Train loss {train_loss:.3f}, Val loss {val_loss:.3f}")
+        train, val = ("n/a" if math.isnan(loss) else f"{loss:.3f}" for loss in (train_loss, val_loss))  # without labels
+        return self.add_line(f"Ep {epoch} (Step {step:06d}): Train loss {train}, Val loss {val}")
 
     def add_accuracies(self, train, val):
         """Add the accuracies after an epoch, which are of the first messages only, and return their line."""
@@ -157,7 +158,8 @@ class Record:
         mistakes = [mistake for confusion in confusions for mistake in confusion.mistakes]
         counts = [*repeats.exact, *repeats.similar, *(n for confusion in confusions for n in confusion.totals)]
         counts += [number for mistake in mistakes for number in (mistake.number, mistake.label, mistake.called)]
-        numbers = [self.minutes, *(value for curve in curves for value in curve), *(m.confidence for m in mistakes)]
+        losses = [value for curve in curves for value in curve if value == value]  # a NaN: nothing had a label
+        numbers = [self.minutes, *losses, *(mistake.confidence for mistake in mistakes)]
         fits = (
             all(isinstance(count, int) and count >= 0 for count in counts),
             all(isinstance(value, int | float) and math.isfinite(value) for value in numbers),

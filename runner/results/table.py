@@ -1,5 +1,7 @@
 """The printed row of a run: the columns of the public original's table, in 140 columns."""
 
+import math
+
 from runner.data.datasets import SPLITS
 from runner.results.accuracy import mean_and_deviation
 from runner.rows import ROWS
@@ -44,6 +46,8 @@ def row_cells(records):
 def mean_cell(percentages):
     """`95.00%`, of several `95.33±0.6`."""
     mean, deviation = mean_and_deviation(percentages)
+    if math.isnan(mean):  # no labels
+        return "n/a"
     return f"{mean:.2f}%" if len(percentages) == 1 else f"{mean:.2f}±{deviation:.1f}"
 
 

@@ -10,7 +10,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from runner.data.datasets import problem_of_text
 from runner.files import UserError, atomic_write, require_finite, sha256_of_tensors
 
 # --- on disk ---
@@ -106,8 +105,8 @@ def chunks_of_texts(arguments):
             raise UserError("standard input is closed")
         return chunks_of_lines(sys.stdin.fileno())
     for number, text in enumerate(arguments, 1):
-        if problem := problem_of_text(text) if text.strip() else "the text is empty":
-            raise UserError(f"message {number}: {problem}")
+        if not text.strip():
+            raise UserError(f"message {number}: the text is empty")
     return [arguments]
 
 
@@ -123,7 +122,6 @@ def chunks_of_lines(descriptor):
             number += 1
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8").removesuffix("\r")
-                problem = problem_of_text(text)
             except UnicodeDecodeError as error:
                 problem = f"not UTF-8 text ({error.reason})"
             if problem:
