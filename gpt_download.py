@@ -3,18 +3,18 @@
     python gpt_download.py [--model_size small ...] [--data_dir DIR]    # fetch and check what runs need, nothing else
 
 Each file is fetched from a pinned address, verified by its SHA-256 and opened. A download that fails raises a
-`UserError` of status 1, which says what was asked for, why it failed and what to try; a file that is there but is not
-what it should be raises one of status 2. Nothing half-written stays behind.
+`UserError` of status 1, which says what was asked for, why it failed and what to try; a file that is not what it should
+be raises one of status 2. Nothing half-written stays behind.
 """
 
 import argparse
+import base64
 import hashlib
 import io
 import os
 import sys
-import threading
 import zipfile
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -29,13 +29,11 @@ from huggingface_hub.utils import disable_progress_bars
 from huggingface_hub.utils import logging as hub_logging
 from requests.adapters import HTTPAdapter
 from safetensors import SafetensorError, safe_open
-from tiktoken.load import load_tiktoken_bpe
-from tqdm import tqdm
 from urllib3 import Retry
 from urllib3.exceptions import HTTPError
 
 from previous_chapters import GPT_SIZES, GPTConfig, GPTModel, WeightsError, is_mask, load_gpt2_weights
-from runner.files import NonFiniteError, UserError, atomic_write, require_finite, sha256_of
+from runner.files import NonFiniteError, UserError, require_finite, sha256_of, write_bytes
 
 # --- what is fetched, and from where ---
 
@@ -52,24 +50,24 @@ class HubFile:
 
 PRETRAINED = {
     "gpt2-small (124M)": HubFile(
-        repo_id="openai-community/gpt2",
-        revision="607a30d783dfa663caf39e06633721c8d4cfcd7e",
-        sha256="248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707",
+        "openai-community/gpt2",
+        "607a30d783dfa663caf39e06633721c8d4cfcd7e",
+        "248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707",
     ),
     "gpt2-medium (355M)": HubFile(
-        repo_id="openai-community/gpt2-medium",
-        revision="6dcaa7a952f72f9298047fd5137cd6e4f05f41da",
-        sha256="fc5a354a19255ad494f3d71549390baca1ccf61d1d822b9408971705c687c9cd",
+        "openai-community/gpt2-medium",
+        "6dcaa7a952f72f9298047fd5137cd6e4f05f41da",
+        "fc5a354a19255ad494f3d71549390baca1ccf61d1d822b9408971705c687c9cd",
     ),
     "gpt2-large (774M)": HubFile(
-        repo_id="openai-community/gpt2-large",
-        revision="32b71b12589c2f8d625668d2335a01cac3249519",
-        sha256="5f47f3e12f91cd33b662ce7e433b6150ad5512b5884a2cee961b50e9c3bbebce",
+        "openai-community/gpt2-large",
+        "32b71b12589c2f8d625668d2335a01cac3249519",
+        "5f47f3e12f91cd33b662ce7e433b6150ad5512b5884a2cee961b50e9c3bbebce",
     ),
     "gpt2-xl (1558M)": HubFile(
-        repo_id="openai-community/gpt2-xl",
-        revision="15ea56dee5df4983c59b2538573817e1667135e2",
-        sha256="0f8b28eb05a8075f48b61b6f35332978c74fc7763fa9fb4051a1c30511736a6a",
+        "openai-community/gpt2-xl",
+        "15ea56dee5df4983c59b2538573817e1667135e2",
+        "0f8b28eb05a8075f48b61b6f35332978c74fc7763fa9fb4051a1c30511736a6a",
     ),
 }
 
@@ -94,21 +92,11 @@ SAMPLE_SHA256 = "256fc13f88349059fe708ccf792b1a77cd1c6c4bafbf951a16ba5ec2a1eb266
 # With these a server that accepts connections and never answers costs less than a minute: the collection 3 attempts at
 # each of 2 addresses; the weights 6 attempts, which the hub's client makes a second apart.
 CONNECT_TIMEOUT, READ_TIMEOUT = 5, 8  # seconds: to connect to one address of a host, and without a byte
-ANNOUNCE_AFTER = 5  # seconds
-LARGEST_ARCHIVE = 1_000_000  # bytes; the collection has 203,415
 
 
-@contextmanager
-def waiting_for(what):
-    """A context in which, if it lasts longer than ANNOUNCE_AFTER seconds, a line says what is being waited for."""
-    line = f"waiting for {what}; without an answer this ends within a minute"
-    timer = threading.Timer(ANNOUNCE_AFTER, tqdm.write, [line], dict(file=sys.stderr))
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
+def announce(what):
+    """Say what is being downloaded, before a server can be silent."""
+    print(f"Downloading {what} (without an answer this ends within a minute)", file=sys.stderr, flush=True)
 
 
 def describe_error(error):
@@ -120,53 +108,44 @@ def describe_error(error):
 
 def download(url, sha256):
     """The bytes behind `url`, whose SHA-256 must be `sha256`. Raises requests.RequestException, urllib3's HTTPError."""
+    announce(url)
     retry = Retry(
         total=2,
         connect=0,  # a machine without a network is to know it within seconds
-        backoff_factor=0.5,  # seconds before the second retry, doubled before each further one
+        backoff_factor=0.5,  # seconds before the second retry
         status_forcelist=(408, 429, 500, 502, 503, 504),
         respect_retry_after_header=False,  # which may ask for hours
     )
     with requests.Session() as session:
         for scheme in ("https://", "http://"):
             session.mount(scheme, HTTPAdapter(max_retries=retry))
-        with session.get(url, stream=True, timeout=(CONNECT_TIMEOUT, READ_TIMEOUT)) as response:
-            response.raise_for_status()
-            content = response.raw.read(LARGEST_ARCHIVE, decode_content=True)
-    if (found := hashlib.sha256(content).hexdigest()) != sha256:
+        response = session.get(url, timeout=(CONNECT_TIMEOUT, READ_TIMEOUT))
+    response.raise_for_status()
+    if (found := hashlib.sha256(response.content).hexdigest()) != sha256:
         raise requests.RequestException(f"the file's SHA-256 is {found}, not {sha256}")
-    return content
+    return response.content
 
 
 def fetch_collection(data_dir):
     """Path of the SMS Spam Collection in the folder `data_dir`, downloaded if it is not there.
 
-    Raises UserError if another file of its name is there, or if the download fails.
+    Raises UserError if another file of its name is there, or if the download fails; OSError.
     """
     for name in COLLECTION_NAMES:
         if (path := Path(data_dir, name)).exists():
-            if not path.is_file() or sha256_of(path) != COLLECTION_SHA256:
-                raise UserError(
-                    f"{path} is not the SMS Spam Collection: its SHA-256 is not {COLLECTION_SHA256}; remove it to have "
-                    "the collection downloaded"
-                )
+            if sha256_of(path) != COLLECTION_SHA256:
+                raise UserError(f"{path} is not the SMS Spam Collection; remove it to have the collection downloaded")
             return path
 
     path, reasons = Path(data_dir, COLLECTION_MEMBER), []
     for url in COLLECTION_URLS:
         try:
-            with waiting_for(url):
-                archive = download(url, COLLECTION_ZIP_SHA256)
+            archive = download(url, COLLECTION_ZIP_SHA256)
         except (requests.RequestException, HTTPError) as error:
             reasons.append(f"  {url}: {describe_error(error)}\n")
             continue
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_write(path) as temporary:
-                temporary.write_bytes(zipfile.ZipFile(io.BytesIO(archive)).read(COLLECTION_MEMBER))
-        except OSError as error:
-            advice = "Try: another folder with --data_dir, or --dataset sample"
-            raise UserError(f"{path} cannot be written: {error.strerror or error}\n{advice}", status=1) from error
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(path, zipfile.ZipFile(io.BytesIO(archive)).read(COLLECTION_MEMBER))
         return path
     raise UserError(
         f"the SMS Spam Collection could not be downloaded:\n{''.join(reasons)}"
@@ -184,7 +163,7 @@ def fetch_weights(model_size, quiet=False):
     """
     file = PRETRAINED[model_size]
     where = dict(repo_id=file.repo_id, filename=file.filename, revision=file.revision)
-    if quiet or not sys.stderr.isatty():
+    if quiet:
         disable_progress_bars()
     hub_logging.set_verbosity_error()  # failures are reported below, once
     if "HF_HUB_DOWNLOAD_TIMEOUT" not in os.environ:
@@ -192,14 +171,14 @@ def fetch_weights(model_size, quiet=False):
     # Plain HTTP: the Xet client has no time-out that would bound a stalled download (huggingface/xet-core, issue 898).
     constants.HF_HUB_DISABLE_XET = True
     try:
-        with waiting_for(f"{file.filename} of {file.repo_id} from {constants.ENDPOINT}"):
-            if not isinstance(huggingface_hub.try_to_load_from_cache(**where), str):
-                # The client itself would wait six minutes for a server that never answers. Errors are left to it.
-                with suppress(HfHubHTTPError):
-                    url = huggingface_hub.hf_hub_url(**where)
-                    huggingface_hub.get_hf_file_metadata(url, token=False, timeout=READ_TIMEOUT)
-            # The repositories are public: whatever HF_ENDPOINT names is not to get the user's token.
-            path = Path(huggingface_hub.hf_hub_download(**where, token=False))
+        if not isinstance(huggingface_hub.try_to_load_from_cache(**where), str):
+            announce(f"{file.filename} of {file.repo_id} from {constants.ENDPOINT}")
+            # The client itself would wait six minutes for a server that never answers. Errors are left to it.
+            with suppress(HfHubHTTPError):
+                url = huggingface_hub.hf_hub_url(**where)
+                huggingface_hub.get_hf_file_metadata(url, token=False, timeout=READ_TIMEOUT)
+        # The repositories are public: whatever HF_ENDPOINT names is not to get the user's token.
+        path = Path(huggingface_hub.hf_hub_download(**where, token=False))
         # Also of a file that was in the cache: a run that was killed here may have left it unverified.
         if (found := sha256_of(path)) == file.sha256:
             return path
@@ -266,17 +245,16 @@ class Weights:
 
 
 def size_and_time(path):
-    """The size of a file, and the time of its last change in nanoseconds; None if it is gone."""
-    with suppress(OSError):
-        facts = Path(path).stat()
-        return facts.st_size, facts.st_mtime_ns
+    """The size of a file, and the time of its last change in nanoseconds."""
+    facts = os.stat(path)
+    return facts.st_size, facts.st_mtime_ns
 
 
 def find_weights(source, model_size):
     """The Weights that `source`, the value of --weights, names: pretrained, random or the path of a file.
 
     A file is opened and checked now, the published one by `Weights.open`. Raises UserError for a file that cannot be
-    read, UserError for one whose tensors are not those of the model.
+    read, or whose tensors are not those of the model.
     """
     if source == "random":
         return Weights(model_size, source)
@@ -287,33 +265,26 @@ def find_weights(source, model_size):
         require_finite({name: tensor for name, tensor in tensors.items() if not is_mask(name)}, "tensor")
         with torch.device("meta"):
             load_gpt2_weights(GPTModel(GPTConfig(**GPT_SIZES[model_size])), tensors)
-    except NonFiniteError as error:
-        raise UserError(f"--weights {source}: {error}") from None
-    except WeightsError as error:
-        raise UserError(f"--weights {source} does not fit {model_size}: {error}") from None
+    except (NonFiniteError, WeightsError) as error:
+        raise UserError(f"--weights {source} cannot be used as {model_size}: {error}") from None
     return Weights(model_size, source, sha256_of(source), tensors, Path(source), stat)
 
 
 # --- the vocabulary and the sample ---
 
 
-def check_unchanged(what, path, sha256):
-    """Raises UserError if a file that the project carries is missing or has another SHA-256."""
-    if not path.is_file() or sha256_of(path) != sha256:
-        raise UserError(f"the {what} {path} is missing or changed: its SHA-256 is not {sha256}")
-
-
-def load_vocabulary():
-    """GPT-2's byte-pair encoding, a tiktoken.Encoding, from the file in data/. Raises UserError if it was changed."""
-    # The file itself is hashed, because tiktoken's loader may read its cache's copy instead.
-    check_unchanged("vocabulary", VOCABULARY, VOCABULARY_SHA256)
-    return build_vocabulary(str(VOCABULARY))
+def check_unchanged(path, sha256):
+    """The path of a file that the project carries. Raises UserError if it was changed."""
+    if sha256_of(path) != sha256:
+        raise UserError(f"{path} was changed: its SHA-256 is not {sha256}")
+    return path
 
 
 @cache
-def build_vocabulary(path):
-    """The tiktoken.Encoding of a vocabulary file; it takes a quarter of a second and is built once."""
-    ranks = load_tiktoken_bpe(path, expected_hash=VOCABULARY_SHA256)
+def load_vocabulary():
+    """GPT-2's byte-pair encoding, a tiktoken.Encoding, from the file in data/. Raises UserError if it was changed."""
+    lines = check_unchanged(VOCABULARY, VOCABULARY_SHA256).read_bytes().splitlines()
+    ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, lines)}
     # The pattern that cuts text into words before merging: letters, digits or other signs with at most one
     # space before them, English contractions apart (Radford et al. 2019, section 2.2).
     pattern = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -322,40 +293,30 @@ def build_vocabulary(path):
 
 def sample_path():
     """Path of the sample of messages in data/. Raises UserError if it was changed."""
-    check_unchanged("sample", SAMPLE, SAMPLE_SHA256)
-    return SAMPLE
+    return check_unchanged(SAMPLE, SAMPLE_SHA256)
 
 
 # --- python gpt_download.py ---
 
 
-def short_name(model_size):
-    """`gpt2-small (124M)` to `small`."""
-    return model_size.partition(" ")[0].removeprefix("gpt2-")
-
-
 def main(argv=None):
-    """Fetch and check what runs need, and print where each file is. Returns the exit status."""
+    """Fetch and check what runs need, and print where it is. Returns the exit status."""
     from runner.console import exit_status  # these modules import this one
-    from runner.data.datasets import DEFAULT_DATA_DIR, SPLITS, load_splits
+    from runner.data.datasets import DEFAULT_DATA_DIR, load_splits
+    from runner.parsers import model_size
 
-    parser = argparse.ArgumentParser(
-        description="Fetch and check what runs need, and do nothing else.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    sizes = {short_name(size): size for size in PRETRAINED}
-    parser.add_argument("--model_size", nargs="+", type=short_name, choices=sizes, default=["small"], help="weights")
-    parser.add_argument("--data_dir", type=Path, default=DEFAULT_DATA_DIR, metavar="DIR", help="collection")
+    parser = argparse.ArgumentParser(description="Fetch and check what runs need, and do nothing else.")
+    sizes = dict(nargs="+", type=model_size, choices=PRETRAINED, default=["gpt2-small (124M)"], metavar="SIZE")
+    parser.add_argument("--model_size", **sizes, help="small, medium, large, xl or several of them; default: small")
+    parser.add_argument("--data_dir", default=DEFAULT_DATA_DIR, metavar="DIR", help="default: %(default)s")
     args = parser.parse_args(argv)
 
     def fetch():
-        args.data_dir.mkdir(parents=True, exist_ok=True)
+        os.makedirs(args.data_dir, exist_ok=True)
         load_splits(args.data_dir, "uci")
-        for path in (args.data_dir / name for name in (*COLLECTION_NAMES, *(f"{split}.csv" for split in SPLITS))):
-            if path.exists():
-                print(path)
+        print(args.data_dir)
         for size in args.model_size:
-            print(fetch_weights(sizes[size]))
+            print(fetch_weights(size))
 
     return exit_status(fetch)
 

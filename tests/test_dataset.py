@@ -86,8 +86,6 @@ def no_download(monkeypatch):
 
 
 ADVICE = "make an empty folder to have the collection downloaded into it, or put train.csv, validation.csv"
-    "make an empty folder to have the collection downloaded into it, or put train.csv and validation.csv and test.csv"
-)
 
 
 @pytest.mark.parametrize("folder", ["missing", "link", "other files"])

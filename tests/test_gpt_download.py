@@ -12,7 +12,6 @@ import sys
 import threading
 import time
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -49,8 +48,7 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Answer)
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.files, self.plan, self.requests, self.authorizations = {}, [], [], []
-        self.stalled, self.over = threading.Event(), threading.Event()
-        self.both = threading.Barrier(2, timeout=30)
+        self.over = threading.Event()
 
     def handle_error(self, request, client_address):
         """Clients that hang up are part of the plan."""
@@ -71,8 +69,6 @@ class Answer(BaseHTTPRequestHandler):
         whole = self.server.files[self.path]
         start = int(first_byte.removeprefix("bytes=").removesuffix("-")) if first_byte else 0
         body = whole[start:]
-        if how == "together":
-            self.server.both.wait()
         if how == "silent":
             return self.stall()
         if how == "closed":
@@ -80,8 +76,7 @@ class Answer(BaseHTTPRequestHandler):
         self.send_response(206 if first_byte else 200)
         if first_byte:
             self.send_header("Content-Range", f"bytes {start}-{len(whole) - 1}/{len(whole)}")
-        if how != "endless":
-            self.send_header("Content-Length", str(len(body)))
+        self.send_header("Content-Length", str(len(body)))
         self.send_header("Accept-Ranges", "bytes")
         self.send_header("ETag", f'"{sha256(whole)}"')
         self.send_header("X-Repo-Commit", REVISION)
@@ -92,9 +87,7 @@ class Answer(BaseHTTPRequestHandler):
             return
         if how == "garbled":
             body = body[:-1] + bytes([body[-1] ^ 1])
-        self.wfile.write(body if how in ("whole", "garbled", "together", "endless") else body[: len(body) // 2])
-        while how == "endless":
-            self.wfile.write(bytes(1 << 16))
+        self.wfile.write(body if how in ("whole", "garbled") else body[: len(body) // 2])
         if how == "stall":
             self.stall()
 
@@ -109,7 +102,6 @@ class Answer(BaseHTTPRequestHandler):
         self.end_headers()
 
     def stall(self):
-        self.server.stalled.set()
         self.server.over.wait(5)  # not for ever: a client without a time-out shall fail, not hang
 
     def log_message(self, *_):
@@ -200,6 +192,7 @@ def files_below(folder):
 
 
 def test_collection_is_downloaded_once(collection, server, tmp_path, capsys):
+    """And a line says so, before the server can be silent."""
     path = fetch_collection(tmp_path / "new" / "folder")
     assert path == tmp_path / "new" / "folder" / "SMSSpamCollection"
     assert path.read_bytes() == MESSAGES
@@ -207,21 +200,25 @@ def test_collection_is_downloaded_once(collection, server, tmp_path, capsys):
     assert files_below(tmp_path) == ["SMSSpamCollection"]  # nothing else of the zip, here or a folder above
     assert fetch_collection(path.parent) == path
     assert server.requests == ["GET first.zip"]
-    assert capsys.readouterr() == ("", "")
+    line = f"Downloading {server.url}/first.zip (without an answer this ends within a minute)\n"
+    assert capsys.readouterr() == ("", line)
 
 
-@pytest.mark.parametrize("fault", ["503", "429", "408", "silent", "closed"])
-def test_collection_is_asked_for_again(collection, server, tmp_path, fault):
-    server.plan = [fault] * 2
+@pytest.mark.parametrize(
+    "plan, requests",
+    [
+        (["503", "silent"], ["GET first.zip"] * 3),
+        (["429", "closed"], ["GET first.zip"] * 3),
+        (["404"], ["GET first.zip", "GET backup.zip"]),
+        (["cut"], ["GET first.zip", "GET backup.zip"]),
+        (["stall"], ["GET first.zip", "GET backup.zip"]),
+        (["garbled"], ["GET first.zip", "GET backup.zip"]),
+    ],
+)
+def test_collection_is_asked_for_again_or_from_the_backup(collection, server, tmp_path, plan, requests):
+    server.plan = list(plan)
     assert fetch_collection(tmp_path).read_bytes() == MESSAGES
-    assert server.requests == ["GET first.zip"] * 3
-
-
-@pytest.mark.parametrize("fault", ["404", "cut", "stall", "garbled", "endless"])
-def test_collection_comes_from_the_backup(collection, server, tmp_path, fault):
-    server.plan = [fault]
-    assert fetch_collection(tmp_path).read_bytes() == MESSAGES
-    assert server.requests == ["GET first.zip", "GET backup.zip"]
+    assert server.requests == requests
 
 
 @pytest.mark.parametrize(
@@ -230,11 +227,10 @@ def test_collection_comes_from_the_backup(collection, server, tmp_path, fault):
         ("404", 1, "404 Client Error: Not Found"),
         ("503", 3, "too many 503 error responses"),
         ("silent", 3, "timed out"),
-        ("cut", 1, "IncompleteRead"),
         ("garbled", 1, "the file's SHA-256 is {found}, not {expected}"),
     ],
 )
-def test_collection_that_cannot_be_had(collection, server, tmp_path, fault, attempts, why):
+def test_collection_that_cannot_be_had(collection, server, tmp_path, impatient, fault, attempts, why):
     server.plan = [fault] * 6
     with pytest.raises(UserError) as error:
         fetch_collection(tmp_path)
@@ -249,23 +245,8 @@ def test_collection_that_cannot_be_had(collection, server, tmp_path, fault, atte
     for way in ("Try: the same command later", "--dataset sample", "--demo", member):
         assert way in " ".join(advice)
     assert server.requests == ["GET first.zip"] * attempts + ["GET backup.zip"] * attempts
-    assert files_below(tmp_path) == []
-
-
-def test_what_is_waited_for_is_told(collection, server, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(gpt_download, "ANNOUNCE_AFTER", 0.2)
-    server.plan = ["silent"]
-    fetch_collection(tmp_path)
-    assert capsys.readouterr().err == (
-        f"waiting for {server.url}/first.zip; without an answer this ends within a minute\n"
-    )
-
-
-def test_silence_of_both_addresses_ends_within_a_minute(collection, server, tmp_path, impatient):
-    server.plan = ["silent"] * 9
-    with pytest.raises(UserError):
-        fetch_collection(tmp_path)
     assert len(server.requests) * TIMEOUT + sum(impatient) < 60
+    assert files_below(tmp_path) == []
 
 
 def test_collection_without_a_network(collection, closed_port, tmp_path, impatient, monkeypatch, capsys):
@@ -274,7 +255,7 @@ def test_collection_without_a_network(collection, closed_port, tmp_path, impatie
     assert additional_experiments.main(command) == 1
     out, err = capsys.readouterr()
     assert out == "" and impatient == []
-    assert err.startswith("error: the SMS Spam Collection could not be downloaded:\n")
+    assert "\nerror: the SMS Spam Collection could not be downloaded:\n" in err
     for name in ("first", "backup"):
         assert f"  {closed_port}/{name}.zip: ConnectionRefusedError: " in err
     assert "--dataset sample" in err and str(tmp_path / "SMSSpamCollection") in err
@@ -297,33 +278,10 @@ def test_collection_that_is_there(collection, server, tmp_path, name):
     assert fetch_collection(tmp_path) == path
 
     path.write_bytes(MESSAGES[:-1])
-    with pytest.raises(UserError, match=f"{path} is not the SMS Spam Collection: .*{sha256(MESSAGES)}"):
+    with pytest.raises(UserError, match=f"{path} is not the SMS Spam Collection; remove it"):
         fetch_collection(tmp_path)
     assert path.read_bytes() == MESSAGES[:-1]  # whose it is, we do not know
-
-    path.unlink()
-    path.mkdir()
-    with pytest.raises(UserError, match=f"{path} is not the SMS Spam Collection"):
-        fetch_collection(tmp_path)
     assert server.requests == []
-
-
-def test_folder_that_cannot_be_written(collection, tmp_path):
-    (tmp_path / "file").touch()
-    folder = tmp_path / "file" / "folder"  # not a folder without permissions: root may write there
-    with pytest.raises(UserError) as error:
-        fetch_collection(folder)
-    why = f"{folder / 'SMSSpamCollection'} cannot be written: Not a directory\nTry: another folder with --data_dir"
-    assert str(error.value).startswith(why)
-
-
-def test_two_fetch_the_collection_at_once(collection, server, tmp_path):
-    server.plan = ["together", "together"]
-    with ThreadPoolExecutor() as pool:
-        assert list(pool.map(fetch_collection, [tmp_path] * 2)) == [tmp_path / "SMSSpamCollection"] * 2
-    assert server.requests == ["GET first.zip"] * 2
-    assert files_below(tmp_path) == ["SMSSpamCollection"]
-    assert (tmp_path / "SMSSpamCollection").read_bytes() == MESSAGES
 
 
 # --- pretrained weights ---
@@ -336,11 +294,12 @@ def test_weights_are_downloaded_once(hub, server, tmp_path, capsys):
     assert path == tmp_path / f"hf/hub/models--nobody--tiny/snapshots/{REVISION}/model.safetensors"
     assert path.read_bytes() == WEIGHTS
     assert server.requests == ASKED
-    assert capsys.readouterr() == ("", "")
+    _, err = capsys.readouterr()
+    assert err.startswith(f"Downloading model.safetensors of nobody/tiny from {server.url} (") and err.count("\n") == 1
 
     hub(HF_HUB_OFFLINE="1")
     assert fetch_weights("tiny") == path
-    assert server.requests == ASKED
+    assert server.requests == ASKED and capsys.readouterr().err == ""
 
 
 REST = "bytes=2000-"  # what is left when half of 4,080 bytes came, in pieces of 1,000
@@ -405,16 +364,14 @@ def test_weights_with_another_checksum(hub, server, tmp_path):
     assert fetch_weights("tiny").read_bytes() == WEIGHTS
 
 
-def test_weights_offline(hub, server):
+def test_the_settings_of_the_hubs_client_hold(hub, server, tmp_path):
+    """Also when its cache cannot be written to."""
     hub(HF_HUB_OFFLINE="1")
     with pytest.raises(UserError, match="offline mode is enabled.* unset the `HF_HUB_OFFLINE`"):
         fetch_weights("tiny")
     assert server.requests == []
-
-
-def test_cache_that_cannot_be_written(hub, tmp_path):
     (tmp_path / "file").touch()
-    hub(HF_HOME=str(tmp_path / "file" / "hf"))
+    hub(HF_HUB_OFFLINE="0", HF_HOME=str(tmp_path / "file" / "hf"))
     with pytest.raises(UserError, match=f"Not a directory: '{tmp_path}/file/hf"):
         fetch_weights("tiny")
 
@@ -423,7 +380,7 @@ def test_weights_without_a_network(hub, data_dir, closed_port, impatient, capfd)
     hub(HF_ENDPOINT=closed_port)
     assert additional_experiments.main(["--device", "cpu", "--data_dir", str(data_dir), "--quiet"]) == 1
     out, err = capfd.readouterr()
-    asked_for, reason, *advice = err.splitlines()  # and no warnings of the hub's client before it
+    _, asked_for, reason, *advice = err.splitlines()  # no warnings of the hub's client
     assert out == "" and asked_for == (
         "error: model.safetensors of openai-community/gpt2 at revision 607a30d783dfa663caf39e06633721c8d4cfcd7e "
         "could not be downloaded"
@@ -434,10 +391,9 @@ def test_weights_without_a_network(hub, data_dir, closed_port, impatient, capfd)
     assert impatient == []  # the client itself would ask again and again for half a minute
 
 
-@pytest.mark.parametrize("name", ["HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"])
-def test_the_users_token_is_sent_nowhere(hub, server, name):
+def test_the_users_token_is_sent_nowhere(hub, server):
     """The repositories are public, and HF_ENDPOINT may name anybody's mirror."""
-    hub(**{name: "hf_secret"})
+    hub(HF_TOKEN="hf_secret")
     assert fetch_weights("tiny").read_bytes() == WEIGHTS
     assert server.requests and server.authorizations == [None] * len(server.requests)
 
@@ -469,31 +425,29 @@ def test_first_run_downloads_everything_and_the_second_nothing(everything, serve
     assert accuracies[0] == accuracies[1] != []
 
 
-@pytest.mark.parametrize("name", ["nano", "gpt2-nano", "gpt2-nano (7M)"])
-def test_everything_is_fetched_beforehand(everything, server, tmp_path, capsys, name):
+def test_everything_is_fetched_beforehand(everything, server, tmp_path, capsys):
     folder = tmp_path / "new" / "folder"
     for _ in range(2):
-        assert gpt_download.main(["--model_size", name, "--data_dir", str(folder)]) == 0
-        *paths, weights = capsys.readouterr().out.splitlines()
-        assert [path.removeprefix(str(folder))[1:] for path in paths] == [
+        assert gpt_download.main(["--model_size", "nano", "--data_dir", str(folder)]) == 0
+        data, weights = capsys.readouterr().out.splitlines()
+        assert data == str(folder)
+        assert {path.name for path in folder.iterdir()} == {
             "SMSSpamCollection",
             "train.csv",
             "validation.csv",
             "test.csv",
-        ]
+        }
         assert sha256(Path(weights).read_bytes()) == gpt_download.PRETRAINED["gpt2-nano (7M)"].sha256
     assert server.requests == ["GET first.zip", *ASKED]
     server.files.clear()
-    assert gpt_download.main(["--model_size", name, "--data_dir", str(tmp_path / "other")]) == 1
+    assert gpt_download.main(["--model_size", "nano", "--data_dir", str(tmp_path / "other")]) == 1
     assert "error: the SMS Spam Collection could not be downloaded:\n" in capsys.readouterr().err
 
 
 # --- opening ---
 
 
-@pytest.mark.parametrize(
-    "dtype, value", [("float32", "nan"), ("float32", "inf"), ("float64", "1e300"), ("float8_e4m3fn", "nan")]
-)
+@pytest.mark.parametrize("dtype, value", [("float32", "nan"), ("float32", "inf"), ("float64", "1e300")])
 def test_weights_with_values_that_are_not_finite(tmp_path, nano_weights, dtype, value):
     """In float32, which the model takes. The masks of some files are infinite."""
     tensors = open_weights(nano_weights)
@@ -505,34 +459,21 @@ def test_weights_with_values_that_are_not_finite(tmp_path, nano_weights, dtype, 
     changed = tensors[name].to(getattr(torch, dtype))
     changed[3, 5] = float(value)
     save_file(tensors | {name: changed}, tmp_path / "weights")
-    with pytest.raises(UserError, match=f"weights: tensor {name} has values that are infinite or not a number"):
+    with pytest.raises(UserError, match=f"cannot be used as gpt2-nano .*: tensor {name} has values that are infinite or not a number"):
         gpt_download.find_weights(str(tmp_path / "weights"), "gpt2-nano (7M)")
-
-
-def test_open_weights(tmp_path):
-    (tmp_path / "weights").write_bytes(WEIGHTS)
-    tensors = open_weights(tmp_path / "weights")
-    assert tensors.keys() == {"wte.weight"}
-    assert torch.equal(tensors["wte.weight"], torch.arange(1000.0))
 
 
 @pytest.mark.parametrize(
     "content, why",
     [
         (WEIGHTS[:-1], "file not fully covered"),
-        (WEIGHTS[:20], "invalid header length"),
         (b"these are no weights", "header too large"),
         (b"", "header too small"),
-        ("folder", "No such device"),
-        ("missing", "No such file"),
     ],
 )
 def test_open_weights_of_a_file_that_is_none(tmp_path, content, why):
     path = tmp_path / "weights"
-    if content == "folder":
-        path.mkdir()
-    elif content != "missing":
-        path.write_bytes(content)
+    path.write_bytes(content)
     with pytest.raises(UserError, match=f"{path} cannot be read as a .safetensors file: .*{why}"):
         open_weights(path)
 
@@ -577,14 +518,10 @@ def test_text_is_cut_as_tiktoken_cuts_it():
 
 def test_changed_vocabulary_is_refused(tmp_path, monkeypatch):
     path = tmp_path / "vocabulary"
+    path.write_bytes(gpt_download.VOCABULARY.read_bytes().replace(b"IQ== 0\nIg== 1\n", b"Ig== 0\nIQ== 1\n"))
     monkeypatch.setattr(gpt_download, "VOCABULARY", path)
-    with pytest.raises(UserError, match=f"the vocabulary {path} "):
-        load_vocabulary()
-    content = Path(gpt_download.DATA, "r50k_base.tiktoken").read_bytes()
-    path.write_bytes(content)
-    assert load_vocabulary().n_vocab == 50257
-    path.write_bytes(content.replace(b"IQ== 0\nIg== 1\n", b"Ig== 0\nIQ== 1\n"))  # "!" and '"' in exchange
-    with pytest.raises(UserError, match=f"the vocabulary {path} .*{gpt_download.VOCABULARY_SHA256}"):
+    load_vocabulary.cache_clear()
+    with pytest.raises(UserError, match=f"{path} was changed: .*{gpt_download.VOCABULARY_SHA256}"):
         load_vocabulary()
 
 
@@ -592,5 +529,5 @@ def test_changed_sample_is_refused(tmp_path, monkeypatch):
     path = tmp_path / "sample"
     path.write_bytes(gpt_download.sample_path().read_bytes() + b"ham\tone more\n")
     monkeypatch.setattr(gpt_download, "SAMPLE", path)
-    with pytest.raises(UserError, match=f"the sample {path} is missing or changed: .*{gpt_download.SAMPLE_SHA256}"):
+    with pytest.raises(UserError, match=f"{path} was changed: .*{gpt_download.SAMPLE_SHA256}"):
         gpt_download.sample_path()
