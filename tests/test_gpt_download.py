@@ -459,7 +459,7 @@ def test_weights_with_values_that_are_not_finite(tmp_path, nano_weights, dtype, 
     changed = tensors[name].to(getattr(torch, dtype))
     changed[3, 5] = float(value)
     save_file(tensors | {name: changed}, tmp_path / "weights")
-    with pytest.raises(UserError, match=f"cannot be used as gpt2-nano .*: tensor {name} has values that are infinite or not a number"):
+    with pytest.raises(UserError, match=f"cannot be used as gpt2-nano .*: tensor {name} has values"):
         gpt_download.find_weights(str(tmp_path / "weights"), "gpt2-nano (7M)")
 
 

@@ -7,7 +7,6 @@ which took so many seconds to compute. It is written under another name, so a fi
 import math
 import os
 import re
-import time
 import warnings
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -19,9 +18,7 @@ from filelock import FileLock, Timeout
 
 from runner.data.messages import Stage
 
-NAME = re.compile(r"[0-9a-f]{16}-(\d+)-blocks-([\d.]+)s\.npy")
-PART = re.compile(r"[0-9a-f]{16}-\d+-blocks\.part")  # what is being written, or was when its writer was killed
-STALE_AFTER = 24 * 3600  # seconds after which nobody writes to a part any more
+NAME = re.compile(r"[0-9a-f]{16}-(\d\d)-blocks-([\d.]+)s\.npy")
 
 
 @dataclass
@@ -32,7 +29,6 @@ class KeptStates:
     n_blocks: int = 0
     seconds: float = 0.0  # that computing them took, from the first block on
     path: Path | None = None
-    continued_from: int | None = None  # if this run has written them: the number of blocks from which it went on
 
     def continue_from(self, messages):
         """{split: Messages} with these states, if there are any, in place of token ids."""
@@ -52,18 +48,14 @@ class FeatureFiles:
         self.folder, self.max_bytes = Path(folder), max_bytes
 
     def deepest(self, key, n_blocks):
-        """The path of the file with the most blocks, but no more than `n_blocks`; None if there is none."""
-        found = []
-        with suppress(OSError):
-            for path in self.folder.glob(f"{key}-*.npy"):
-                if (match := NAME.fullmatch(path.name)) and int(match[1]) <= n_blocks:
-                    found.append((int(match[1]), path.stat().st_mtime, path))
-        return max(found)[-1] if found else None
+        """The newest path with the most blocks, but no more than `n_blocks`; None if there is none. Raises OSError."""
+        paths = [path for path in self.folder.glob(f"{key}-*.npy") if int(NAME.fullmatch(path.name)[1]) <= n_blocks]
+        return max(paths, key=lambda path: (path.name[:19], path.stat().st_mtime), default=None)
 
-    def open(self, path, shape):
-        """The KeptStates in a file. Raises OSError, and ValueError for a file that is no matrix of this shape."""
+    def open(self, path):
+        """The KeptStates in a file. Raises OSError."""
         n_blocks, seconds = NAME.fullmatch(path.name).groups()
-        states = KeptStates(map_rows(path, "r", shape), int(n_blocks), float(seconds), path)
+        states = KeptStates(map_rows(path, "r"), int(n_blocks), float(seconds), path)
         with suppress(OSError):  # another user's file
             os.utime(path)  # the time of its last use
         return states
@@ -101,48 +93,36 @@ class FeatureFiles:
         with open(part, "wb") as file:
             np.lib.format.write_array_header_1_0(file, dict(descr="<f4", fortran_order=False, shape=shape))
             reserve(file, size)
-        return map_rows(part, "r+", shape)
+        return map_rows(part, "r+")
 
     def publish(self, part, seconds):
-        """Give a file that is filled its name, in place of others of the same key and depth: its path. Raises OSError.
-
-        Nobody in this process may have it mapped any more.
-        """
+        """Give a file that is filled its name, and return it. Nobody may have it mapped any more. Raises OSError."""
         with open(part, "rb+") as file:
             os.fsync(file.fileno())
-        path = part.with_name(f"{part.stem}-{seconds:.1f}s.npy")
-        os.replace(part, path)
-        for other in self.folder.glob(f"{part.stem}-*.npy"):
-            if other != path:
-                with suppress(OSError):
-                    other.unlink()
-        return path
+        return part.replace(f"{part.with_suffix('')}-{seconds:.1f}s.npy")
 
     def make_room(self, size):
         """Remove the least recently used files until there is room for `size` bytes.
 
-        A file that is in use may be removed too where the system allows it: who has mapped it can still read it.
+        Where the system removes a file that is in use, who has mapped it can still read it. A `.part` was left by a
+        process that was killed, or it is the newest.
         """
-        files = []
-        for path in self.folder.iterdir():
-            with suppress(OSError):  # another process may have removed it
-                facts = path.stat()
-                is_stale = time.time() - facts.st_mtime > STALE_AFTER
-                if NAME.fullmatch(path.name) or (PART.fullmatch(path.name) and is_stale):
-                    files.append((facts.st_mtime, facts.st_size, path))
-        total = size + sum(file_size for _, file_size, _ in files)
-        for _, file_size, path in sorted(files):
+        paths = [path for path in self.folder.glob("*-blocks*") if path.suffix in (".npy", ".part")]
+        files = {path: path.stat() for path in paths}
+        total = size + sum(facts.st_size for facts in files.values())
+        for path in sorted(files, key=lambda path: files[path].st_mtime):
             if total > self.max_bytes:
                 with suppress(OSError):  # Windows removes nothing that is mapped
                     path.unlink()
-                    total -= file_size
+                    total -= files[path].st_size
 
 
-def map_rows(path, mode, shape):
-    """The matrix in an .npy file as a tensor. Raises OSError, and ValueError if it is none of float32 and `shape`."""
-    array = np.lib.format.open_memmap(path, mode=mode)
-    if array.shape != shape or array.dtype != np.float32:
-        raise ValueError(f"it holds {array.dtype} {array.shape}, not float32 {shape}")
+def map_rows(path, mode):
+    """The matrix in an .npy file as a tensor. Raises OSError, also for a file that is none."""
+    try:
+        array = np.lib.format.open_memmap(path, mode=mode)
+    except ValueError as error:
+        raise OSError(f"{path}: {error}") from None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PyTorch's, that nothing may be written to what is mapped for reading
         return torch.from_numpy(array)

@@ -5,11 +5,10 @@ the hidden states after its blocks are kept in files (feature_files.py). Whateve
 passes, and is therefore the same to the bit. In the arguments `messages` maps each split to its Messages.
 """
 
+import inspect
 import math
-import os
 import platform
 import secrets
-import sys
 import time
 from contextlib import ExitStack
 from dataclasses import replace
@@ -146,9 +145,7 @@ def circumstances(classifier, messages, seed, experiment, weights):
     """
     tensors = {f"{split}/x": part.x for split, part in messages.items()}
     tensors |= {f"{split}/lengths": part.lengths for split, part in messages.items()}
-    classes = {Stage, FrozenFeatures, *(parent for module in classifier.modules() for parent in type(module).__mro__)}
-    modules = {one.__module__ for one in classes if one.__module__.split(".")[0] not in ("torch", "builtins")}
-    code = {getattr(sys.modules[name], "__file__", None) for name in modules} - {None}  # None: of a notebook
+    code = {inspect.getfile(one) for one in (classifier.run_blocks, classifier.gpt.blocks, compute_features, Stage)}
     return {
         "weights": weights.sha256 or f"random, seed {seed}",
         "model size": experiment.model_size,
@@ -163,17 +160,21 @@ def circumstances(classifier, messages, seed, experiment, weights):
     }
 
 
-def on_main(call):
-    """`call()` in process 0, and None in the others; an OSError is raised in all of them."""
+def in_all(call):
+    """What `call()` gives in this process; an OSError of any process is raised in all of them."""
     value = problem = None
-    if processes.rank() == 0:
-        try:
-            value = call()
-        except OSError as error:
-            problem = str(error)
-    if problem := processes.from_main(problem):
+    try:
+        value = call()
+    except OSError as error:
+        problem = str(error)
+    if problem := processes.from_any(problem):
         raise OSError(problem)
     return value
+
+
+def in_main(call):
+    """What `call()` gives in process 0, the only one that calls it, for all; an OSError is raised in all of them."""
+    return processes.from_main(in_all(lambda: call() if processes.rank() == 0 else None))
 
 
 class FrozenFeatures:
@@ -197,8 +198,7 @@ class FrozenFeatures:
 
     def may_be_kept(self, classifier, messages):
         """Whether the folder of kept files, if there is one, may hold those of these messages."""
-        size = 4 * math.prod(shape_of_states(classifier, messages))
-        return self.files is not None and size <= self.files.max_bytes
+        return self.files is not None and 4 * math.prod(shape_of_states(classifier, messages)) <= self.files.max_bytes
 
     def placement(self, classifier, messages, device, reserved=0):
         """`choose_placement` for these messages, the same for all processes."""
@@ -206,23 +206,20 @@ class FrozenFeatures:
         return processes.from_main(choose_placement(self.experiment.features, size, device, reserved, fits_on_disk))
 
     def warn_if_memory_is_short(self, sizes, messages, device):
-        """Warn before a run that cannot fit into memory, that of `device` or of the host; activations do not count.
+        """Warn before a run whose needs, but for activations, exceed what is free on its device.
 
         `sizes` is the classifier, perhaps on the meta device.
         """
         weights = sum(p.nbytes for p in sizes.parameters()) // self.n_shards
         trained = sum(p.nbytes for p in sizes.parameters() if p.requires_grad) // self.n_shards
-        needs = {device: {"weights": weights, "gradients": trained, "optimizer": 2 * trained}}  # AdamW's two moments
-        placement = self.placement(sizes, messages, device, weights)
-        if placement in ("device", "host"):
-            holder = device if placement == "device" else CPU
-            needs.setdefault(holder, {})["frozen features"] = feature_bytes(sizes, messages)
-        who = "each process of this run" if processes.world_size() > 1 else "this run"
-        for holder, items in needs.items():
-            if sum(items.values()) > (free := free_for_each(holder)):
-                listed = ", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in items.items())
-                needed = f"{sum(items.values()) / 1e9:.2f} GB and {free / 1e9:.2f} GB are free"
-                self.console.warning(f"{who} needs {needed}: {listed}")
+        needs = {"weights": weights, "gradients": trained, "optimizer": 2 * trained}  # AdamW's two moments
+        placement, free = self.placement(sizes, messages, device, weights), free_for_each(device)
+        if placement == "device" or placement == "host" and device == CPU:
+            needs["frozen features"] = feature_bytes(sizes, messages)
+        if (needed := sum(needs.values())) > free:
+            who = "each process of this run" if processes.world_size() > 1 else "this run"
+            listed = ", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in needs.items())
+            self.console.warning(f"{who} needs {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free: {listed}")
 
     def of(self, classifier, messages, seed):
         """{split: Messages} with their features, if there are frozen blocks and there is room for what they give.
@@ -239,100 +236,94 @@ class FrozenFeatures:
 
     def make(self, classifier, messages, seed):
         """What `of` returns; a line on the console says where they are and how they came there."""
-        start, placement = time.perf_counter(), self.placement(classifier, messages, classifier.device)
-        states, why_not, self.seconds, where = KeptStates(), "", 0.0, "on disk"
-        if placement != "off":
-            states, why_not = self.hidden_states(classifier, messages, placement, seed)
-        features, begun = states.continue_from(messages), time.perf_counter()
+        placement = self.placement(classifier, messages, classifier.device)
+        start, states, begun, kept, where = time.perf_counter(), KeptStates(), "computed", "", "on disk"
+        if placement != "off" and self.files is not None:
+            try:
+                states, begun, kept = self.hidden_states(classifier, messages, placement, seed)
+            except OSError as error:
+                self.console.warning(f"frozen features are not kept: {error}")
+        features, continued = states.continue_from(messages), time.perf_counter()
         is_small = classifier.feature_stage is Stage.HEAD_INPUT
         if placement in ("device", "host") or placement == "disk" and is_small:
             holder = CPU if placement == "host" else classifier.device
             where = f"in {holder.type} memory"
             features = self.run(classifier, features, classifier.frozen_part, in_memory(holder))
-        size = feature_bytes(classifier, messages) / 1e9
-        if features is messages:
-            how = f"recomputed each time (they would take {size:.2f} GB)"
-        else:
-            self.seconds = states.seconds + time.perf_counter() - begun
-            how = describe(states, classifier.n_frozen_blocks, time.perf_counter() - start)
-            how = f"{how}; {size:.2f} GB {where}"
+        now, size = time.perf_counter(), feature_bytes(classifier, messages) / 1e9
+        self.seconds, outcome = 0.0, f"recomputed each time (they would take {size:.2f} GB)"
+        if features is not messages:
+            self.seconds = states.seconds + now - continued
+            outcome = f"{begun} in {now - start:.0f} s{kept}; {size:.2f} GB {where}"
         blocks = f"{classifier.n_frozen_blocks} of {len(classifier.gpt.trf_blocks)} blocks"
         counts = f"{sum(map(len, messages.values())):,} messages, {shape_of_states(classifier, messages)[0]:,} tokens"
-        self.console.info(f"Frozen features: {blocks}, {counts}, {how}{why_not}")
+        self.console.info(f"Frozen features: {blocks}, {counts}, {outcome}")
         return features
 
     def hidden_states(self, classifier, messages, placement, seed):
         """The KeptStates after all full blocks, read, or written if they take long; else the deepest there are.
 
-        And why they cannot be kept, in words for the end of a line.
+        And how they came about, in words for before and after the time. Raises OSError, in all processes, where they
+        cannot be kept.
         """
         if not self.may_be_kept(classifier, messages):
-            return KeptStates(), "" if self.files is None else "; not kept: more than --feature_cache_gb"
+            raise OSError("they would take more than --feature_cache_gb")
         facts = circumstances(classifier, messages, seed, self.experiment, self.weights)
         of_main = processes.from_main(facts)
         differ = ", ".join(name for name in facts if facts[name] != of_main[name])
         if differ := processes.from_any(differ or None):
-            return KeptStates(), f"; not kept: the processes of this run differ in {differ}"
+            raise OSError(f"the processes of this run differ in {differ}")
 
-        key, depth = sha256_of_json(facts)[:16], classifier.n_full_blocks
-        path = processes.from_main(self.files.deepest(key, depth))
-        states = self.find(path, classifier, messages)
-        if states.n_blocks < depth:
-            is_first = seed == self.experiment.seed or not self.weights.is_random  # a later run may ask for them
-            is_slow = is_first and expected_seconds(classifier, states.continue_from(messages)) >= MIN_SECONDS
-            if processes.from_main(is_slow) or placement == "disk":
-                try:
-                    states = self.write(classifier, messages, states, key, path)
-                except OSError as error:
-                    self.console.warning(f"frozen features are not kept: {error}")
-        return states, ""
+        key, depth, kept = sha256_of_json(facts)[:16], classifier.n_full_blocks, ""
+        path = in_main(lambda: self.files.deepest(key, depth))
+        found = states = self.find(path, classifier, messages)
+        if found.n_blocks < depth:
+            is_slow = expected_seconds(classifier, found.continue_from(messages)) >= MIN_SECONDS
+            if placement == "disk" or processes.from_main(is_slow):
+                part = self.files.part(key, depth)
+                with ExitStack() as stack:
+                    in_main(lambda: stack.enter_context(self.files.turn(part, self.console)))
+                    if (newer := in_main(lambda: self.files.deepest(key, depth))) != path:  # written meanwhile
+                        found = states = self.find(newer, classifier, messages)
+                    if found.n_blocks < depth:
+                        states = self.write(classifier, messages, found, part)
+                        kept = f" and kept in {states.path}"
+        if found.n_blocks == depth:
+            return states, f"read from {states.path}", ""
+        return states, f"continued from {found.n_blocks} blocks" if found.n_blocks else "computed", kept
 
     def find(self, path, classifier, messages):
         """The KeptStates in a file; none if a process cannot read it, or if a pass computed anew is not the same."""
         if path is None:
             return KeptStates()
-        states = problem = None
         try:
-            states = self.files.open(path, shape_of_states(classifier, messages))
-        except (OSError, ValueError) as error:
-            problem = f"{path} cannot be used: {error}"
-        if not (problem := processes.from_any(problem)):
+            states = in_all(lambda: self.files.open(path))
             split, indices, computed = compute_random_pass(classifier, messages, states.n_blocks)
             kept = states.continue_from(messages)[split].select(indices).x
-            problem = None if kept.equal(computed) else f"{path} does not hold what is computed here"
-        if problem := processes.from_any(problem):
-            self.console.warning(f"frozen features: {problem}; they are computed again")
+            if processes.from_any(None if kept.equal(computed) else "differs"):
+                raise OSError(f"{path} does not hold what is computed here")
+            return states
+        except OSError as error:
+            self.console.warning(f"frozen features: {error}; they are computed again")
             return KeptStates()
-        return states
 
-    def write(self, classifier, messages, states, key, path):
-        """From the KeptStates in the deepest file, `path`, to those after all full blocks, in a new one.
+    def write(self, classifier, messages, states, part):
+        """From these KeptStates to those after all full blocks, in a new file: all compute, process 0 writes to `part`.
 
-        All processes compute, process 0 writes. Of several runs one does so, while the others wait. Raises
-        OSError in all processes of the run, and UserError where the weights file was changed.
+        Raises OSError in all processes, and UserError where the weights file was changed.
         """
-        depth, part = classifier.n_full_blocks, self.files.part(key, classifier.n_full_blocks)
-        with ExitStack() as stack:
-            on_main(lambda: stack.enter_context(self.files.turn(part, self.console)))
-            if (newer := processes.from_main(self.files.deepest(key, depth))) != path:  # written meanwhile
-                states = self.find(newer, classifier, messages)
-            if states.n_blocks < depth:
-                start, n_before = time.perf_counter(), states.n_blocks
-                self.fill(classifier, states.continue_from(messages), part)
-                self.weights.require_unchanged()
-                seconds = states.seconds + time.perf_counter() - start
-                path = processes.from_main(on_main(lambda: self.files.publish(part, seconds)))
-                states = replace(self.find(path, classifier, messages), continued_from=n_before)
-        return states
+        start = time.perf_counter()
+        self.fill(classifier, states.continue_from(messages), part)
+        self.weights.require_unchanged()
+        seconds = states.seconds + time.perf_counter() - start
+        path = in_main(lambda: self.files.publish(part, seconds))
+        return in_all(lambda: self.files.open(path))
 
     def fill(self, classifier, messages, part):
         """Write the hidden states after all full blocks to a new file. When this returns it is no longer mapped."""
         shape, depth = shape_of_states(classifier, messages), classifier.n_full_blocks
-        rows = on_main(lambda: self.files.create(part, shape))
-        if processes.from_any(None if os.path.exists(part) else "unseen"):
-            raise OSError(f"not all processes of this run see the folder {part.parent} of process 0")
-        if rows is None:
-            rows = torch.empty(shape, device="meta")  # what process 0 writes, the others forget
+        nothing = torch.empty(shape, device="meta")  # what process 0 writes, the others forget
+        rows = in_all(lambda: self.files.create(part, shape) if processes.rank() == 0 else nothing)
+        in_all(part.stat)  # all see the folder of process 0
         of_splits = iter(rows.split([len(split.x) for split in messages.values()]))
         self.run(classifier, messages, lambda batch: classifier.run_blocks(batch, depth), lambda *_: next(of_splits))
 
@@ -342,15 +333,3 @@ class FrozenFeatures:
             return {
                 split: compute_features(classifier, part, compute, allocate, bar) for split, part in messages.items()
             }
-
-
-def describe(states, n_frozen_blocks, seconds):
-    """How features came about, of which KeptStates, in words."""
-    if states.path is None:
-        return f"computed in {seconds:.0f} s"
-    if states.continued_from is not None:
-        begun = f"continued from {states.continued_from} blocks" if states.continued_from else "computed"
-        return f"{begun} in {seconds:.0f} s and kept in {states.path}"
-    if states.n_blocks == n_frozen_blocks:
-        return f"read from {states.path} (computed in {states.seconds:.0f} s)"
-    return f"continued from {states.n_blocks} blocks in {seconds:.0f} s, read from {states.path}"
