@@ -30,7 +30,6 @@ from huggingface_hub.utils import logging as hub_logging
 from requests.adapters import HTTPAdapter
 from safetensors import SafetensorError, safe_open
 from urllib3 import Retry
-from urllib3.exceptions import HTTPError
 
 from previous_chapters import GPT_SIZES, GPTConfig, GPTModel, WeightsError, is_mask, load_gpt2_weights
 from runner.files import NonFiniteError, UserError, require_finite, sha256_of, write_bytes
@@ -107,7 +106,7 @@ def describe_error(error):
 
 
 def download(url, sha256):
-    """The bytes behind `url`, whose SHA-256 must be `sha256`. Raises requests.RequestException, urllib3's HTTPError."""
+    """The bytes behind `url`, whose SHA-256 must be `sha256`. Raises requests.RequestException."""
     announce(url)
     retry = Retry(
         total=2,
@@ -141,7 +140,7 @@ def fetch_collection(data_dir):
     for url in COLLECTION_URLS:
         try:
             archive = download(url, COLLECTION_ZIP_SHA256)
-        except (requests.RequestException, HTTPError) as error:
+        except requests.RequestException as error:
             reasons.append(f"  {url}: {describe_error(error)}\n")
             continue
         path.parent.mkdir(parents=True, exist_ok=True)

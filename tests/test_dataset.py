@@ -66,15 +66,9 @@ def test_bad_data_is_refused_by_line(data_dir, split, content, message):
     assert f"{data_dir}/{split}.csv" in str(error.value)
 
 
-def test_an_error_is_one_line(nano, data_dir, capsys):
-    write(data_dir, test="Label,Text\n0,\n")
-    assert main(nano) == 2
-    assert capsys.readouterr() == ("", f"error: {data_dir}/test.csv, line 2: the text is empty\n")
-
-
 def test_batch_larger_than_the_training_set(nano, capsys):
     assert main([*nano, "--batch_size", "44"]) == 2
-    assert "--batch_size 44: there are only 43 training messages" in capsys.readouterr().err
+    assert capsys.readouterr() == ("", "error: --batch_size 44: there are only 43 training messages\n")
 
 
 # --- the folder ---
@@ -163,10 +157,6 @@ def test_labels_may_be_names(nano, data_dir, capsys):
         read(data_dir)
 
 
-def test_a_label_that_the_loss_ignores_is_still_one_if_it_is_not_negative(data_dir):
-    assert read(data_dir, ignore_index=1)[1:] == (["0", "1"], [])
-
-
 def test_three_classes_and_messages_without_a_label(nano, data_dir, capsys):
     frame = pd.read_csv(data_dir / "train.csv")
     frame["Label"] = [0, 1, 2] * 14 + [-100]
@@ -174,7 +164,7 @@ def test_three_classes_and_messages_without_a_label(nano, data_dir, capsys):
     write(data_dir, test="Label,Text\n-100,a\n2,b\n")
     [record] = ae.run(parse_args([*nano, "--batch_size", "1"])[0])
     assert (record.train.total, record.test.total) == (42, 1)
-    assert "loss nan" not in capsys.readouterr().out
+    assert "n/a" not in capsys.readouterr().out
 
 
 def test_warnings_come_before_training(nano, data_dir, capsys):
@@ -182,9 +172,8 @@ def test_warnings_come_before_training(nano, data_dir, capsys):
     write(data_dir, validation="Label,Text\n-100,same\n", test='Label,Text\n0,"see\nyou"\n1,"see\nyou"\n0,"see\nyou"\n')
     assert main([*nano, "--plot", "curves.png"]) == 0
     out, err = capsys.readouterr()
-    assert (
-        ", Val loss n/a\n" in out and "| Validation accuracy: n/a (" in out and "% | n/a " in out and " nan" not in out
-    )
+    assert ", Val loss n/a\n" in out and "| Validation accuracy: n/a (" in out
+    assert "% | n/a " in out and " nan" not in out
     assert main(["--report", "results", "--write", "page.html"]) == 0
     assert capsys.readouterr().err == ""
     assert err.splitlines() == [

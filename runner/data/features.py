@@ -106,15 +106,12 @@ def feature_bytes(classifier, messages):
     """Bytes that the features of all splits take."""
     of_tokens = 4 * math.prod(shape_of_states(classifier, messages))
     of_messages = 4 * sum(map(len, messages.values())) * classifier.gpt.cfg.emb_dim
-    match classifier.feature_stage:
-        case Stage.TOKEN_IDS:
-            return 0
-        case Stage.HIDDEN_STATES:
-            return of_tokens
-        case Stage.STANDARDIZED:
-            return (of_tokens // 2 if classifier.bf16 else of_tokens) + of_messages
-        case Stage.HEAD_INPUT:
-            return of_messages
+    return {
+        Stage.TOKEN_IDS: 0,
+        Stage.HIDDEN_STATES: of_tokens,
+        Stage.STANDARDIZED: (of_tokens // 2 if classifier.bf16 else of_tokens) + of_messages,
+        Stage.HEAD_INPUT: of_messages,
+    }[classifier.feature_stage]
 
 
 def free_for_each(holder):
