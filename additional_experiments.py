@@ -39,10 +39,9 @@ from runner.data.messages import Messages, Stage, cut_and_pad, split_into_passes
 from runner.files import NonFiniteError, UserError
 from runner.machine import processes
 from runner.machine.devices import (
-    TOLERANCE,
+    compare_results,
     describe_devices,
     describe_system,
-    largest_deviation,
     release_memory,
     resolve_device,
     set_precision,
@@ -668,8 +667,8 @@ def check_device(experiment, shard, data, weights, device, console):
     """Compare the first update of a run on `device` with the CPU's. Returns the device to run on.
 
     It is the update that this run begins with, at its own shapes and in its own precision; of a large model as many of
-    its messages as the CPU does in COMPARE_SECONDS. The device computes it twice: what changes from call to call may
-    be right once. Where they disagree, `--device auto` goes on on the CPU. Raises UserError for another `--device`.
+    its messages as the CPU does in COMPARE_SECONDS. Where they disagree, `--device auto` goes on on the CPU. Raises
+    UserError for another `--device`.
     """
     if device.type == "cpu":
         return device
@@ -685,22 +684,16 @@ def check_device(experiment, shard, data, weights, device, console):
 
     classifier.bf16 = experiment.precision == "bf16"
     classifier = place(classifier, device, shard)
-    deviation, name, problem = 0.0, "", None
-    try:
-        for _ in range(2):
-            results = window_results(classifier, messages, window, experiment, shard)
-            deviation, name = max((deviation, name), largest_deviation(results, expected))
-        if deviation > TOLERANCE[experiment.precision]:
-            problem = f"{name} differs by {deviation:.1%} of the largest entry"
-    except (NonFiniteError, NotImplementedError) as error:
-        problem = str(error).splitlines()[0]
+    problem, deviation = compare_results(
+        lambda: window_results(classifier, messages, window, experiment, shard), expected, experiment.precision
+    )
     del classifier
     release_memory(device)
-    of_messages = f"the first {n_messages} training message{'s' if n_messages > 1 else ''}"
+    on_messages = f"on the first {n_messages} training message{'s' if n_messages > 1 else ''}"
     if (problem := processes.from_any(problem)) is None:
-        console.info(f"Compared with the CPU on {of_messages}: agrees, largest deviation {deviation:.1e} ({name})")
+        console.info(f"Compared with the CPU {on_messages}: agrees, largest deviation {deviation}")
         return device
-    problem = f"{describe_system(device)} does not compute what the CPU does on {of_messages}: {problem}"
+    problem = f"{describe_system(device)} does not compute what the CPU does {on_messages}: {problem}"
     if experiment.device != "auto":
         raise UserError(f"{problem}\nTry: --device cpu", status=1)
     console.warning(f"{problem}; the run goes on on the CPU")
