@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers import made_up_confusion, made_up_record, no_file_above
 
-from additional_experiments import ROWS, main, parse_args
+from additional_experiments import main, parse_args
 from gpt_download import find_weights
 from runner.data.datasets import Repeats, find_repeats
 from runner.files import UserError
@@ -27,6 +27,7 @@ from runner.results.records import (
     without,
     write_record,
 )
+from runner.rows import ROWS
 
 UCI = SimpleNamespace(name="uci", sha256="01234567" * 8)
 OWN = SimpleNamespace(name="own", sha256="89abcdef" * 8)
