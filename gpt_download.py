@@ -302,7 +302,7 @@ def main(argv=None):
     """Fetch and check what runs need, and print where it is. Returns the exit status."""
     from runner.console import exit_status  # these modules import this one
     from runner.data.datasets import DEFAULT_DATA_DIR, load_splits
-    from runner.parsers import model_size
+    from runner.options import model_size
 
     parser = argparse.ArgumentParser(description="Fetch and check what runs need, and do nothing else.")
     sizes = dict(nargs="+", type=model_size, choices=PRETRAINED, default=["gpt2-small (124M)"], metavar="SIZE")
