@@ -57,8 +57,7 @@ from runner.machine.devices import (
 from runner.options import DATA, INPUT, MACHINE, MODEL, TRAINING, RunOptions, option
 from runner.parsers import MAX_CONTEXT, number
 from runner.results import records
-from runner.results.accuracy import Accuracy, Confusion, describe_mistakes
-from runner.results.pictures import plot_histories
+from runner.results.accuracy import Accuracy, Confusion, describe_test
 from runner.results.records import History, Record
 from runner.results.table import print_row
 from runner.rows import DEMO, ROWS
@@ -791,6 +790,8 @@ def run(experiment, options=None):
             checkpoint.add_record(record.to_dict())
     print_row(records, console)
     if path := options.plot:
+        from runner.results.pictures import plot_histories  # slow to import
+
         console.write_output("the picture", path, plot_histories, records, len(data.messages["train"]))
     if folder := options.results:
         console.info(f"All runs so far: python additional_experiments.py --report {folder}")
@@ -823,8 +824,7 @@ def run_seed(run, experiment):
 
     state = make_training_state(classifier, experiment, usage)
     confusions, minutes = fine_tune(classifier, inputs, experiment, state, run.checkpoint, console)
-    lines = records.describe_test(confusions["test"], data.repeats["test"])
-    for line in lines + describe_mistakes(confusions["test"], data.class_names, data.test_texts):
+    for line in describe_test(confusions["test"], data):
         console.info(state.history.add_line(line))
 
     noted = dict(minutes=minutes, feature_seconds=run.features.seconds, note=options.note)

@@ -14,6 +14,7 @@ from runner.files import UserError, resolve
 from runner.machine import processes
 from runner.parsers import image, number, report_file
 from runner.saved.export import check_experiment, check_folder
+from runner.wording import command_line
 
 # --- options as fields ---
 
@@ -216,15 +217,6 @@ EXAMPLES = """examples:
   python additional_experiments.py --model_size xl --trainable_layers lora"""
 
 
-def as_options(settings):
-    """Settings as the command line takes them, names of model sizes in short."""
-    words = []
-    for name, value in settings.items():
-        value = value.split(" (")[0].removeprefix("gpt2-") if name == "model_size" else value
-        words.append(f"--{name}" if value is True else f"--{name} {value}")
-    return " ".join(words) or "the defaults"
-
-
 def with_underscores(argv):
     """A command line in which the names of options have underscores: --batch-size is --batch_size."""
     return [re.sub("^--[^=]+", lambda name: "--" + name[0][2:].replace("-", "_"), word) for word in argv]
@@ -254,7 +246,8 @@ def make_parser(description, experiment_type, rows):
     parser = Parser(
         usage="%(prog)s [options]",
         description=f"{description}\n\n{EXAMPLES}",
-        epilog="rows of the table:\n" + "\n".join(f"  {n:2}  {as_options(row.options)}" for n, row in rows.items()),
+        epilog="rows of the table:\n"
+        + "\n".join(f"  {n:2}  {command_line(row.options) or 'the defaults'}" for n, row in rows.items()),
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=26, width=80),
         argument_default=argparse.SUPPRESS,  # so that options given can be told from defaults and presets
         allow_abbrev=False,

@@ -9,7 +9,7 @@ from helpers import made_up_confusion, made_up_record
 from additional_experiments import ROWS, Experiment, parse_args
 from runner.console import Console
 from runner.results.table import print_row, row_cells
-from runner.wording import changed_options, command_line, describe_settings, in_ranges, markdown_line, markdown_table
+from runner.wording import changed_options, command_line, describe_settings, in_ranges, markdown_table
 
 
 def parse(*options):
@@ -58,7 +58,11 @@ def test_settings_in_words():
 def test_tables_are_markdown_whatever_is_in_them():
     lines = markdown_table(["a", "b"], [["x|y", "<b>\x1b[1m"], [1, "z" * 200]])
     assert lines[2:] == ["| x\\|y | &lt;b>\\x1b[1m |", f"| 1    | {'z' * 200} |"]
-    assert markdown_line(["two\nlines"]) == "| two lines |"
+    assert markdown_table(["long title", "b"], [["two\nlines", 1]], align=False) == [
+        "| long title | b |",
+        "| --- | --- |",
+        "| two lines | 1 |",
+    ]
 
 
 # --- the printed row ---
