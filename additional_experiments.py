@@ -4,24 +4,17 @@
     python additional_experiments.py                   # row 1: pretrained 124M, last block, last token
     python additional_experiments.py --row 16          # any other row of the table below
 
-With `--weights random --device cpu` and its other defaults a run gives the numbers of the public original of
-this experiment: every printed loss to three decimals, every accuracy to the example (for other options: README, "What
-is equal to the original"). It draws its random numbers in the same order; where that matters, a comment says so.
+With `--weights random --device cpu` and its other defaults a run gives the numbers of the public original of this
+experiment: every printed loss to three decimals, every accuracy to the example (docs/equality.md has the details). It
+draws its random numbers in the same order; where that matters, a comment says so.
 
-The file reads in the order of a run: the rows, the settings, tokens, classifier, training, evaluation, one run, main.
-`previous_chapters.py` holds GPT-2 itself; `runner/` holds what is not the experiment: files, checkpoints, reports.
+The file reads in the order of a run: settings, tokens, classifier, training, evaluation, one run, main. The rows are in
+`runner/rows.py`, GPT-2 itself in `previous_chapters.py`; what else is in `runner/` is not the experiment.
 In the shapes B is messages in a batch, T tokens in a message, D the embedding width, K classes.
 """
 
-import os
-import signal
-import sys
-
-# Importing PyTorch takes seconds; Ctrl-C is to end them as quietly as the rest. (A shell may have it ignored.)
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
-
 import math
+import sys
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -37,7 +30,7 @@ from torch.utils.data import DataLoader
 
 from gpt_download import PRETRAINED, Weights, find_weights, load_vocabulary
 from previous_chapters import GPT_SIZES, GPTConfig, GPTModel, load_gpt2_weights, select_positions
-from runner import options, parsers
+from runner import options
 from runner.console import Console, describe_model, describe_setup, exit_status, prepare_streams
 from runner.data import datasets
 from runner.data.datasets import DEFAULT_DATA_DIR, SPLITS
@@ -46,21 +39,19 @@ from runner.data.messages import Messages, Stage, cut_and_pad, split_into_passes
 from runner.files import NonFiniteError, UserError
 from runner.machine import processes
 from runner.machine.devices import (
-    TOLERANCE,
+    compare_results,
     describe_devices,
     describe_system,
-    largest_deviation,
     release_memory,
     resolve_device,
     set_precision,
 )
-from runner.options import DATA, INPUT, MACHINE, MODEL, TRAINING, RunOptions, option
-from runner.parsers import MAX_CONTEXT, number
+from runner.options import DATA, INPUT, MACHINE, MAX_CONTEXT, MODEL, TRAINING, RunOptions, number, option
 from runner.results import records
 from runner.results.accuracy import Accuracy, Confusion, describe_test
+from runner.results.pictures import plot_histories
 from runner.results.records import History, Record
 from runner.results.table import print_row
-from runner.rows import DEMO, ROWS
 from runner.saved import classifiers, export
 from runner.saved.checkpoints import Checkpoint, TrainingState, Usage, run_identity
 from runner.saved.classifiers import SavedClassifier, load_parameters
@@ -76,7 +67,7 @@ class Experiment:
     """
 
     model_size: str = option(
-        "gpt2-small (124M)", MODEL, f"{', '.join(GPT_SIZES)}; xl is enough", type=parsers.model_size
+        "gpt2-small (124M)", MODEL, f"{', '.join(GPT_SIZES)}; xl is enough", type=options.model_size
     )
     weights: str = option("pretrained", MODEL, "pretrained, random, or a GPT-2 .safetensors file", metavar="W")
     trainable_layers: str = option(
@@ -100,7 +91,7 @@ class Experiment:
         "longest_training_example",
         INPUT,
         f"tokens of a message: longest_training_example, model_context_length, or a number from 1 to {MAX_CONTEXT}",
-        type=parsers.context_length,
+        type=options.context_length,
     )
     no_padding: bool = option(False, INPUT, "do not pad; results do not depend on the batch")
     disable_causal_mask: bool = option(False, MODEL, "let every token attend to later ones too")
@@ -121,9 +112,8 @@ class Experiment:
     features: str = option(
         "auto",
         MACHINE,
-        "where to hold the output of the frozen blocks, which is computed once; memory: on the device if it takes half "
-        "of what is free there at most, else in main memory; auto: the same, and where that is short too, on disk if "
-        "--feature_cache may hold it, else off: recomputed each time",
+        "where the output of the frozen blocks, computed once, is held; memory: the device's or main memory; auto: "
+        "there if half of what is free is enough, else on disk, else off: recomputed each time",
         choices=("auto", "memory", "disk", "off"),
     )
     data_dir: str = option(
@@ -161,8 +151,7 @@ def parse_args(argv=None):
 
     The Experiment is None where nothing is to be trained. Raises UserError.
     """
-    title = "Fine-tune GPT-2 as a spam classifier: one configuration, one row of the table."
-    return options.parse(argv, title, Experiment, ROWS, DEMO)
+    return options.parse(argv, Experiment)
 
 
 # --- tokens, and the position that is classified ---
@@ -678,8 +667,8 @@ def check_device(experiment, shard, data, weights, device, console):
     """Compare the first update of a run on `device` with the CPU's. Returns the device to run on.
 
     It is the update that this run begins with, at its own shapes and in its own precision; of a large model as many of
-    its messages as the CPU does in COMPARE_SECONDS. The device computes it twice: what changes from call to call may
-    be right once. Where they disagree, `--device auto` goes on on the CPU. Raises UserError for another `--device`.
+    its messages as the CPU does in COMPARE_SECONDS. Where they disagree, `--device auto` goes on on the CPU. Raises
+    UserError for another `--device`.
     """
     if device.type == "cpu":
         return device
@@ -695,22 +684,16 @@ def check_device(experiment, shard, data, weights, device, console):
 
     classifier.bf16 = experiment.precision == "bf16"
     classifier = place(classifier, device, shard)
-    deviation, name, problem = 0.0, "", None
-    try:
-        for _ in range(2):
-            results = window_results(classifier, messages, window, experiment, shard)
-            deviation, name = max((deviation, name), largest_deviation(results, expected))
-        if deviation > TOLERANCE[experiment.precision]:
-            problem = f"{name} differs by {deviation:.1%} of the largest entry"
-    except (NonFiniteError, NotImplementedError) as error:
-        problem = str(error).splitlines()[0]
+    problem, deviation = compare_results(
+        lambda: window_results(classifier, messages, window, experiment, shard), expected, experiment.precision
+    )
     del classifier
     release_memory(device)
-    of_messages = f"the first {n_messages} training message{'s' if n_messages > 1 else ''}"
+    on_messages = f"on the first {n_messages} training message{'s' if n_messages > 1 else ''}"
     if (problem := processes.from_any(problem)) is None:
-        console.info(f"Compared with the CPU on {of_messages}: agrees, largest deviation {deviation:.1e} ({name})")
+        console.info(f"Compared with the CPU {on_messages}: agrees, largest deviation {deviation}")
         return device
-    problem = f"{describe_system(device)} does not compute what the CPU does on {of_messages}: {problem}"
+    problem = f"{describe_system(device)} does not compute what the CPU does {on_messages}: {problem}"
     if experiment.device != "auto":
         raise UserError(f"{problem}\nTry: --device cpu", status=1)
     console.warning(f"{problem}; the run goes on on the CPU")
@@ -745,64 +728,55 @@ def prepare(experiment, options):
         data = prepare_data(experiment)
         if options.export is not None:
             export.check_classes(len(data.class_names), experiment.config.emb_dim)
-    for warning in [why_not, *data.warnings] if why_not else data.warnings:
+    for warning in filter(None, [why_not, *data.warnings]):
         console.warning(warning)
-    console.info(describe_setup(experiment, data, device))
-    for line in datasets.describe_repeats(data):
+    for line in [describe_setup(experiment, data, device), *datasets.describe_repeats(data)]:
         console.info(line)
-    if (n_idle := processes.world_size() - experiment.batch_size) > 0:
-        console.warning(
-            f"a batch has {experiment.batch_size} messages, so {n_idle} processes will have few or none to train on"
-        )
     with processes.main_first():
         weights.open(console.quiet)
     device = check_device(experiment, options.shard, data, weights, device, console)
+    with torch.device("meta"):
+        sizes = optimize_frozen_blocks(build_classifier(experiment, len(data.class_names)))
+    features.warn_if_memory_is_short(sizes, data.messages, device)
     checkpoint = Checkpoint(options, run_identity(experiment, data, weights, device), console)
     return Run(experiment, options, console, device, weights, data, features, checkpoint)
 
 
-def run(experiment, options=None):
+def run(experiment, options=RunOptions()):
     """One experiment from its settings to its printed row, `options.repeats` seeds one after another.
 
     A seed that the checkpoint holds as finished is not trained again. Returns [Record, ...]. Raises UserError.
     """
-    all_seeds = prepare(experiment, options or RunOptions())
-    options, console, data, checkpoint = all_seeds.options, all_seeds.console, all_seeds.data, all_seeds.checkpoint
+    run = prepare(experiment, options)
+    console, checkpoint = run.console, run.checkpoint
     with checkpoint.opened():
-        records = [Record.from_dict(record) for record in checkpoint.records[: options.repeats]]
-        if records and (options.save_model or options.export):
+        finished = [Record.from_dict(record) for record in checkpoint.records[: options.repeats]]
+        if finished and (options.save_model or options.export):
             raise UserError(f"{checkpoint.path} holds the classifier of a later seed than {experiment.seed}")
-        with torch.device("meta"):
-            sizes = optimize_frozen_blocks(build_classifier(experiment, len(data.class_names)))
-        all_seeds.features.warn_if_memory_is_short(sizes, data.messages, all_seeds.device)
-
-        for record in records:
+        for record in finished:
             console.info(f"Finished before, according to {checkpoint.path}; it printed:")
             for line in record.history.lines:
                 console.info(line)
-            write_record(all_seeds, record)
-        for seed in range(experiment.seed + len(records), experiment.seed + options.repeats):
+            write_outputs(run, record)
+        for number in range(len(finished), options.repeats):
+            of_seed = replace(experiment, seed=experiment.seed + number)
             if options.repeats > 1:
-                console.info(f"\nRun {seed - experiment.seed + 1} of {options.repeats}, seed {seed}")
-            of_seed = replace(experiment, seed=seed)
-            record = (options.skip_finished and find_record(all_seeds, of_seed)) or run_seed(all_seeds, of_seed)
-            records.append(record)
+                console.info(f"\nRun {number + 1} of {options.repeats}, seed {of_seed.seed}")
+            record = (options.skip_finished and find_record(run, of_seed)) or run_seed(run, of_seed)
+            finished.append(record)
             checkpoint.add_record(record.to_dict())
-    print_row(records, console)
-    if path := options.plot:
-        from runner.results.pictures import plot_histories  # slow to import
-
-        console.write_output("the picture", path, plot_histories, records, len(data.messages["train"]))
-    if folder := options.results:
-        console.info(f"All runs so far: python additional_experiments.py --report {folder}")
+    print_row(finished, console)
+    if options.plot:
+        console.write_output("the picture", options.plot, plot_histories, finished, len(run.data.messages["train"]))
+    if options.results:
+        console.info(f"All runs so far: python additional_experiments.py --report {options.results}")
     console.close()
-    return records
+    return finished
 
 
 def find_record(run, experiment):
     """The Record of this very run, if it is in the folder of results; else None."""
-    name = records.run_name(experiment, run.data, run.weights, run.device)
-    path = Path(run.options.results, f"{name}.json")
+    path = Path(run.options.results, f"{records.run_name(experiment, run.data, run.weights, run.device)}.json")
     if not processes.from_main(path.exists()):
         return None
     run.console.info(f"Finished before: {path}")
@@ -811,11 +785,10 @@ def find_record(run, experiment):
 
 def run_seed(run, experiment):
     """One seed of a Run, from its weights to all that is asked for: its Record."""
-    options, console, weights, data = run.options, run.console, run.weights, run.data
-    usage = Usage(run.device)
-    classifier = build_classifier(experiment, len(data.class_names), weights.tensors)
-    classifier.gpt.activation_checkpointing = options.activation_checkpointing
-    place(classifier, run.device, options.shard)
+    console, data, usage = run.console, run.data, Usage(run.device)
+    classifier = build_classifier(experiment, len(data.class_names), run.weights.tensors)
+    classifier.gpt.activation_checkpointing = run.options.activation_checkpointing
+    place(classifier, run.device, run.options.shard)
     console.info(describe_model(experiment, classifier))
     inputs = run.features.of(classifier, data.messages, experiment.seed)
     kept = "recomputed" if inputs["train"].stage is Stage.TOKEN_IDS else "kept"
@@ -826,21 +799,11 @@ def run_seed(run, experiment):
     confusions, minutes = fine_tune(classifier, inputs, experiment, state, run.checkpoint, console)
     for line in describe_test(confusions["test"], data):
         console.info(state.history.add_line(line))
-
-    noted = dict(minutes=minutes, feature_seconds=run.features.seconds, note=options.note)
-    record = records.make_record(experiment, data, weights, confusions, state, **noted)
-    write_record(run, record)
-    if options.save_model or options.export:
-        parameters = state.full_parameters()  # by all processes
-        if processes.rank() == 0:
-            write_classifier(run, experiment, record, parameters)
+    noted = dict(minutes=minutes, feature_seconds=run.features.seconds, note=run.options.note)
+    record = records.make_record(experiment, data, run.weights, confusions, state, **noted)
+    is_wanted = run.options.save_model or run.options.export
+    write_outputs(run, record, state.full_parameters() if is_wanted else None)
     return record
-
-
-def write_record(run, record):
-    """Write the Record of a finished seed into the folder of results, if there is one."""
-    if folder := run.options.results:
-        run.console.write_output("the record", folder, records.write_record, record)
 
 
 def fine_tune(classifier, messages, experiment, state, checkpoint, console):
@@ -865,18 +828,26 @@ def fine_tune(classifier, messages, experiment, state, checkpoint, console):
     return confusions, minutes
 
 
-def write_classifier(run, experiment, record, parameters):
-    """`--save_model` and `--export`: the classifier with these trained parameters, {name: tensor}."""
+def write_outputs(run, record, parameters=None):
+    """Write what is asked for of a finished seed: its Record; of its trained parameters, {name: tensor}, a classifier.
+
+    All processes have the parameters' names, process 0 alone the parameters.
+    """
     options, data, write = run.options, run.data, run.console.write_output
-    # Built anew: in the one that was trained, frozen weights may be bfloat16, or shards.
+    if options.results:
+        write("the record", options.results, records.write_record, record)
+    if parameters is None or processes.rank() > 0:
+        return
+    # Built anew: in the classifier that was trained, frozen weights may be bfloat16, or shards.
+    experiment = replace(run.experiment, seed=record.seed)
     classifier = build_classifier(experiment, len(data.class_names), run.weights.tensors)
     base_sha256 = run.weights.sha256 or classifiers.frozen_sha256(classifier)
     saved = SavedClassifier(asdict(experiment), data.limit, data.class_names, base_sha256, record.to_dict())
-    if path := options.save_model:
-        write("the classifier", path, classifiers.save_classifier, saved, parameters)
-    if path := options.export:
+    if options.save_model:
+        write("the classifier", options.save_model, classifiers.save_classifier, saved, parameters)
+    if options.export:
         load_parameters(copy_trained_parameters(classifier), parameters)
-        write("the export", path, export_classifier, classifier, saved)
+        write("the export", options.export, export_classifier, classifier, saved)
 
 
 def place(classifier, device, shard):
@@ -973,7 +944,5 @@ def execute(argv):
 
 
 if __name__ == "__main__":
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
     prepare_streams()
     sys.exit(main())

@@ -2,17 +2,19 @@
 
 import argparse
 import difflib
-import os
+import math
 import re
 import sys
+import tempfile
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from gpt_download import COLLECTION_NAMES
+from previous_chapters import GPT_SIZES, GPTConfig
 from runner.data.datasets import SPLITS
 from runner.files import UserError, resolve
 from runner.machine import processes
-from runner.parsers import image, number, report_file
+from runner.rows import DEMO, ROWS
 from runner.saved.export import check_experiment, check_folder
 from runner.wording import command_line
 
@@ -46,11 +48,80 @@ def check_values(settings):
             raise UserError(f"--{setting.name} does not take {value!r}{hint}")
 
 
+# --- single values ---
+#
+# A parser returns the value of a text, or raises argparse.ArgumentTypeError that says what is wrong with it.
+
+
+def number(kind, minimum=-math.inf, above=-math.inf, maximum=math.inf):
+    """A parser of finite numbers of `kind` (int or float) from `minimum` to `maximum`; whole ones fit into an int64."""
+    if kind is int:
+        minimum, maximum = max(minimum, -(2**63)), min(maximum, 2**63 - 1)
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not -math.inf < value < math.inf:  # neither is NaN
+            raise argparse.ArgumentTypeError(f'"{text}" is not a {"whole" if kind is int else "finite"} number')
+        if value <= above:
+            raise argparse.ArgumentTypeError(f"{value} is not greater than {above}")
+        if value < minimum:
+            raise argparse.ArgumentTypeError(f"{value} is less than {minimum}")
+        if value > maximum:
+            raise argparse.ArgumentTypeError(f"{value} is more than {maximum}")
+        return value
+
+    return parse
+
+
+def model_size(text):
+    """The name of a model size, from itself or a part of it: "gpt2-xl (1558M)", "gpt2-xl" or "xl"."""
+    for name in GPT_SIZES:
+        if text in (name, name.split(" ")[0], short_size(name)):
+            return name
+    start = text.find("--")
+    hint = f'; is a space missing before "{text[start:]}"?' if start > 0 else ""
+    raise argparse.ArgumentTypeError(f'"{text}" is none of {", ".join(GPT_SIZES)}{hint}')
+
+
+def short_size(name):
+    """The shortest name of a model size: `xl`."""
+    return name.split(" ")[0].removeprefix("gpt2-")
+
+
+MAX_CONTEXT = GPTConfig.context_length
+
+
+def context_length(text):
+    """A number of tokens, or the name of one."""
+    names = ("longest_training_example", "model_context_length")
+    try:
+        return text if text in names else number(int, 1, maximum=MAX_CONTEXT)(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{error}; use {', '.join(names)} or 1 to {MAX_CONTEXT}") from None
+
+
+IMAGE_FORMATS = (".png", ".pdf", ".svg")
+
+
+def file_with(*suffixes):
+    """A parser of the path of a file with one of these suffixes."""
+
+    def parse(text):
+        if Path(text).suffix not in suffixes:
+            raise argparse.ArgumentTypeError(f'"{text}" does not end in {", ".join(suffixes)}')
+        return text
+
+    return parse
+
+
 @dataclass(frozen=True)
 class RunOptions:
     """What one call does besides its experiment, or instead of it. No number of a seed depends on it.
 
-    Raises UserError for options that cannot be combined, and for files in folders that do not exist.
+    Raises UserError for options that cannot be combined.
     """
 
     quiet: bool = option(False, RESULTS, "print finished rows only")
@@ -68,7 +139,11 @@ class RunOptions:
         type=number(int, 1),
     )
     plot: str | None = option(
-        None, RESULTS, "draw losses and accuracies over the epochs (.png, .pdf or .svg)", type=image, metavar="FILE"
+        None,
+        RESULTS,
+        "draw losses and accuracies over the epochs (.png, .pdf or .svg)",
+        type=file_with(*IMAGE_FORMATS),
+        metavar="FILE",
     )
     report: tuple | None = option(
         None,
@@ -83,14 +158,14 @@ class RunOptions:
         "with --report: write it too; a page (.html), text (.md), data (.csv), a table for LaTeX (.tex), or a picture "
         "(.png, .pdf, .svg)",
         nargs="+",
-        type=report_file,
+        type=file_with(".html", ".md", ".csv", ".tex", *IMAGE_FORMATS),
         metavar="FILE",
     )
     baseline: bool = option(False, RESULTS, "instead of GPT-2 train two linear models on words and letters")
     feature_cache: str | None = option(
         None,
         MACHINE,
-        "folder that keeps hidden states after frozen blocks for later runs (default: features in "
+        "folder for frozen features that later runs use again (default: features in "
         '--data_dir); "" for none; to empty it, delete it',
         metavar="DIR",
     )
@@ -137,16 +212,11 @@ class RunOptions:
 
     def __post_init__(self):
         check_values(self)
-        for name, needed in (
-            ("write", "report"),
-            ("classify", "load_model"),
-        ):
+        for name, needed in (("write", "report"), ("classify", "load_model")):
             if getattr(self, name) and getattr(self, needed) is None:
                 raise UserError(f"--{name} needs --{needed}")
         if self.shard and not processes.is_launched():
-            raise UserError(
-                "--shard needs several processes: torchrun --nproc_per_node N additional_experiments.py ..."
-            )
+            raise UserError("--shard needs several processes: torchrun --nproc_per_node N additional_experiments.py")
         if self.load_model is not None and not self.classify and self.export is None:
             raise UserError("--load_model needs --classify or --export")
         for name in ("save_model", "export"):
@@ -154,51 +224,54 @@ class RunOptions:
                 raise UserError(f"--{name} is for one classifier, --repeats trains several")
         if self.skip_finished and (not self.results or self.save_model or self.export):
             raise UserError("--skip_finished needs --results, and cannot be combined with --save_model or --export")
-        self.check_paths()
 
-    def check_paths(self):
-        """Each file that is to be written or read has a name of its own, in a folder that exists."""
-        if self.export is not None:
-            check_folder(self.export)
-        if self.feature_cache and os.path.exists(self.feature_cache) and not os.path.isdir(self.feature_cache):
-            raise UserError(f"--feature_cache {self.feature_cache} is not a folder")
-        if self.results and self.report is None:
-            check_results(self.results)
-        names = {}
-        outputs = [(name, getattr(self, name)) for name in ("plot", "checkpoint", "save_model", "load_model")]
-        for name, path in (*outputs, *(("write", path) for path in self.write)):
-            if path is None:
-                continue
-            if self.export is not None and resolve(self.export) in resolve(path).parents:
-                raise UserError(f"--{name} {path} is in the folder of --export, which holds nothing else")
-            if path == "":
-                raise UserError(f"--{name} is given without the name of a file")
-            if not Path(path).parent.is_dir():
-                raise UserError(f"--{name} {path}: there is no folder {Path(path).parent}")
-            if Path(path).is_dir():
-                raise UserError(f"--{name} {path} is a folder")
-            if is_special(path):
+
+# --- files, before any time is spent ---
+
+
+def check_files(run_options, inputs):
+    """Raises UserError where something cannot be written, or would overwrite something else.
+
+    `inputs` maps paths that are read to what they are.
+    """
+    if run_options.export is not None:
+        check_folder(run_options.export)
+    if run_options.results and run_options.report is None:
+        folder = resolve_output("results", run_options.results)
+        check_writable("results", run_options.results, folder if folder.exists() else folder.parent)
+    outputs = [(name, getattr(run_options, name)) for name in ("checkpoint", "save_model", "plot")]
+    taken = {as_one_file(resolve_output("weights", path)): what for path, what in inputs.items()}
+    for name, path in [*outputs, *(("write", path) for path in run_options.write)]:
+        if path is not None:
+            target = resolve_output(name, path)
+            if target.exists() and not target.is_file():
                 raise UserError(f"--{name} {path} is not a regular file")
-            if (other := names.setdefault(resolve(path), name)) != name:
-                raise UserError(f"--{other} and --{name} name the same file, {path}")
+            check_writable(name, path, target.parent)
+            if what := taken.get(as_one_file(target)):
+                raise UserError(f"--{name} {path} would overwrite {what}")
+            taken[as_one_file(target)] = f"--{name}"
 
 
-def check_results(folder):
-    """Raises UserError for a folder of results that cannot be written to, or cannot be made."""
-    path = Path(folder)
-    if path.exists() and not path.is_dir():
-        raise UserError(f'--results {folder} is not a folder; for none: --results ""')
-    if not path.exists() and not path.parent.is_dir():
-        raise UserError(f"--results {folder}: there is no folder {path.parent}")
-    if not os.access(path if path.exists() else path.parent, os.W_OK) or (path.is_symlink() and not path.exists()):
-        raise UserError(f"--results {folder}: nothing can be written there")
+def resolve_output(name, path):
+    """The Path to which the value of an option leads. Raises UserError for a link that leads back to itself."""
+    try:
+        return resolve(path)
+    except OSError as error:
+        raise UserError(f"--{name} {path}: {error.strerror}") from None
 
 
-def is_special(path):
-    """Whether a path is a device, a pipe or the like, or a name of the system for one of this process's streams."""
-    absolute = os.path.abspath(path)
-    is_stream = absolute.startswith(("/dev/", "/proc/")) and not absolute.startswith("/dev/shm/")
-    return is_stream or (Path(path).exists() and not Path(path).is_file())
+def check_writable(name, path, folder):
+    """Raises UserError where no file can be written into a folder: it is missing, read-only, or its disk is full."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(4096))
+    except OSError as error:
+        raise UserError(f"--{name} {path} cannot be written: {folder}: {error.strerror or error}") from None
+
+
+def as_one_file(path):
+    """What all names of a file have in common: on macOS and Windows they may differ in case."""
+    return str(path).casefold() if sys.platform in ("darwin", "win32") else str(path)
 
 
 # --- the command line ---
@@ -210,16 +283,12 @@ COMPANIONS = {
     "load_model": ("classify", "export", "model_size", "weights", "device"),
 }
 
+DESCRIPTION = """Fine-tune GPT-2 as a spam classifier: one configuration, one row of the table.
 
-EXAMPLES = """examples:
+examples:
   python additional_experiments.py --demo       # a toy model, without network
   python additional_experiments.py --row 16     # row 16 of the table, see below
   python additional_experiments.py --model_size xl --trainable_layers lora"""
-
-
-def with_underscores(argv):
-    """A command line in which the names of options have underscores: --batch-size is --batch_size."""
-    return [re.sub("^--[^=]+", lambda name: "--" + name[0][2:].replace("-", "_"), word) for word in argv]
 
 
 class Parser(argparse.ArgumentParser):
@@ -229,92 +298,60 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help lists the options)")
 
     def parse(self, argv):
-        """What the options on a command line say, {name: value}. An unknown one is answered with the nearest."""
-        given, unknown = self.parse_known_args(with_underscores(argv))
-        if unknown and (name := unknown[0].split("=")[0].strip("-")) != unknown[0]:
-            options = [option[2:] for option in self._option_string_actions if option.startswith("--")]
+        """What a command line says, {name: value}; --batch-size is --batch_size, and a misprint gets the nearest name.
+
+        A word with a space is a text, also where it begins with a dash.
+        """
+        argv = [re.sub(r"^--[\w-]+(?==|$)", lambda m: "--" + m[0][2:].replace("-", "_"), word) for word in argv]
+        given, unknown = self.parse_known_args(argv)
+        if unknown:
+            name = unknown[0].split("=")[0]
+            options = [option for option in self._option_string_actions if option.startswith("--")]
             longer = [option for option in options if option.startswith(name)]
             nearest = (longer or difflib.get_close_matches(name, options, cutoff=0.5))[:1]
-            self.error("; the nearest is --".join([f"there is no option {unknown[0]}", *nearest]))
-        if unknown:
-            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+            self.error("; the nearest is ".join([f"there is no option {unknown[0]}", *nearest]))
         return vars(given)
 
 
-def make_parser(description, experiment_type, rows):
+def make_parser(experiment_type):
     """The parser of all options: presets, and the fields of `experiment_type` and of RunOptions by their headings."""
     parser = Parser(
         usage="%(prog)s [options]",
-        description=f"{description}\n\n{EXAMPLES}",
+        description=DESCRIPTION,
         epilog="rows of the table:\n"
-        + "\n".join(f"  {n:2}  {command_line(row.options) or 'the defaults'}" for n, row in rows.items()),
+        + "\n".join(f"  {n:2}  {command_line(row.options) or 'the defaults'}" for n, row in ROWS.items()),
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=26, width=80),
         argument_default=argparse.SUPPRESS,  # so that options given can be told from defaults and presets
         allow_abbrev=False,
     )
     presets = parser.add_argument_group("presets").add_mutually_exclusive_group()
-    presets.add_argument(
-        "--row",
-        type=number(int, 1, maximum=len(rows)),
-        metavar="N",
-        help=f"preset row N, 1 to {len(rows)}, of the table; other options override it",
-    )
-    presets.add_argument(
-        "--demo",
-        action="store_true",
-        help="preset a toy run of half a minute without network",
-    )
+    row_help = f"preset row N, 1 to {len(ROWS)}, of the table; other options override it"
+    presets.add_argument("--row", type=number(int, 1, maximum=len(ROWS)), metavar="N", help=row_help)
+    presets.add_argument("--demo", action="store_true", help="preset a toy run of half a minute without network")
     groups = {}
     for setting in (*fields(experiment_type), *fields(RunOptions)):
         arguments = dict(setting.metadata)
         heading = arguments.pop("group")
         if setting.type is bool:
             arguments["action"] = "store_true"
+        else:
+            arguments.setdefault("metavar", "N" if setting.type in (int, float) else "X")
         if setting.default not in (False, None, (), ""):
             choices = f"{', '.join(arguments['choices'])}; " if "choices" in arguments else ""
             arguments["help"] += f" ({choices}default: {setting.default})"
-        if "action" not in arguments:
-            arguments.setdefault("metavar", "N" if setting.type in (int, float) else "X")
         if heading not in groups:
             groups[heading] = parser.add_argument_group(heading)
         groups[heading].add_argument(f"--{setting.name}", **arguments)
     return parser
 
 
-def split_texts(argv, experiment_type):
-    """A command line without the messages of --classify, and these as {"classify": (text, ...)}, if there are any.
-
-    A message may begin with a dash, which argparse takes for an option: the messages end where an option of this
-    program begins, and after `--` there is none.
-    """
-    argv = list(argv)
-    if "--classify" not in argv:
-        return argv, {}
-    if argv[: (argv.index("--") if "--" in argv else None)].count("--classify") > 1:
-        raise UserError("--classify is given twice")
-    start = argv.index("--classify") + 1
-    names = {"--row", "--demo", "--help"}
-    names |= {f"--{setting.name}" for setting in (*fields(experiment_type), *fields(RunOptions))}
-    end = start
-    words = [word.split("=")[0] for word in with_underscores(argv)]
-    while end < len(argv) and words[end] not in {*names, "--"}:
-        end += 1
-    texts, rest = argv[start:end], argv[end:]
-    if rest[:1] == ["--"]:
-        texts, rest = texts + rest[1:], []
-    if not texts:
-        raise UserError("--classify needs a message, or - for standard input")
-    return argv[: start - 1] + rest, {"classify": tuple(texts)}
-
-
-def parse(argv, description, experiment_type, rows, demo):
+def parse(argv, experiment_type):
     """A command line as (Experiment, RunOptions, the options of the experiment that were given).
 
-    `rows` maps numbers to Rows and `demo` options to values: the presets. The Experiment is None where nothing is to
-    be trained. Raises UserError.
+    The Experiment is None where nothing is to be trained. Raises UserError.
     """
-    argv, texts = split_texts(sys.argv[1:] if argv is None else argv, experiment_type)
-    given = make_parser(description, experiment_type, rows).parse(argv) | texts
+    given = make_parser(experiment_type).parse(sys.argv[1:] if argv is None else argv)
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     run_options = {setting.name: given.pop(setting.name) for setting in fields(RunOptions) if setting.name in given}
     for mode, companions in COMPANIONS.items():
         refused = sorted((given.keys() | run_options.keys()) - {mode, *companions})
@@ -325,26 +362,17 @@ def parse(argv, description, experiment_type, rows, demo):
             raise UserError(f"--{mode} runs in one process: call it without torchrun")
     run_options = RunOptions(**run_options)
     if run_options.report is not None or run_options.load_model is not None:
+        check_files(run_options, {run_options.load_model: "the classifier"} if run_options.load_model else {})
         return None, run_options, given
-    presets = demo if given.pop("demo", False) else {}
+    presets = DEMO if given.pop("demo", False) else {}
     if (row := given.pop("row", None)) is not None:
-        presets = rows[row].options
+        presets = ROWS[row].options
     settings = presets | given
     if settings.get("dataset") == "sample" and "data_dir" in given:
         raise UserError("--data_dir is not read with the sample; add --dataset uci, or leave --data_dir out")
     experiment = experiment_type(**settings)
-    check_outputs(experiment, run_options)
-    return experiment, run_options, given
-
-
-def check_outputs(experiment, run_options):
-    """Raises UserError if an output would overwrite an input."""
     if run_options.export is not None:
         check_experiment(experiment)
-    inputs = {resolve(experiment.weights): "the weights"}
-    for file in (*(f"{split}.csv" for split in SPLITS), *COLLECTION_NAMES):
-        inputs[resolve(Path(experiment.data_dir, file))] = "the data"
-    for name in ("checkpoint", "save_model", "plot"):
-        path = getattr(run_options, name)
-        if path and (input := inputs.get(resolve(path))):
-            raise UserError(f"--{name} {path} would overwrite {input}")
+    data = (Path(experiment.data_dir, name) for name in (*(f"{split}.csv" for split in SPLITS), *COLLECTION_NAMES))
+    check_files(run_options, dict.fromkeys(data, "the data") | {experiment.weights: "the weights"})
+    return experiment, run_options, given

@@ -10,11 +10,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import CPU
 from pretended import pretended_device
 
 import additional_experiments as ae
 from additional_experiments import main
+from runner.files import UserError
 from runner.machine import devices
 from runner.rows import ROWS
 
@@ -227,6 +229,37 @@ def test_a_device_that_disagrees_ends_the_run(options, tmp_path, monkeypatch, ca
     out, err = capsys.readouterr()
     assert err.startswith("warning: ") and err.endswith("; the run goes on on the CPU\n")
     assert "| CPU, " in out and len(list((tmp_path / "results").iterdir())) == 1
+
+
+def wrong_without_input_gradient(name, args, result):
+    """What PyTorch on MPS did: a norm's own gradients are right only where its input takes one (issue 183825)."""
+    is_wrong = name == "native_layer_norm_backward" and not args[-1][0]
+    return (result[0], result[1] * 2, result[2] * 2) if is_wrong else result
+
+
+@pytest.mark.parametrize("layers", ["last_block", "last_two_blocks"])
+def test_a_norm_over_frozen_features_learns_on_mps_all_the_same(tiny_size, data_dir, monkeypatch, layers):
+    on_cpu = experiment(data_dir, device="cpu", trainable_layers=layers)
+    expected = run(on_cpu)
+    with pretended_device(monkeypatch, "mps", wrong_without_input_gradient):
+        assert_same_numbers(run(replace(on_cpu, device="mps")), expected)
+    with pretended_device(monkeypatch, "cuda", wrong_without_input_gradient):
+        with pytest.raises(UserError, match="does not compute what the CPU does.* gradient of .*norm"):
+            run(replace(on_cpu, device="cuda"))
+
+
+def test_on_mps_products_and_attention_take_forms_without_known_faults(tiny_size, data_dir, monkeypatch):
+    linear, attention, products, parts = F.linear, F.scaled_dot_product_attention, [], []
+    monkeypatch.setattr(F, "linear", lambda x, *rest: products.append(x.dim()) or linear(x, *rest))
+
+    def noting(*tensors, **masks):
+        parts.extend((part.dtype, part.is_contiguous()) for part in tensors if part.device.type == "mps")
+        return attention(*tensors, **masks)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", noting)
+    with pretended_device(monkeypatch, "mps"):
+        run(experiment(data_dir, device="mps", trainable_layers="last_two_blocks", precision="bf16"))
+    assert set(products) == {2} and set(parts) == {(torch.float32, True)}
 
 
 def test_the_comparison_takes_the_first_window_and_leaves_the_random_state(tiny_size, data_dir):

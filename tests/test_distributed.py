@@ -28,10 +28,11 @@ from runner.machine import devices, processes
 from runner.options import RunOptions
 from runner.results import records
 from runner.results.records import read_records
+from runner.rows import ROWS
 from runner.saved import checkpoints
 
 # Each with 43 training messages: no number of processes divides the batches, nor a batch the messages.
-CONFIGURATIONS = {f"row {number}": row.options for number, row in ae.ROWS.items()} | {
+CONFIGURATIONS = {f"row {number}": row.options for number, row in ROWS.items()} | {
     "batches of 3": dict(batch_size=3),
     "batches of 1": dict(batch_size=1, trainable_layers="last_two_blocks"),
     "accumulation": dict(batch_size=3, accumulation_steps=4, trainable_layers="all"),

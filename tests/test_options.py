@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from additional_experiments import Experiment, main, parse_args
+from runner import options
 from runner.files import UserError
 from runner.options import RunOptions
 from runner.rows import ROWS
@@ -77,7 +78,7 @@ def test_dashes_and_short_names():
         ),
         ("--dataset sample --data_dir here", "--data_dir is not read with the sample"),
         ("--demo --row 3", "not allowed with argument"),
-        ("--demo please", "unrecognized arguments: please"),
+        ("--demo please", "there is no option please"),
         ("--row 0", "0 is less than 1"),
         ("--row 20", "20 is more than 19"),
         ("--row one", '"one" is not a whole number'),
@@ -106,25 +107,24 @@ def test_misprint_of_row_9(capsys):
         ("--plot a.gif", '"a.gif" does not end in .png, .pdf, .svg'),
         ("--repeats 0", "0 is less than 1"),
         ("--repeats 2 --save_model a", "--save_model is for one classifier, --repeats trains several"),
-        ("--checkpoint nowhere/a", "--checkpoint nowhere/a: there is no folder nowhere"),
-        ("--checkpoint .", "--checkpoint . is a folder"),
+        ("--checkpoint nowhere/a", "--checkpoint nowhere/a cannot be written: "),
+        ("--checkpoint .", "--checkpoint . is not a regular file"),
         ("--checkpoint /dev/null", "--checkpoint /dev/null is not a regular file"),
-        ("--weights random --save_model sms_spam_collection/train.csv", "there is no folder sms_spam_collection"),
+        ("--weights random --save_model sms_spam_collection/train.csv", "sms_spam_collection: No such file"),
         ("--weights random --data_dir . --save_model train.csv", "--save_model train.csv would overwrite the data"),
         (
             "--weights random --data_dir . --checkpoint ./SMSSpamCollection",
             "SMSSpamCollection would overwrite the data",
         ),
         ("--seed " + "9" * 5000, "is not a whole number"),
-        ("--checkpoint=", "--checkpoint is given without the name of a file"),
-        ("--checkpoint a --save_model ./a", "--checkpoint and --save_model name the same file, ./a"),
-        ("--plot a.png --save_model ./a.png", "--plot and --save_model name the same file"),
+        ("--checkpoint=", "--checkpoint  is not a regular file"),
+        ("--checkpoint a --save_model ./a", "--save_model ./a would overwrite --checkpoint"),
+        ("--plot a.png --save_model ./a.png", "--plot a.png would overwrite --save_model"),
         ("--checkpoint_minutes -1", "-1.0 is less than 0"),
         ("--report --row 3", "--row cannot be combined with --report"),
         ("--report --repeats 2", "--repeats cannot be combined with --report"),
         ("--report missing", "--report missing: there is no such folder"),
         ("--load_model missing --classify a", "missing cannot be read as a saved classifier"),
-        ("--classify --a-b --load-model missing", "missing cannot be read as a saved classifier"),
     ],
 )
 def test_bad_options_of_what_a_call_does(options, message, capsys):
@@ -148,7 +148,7 @@ def test_help_names_every_option_and_its_default(capsys):
     text = " ".join(" ".join(lines).split())
     for field in (*fields(Experiment), *fields(RunOptions)):
         assert f"--{field.name}" in text
-        if field.type is not bool and field.default not in (None, ()):
+        if field.type is not bool and field.default not in (None, (), ""):
             assert f"default: {field.default})" in text
         assert all(f"{choice}, " in text or f"{choice}; " in text for choice in field.metadata.get("choices", ()))
 
@@ -192,3 +192,38 @@ def test_settings_of_a_command_line_and_of_python_are_the_same():
     given = [word for name, value in settings.items() for word in (f"--{name}", value)]
     assert Experiment(no_padding=True, **settings) == parse("--no_padding", *given)
     assert RunOptions(classify=("a", "b"), load_model="c") == parse_args(["--load_model=c", "--classify", "a", "b"])[1]
+
+
+@pytest.mark.parametrize("system, is_one", [("linux", False), ("darwin", True), ("win32", True)])
+def test_names_that_differ_in_case_are_one_file_where_the_system_says_so(monkeypatch, capsys, system, is_one):
+    monkeypatch.setattr(options.sys, "platform", system)
+    paths = options.as_one_file("run.ckpt"), options.as_one_file("RUN.ckpt")
+    assert (paths[0] == paths[1]) == is_one
+
+
+def read_only(monkeypatch, folder):
+    """Refuse files in a folder, also to root."""
+    temporary_file = options.tempfile.TemporaryFile
+
+    def refuse(dir):
+        if Path(dir).resolve() == folder.resolve():
+            raise PermissionError(13, "Permission denied")
+        return temporary_file(dir=dir)
+
+    monkeypatch.setattr(options.tempfile, "TemporaryFile", refuse)
+
+
+@pytest.mark.parametrize("option", ["--results", "--checkpoint", "--save_model", "--plot", "--write"])
+@pytest.mark.parametrize("place", ["read-only", "missing", "dangling link", "circular link"])
+def test_what_cannot_be_written_is_found_before_training(tmp_path, monkeypatch, capsys, option, place):
+    folder = tmp_path / "folder"
+    if place == "read-only":
+        folder.mkdir()
+        read_only(monkeypatch, folder)
+    if place.endswith("link"):
+        folder.symlink_to(folder if place == "circular link" else tmp_path / "nowhere" / "deeper")
+    path = folder / "a.png" if option != "--results" else folder / "results" if place == "missing" else folder
+    given = [option, str(path)]
+    assert main(["--report", str(tmp_path), *given] if option == "--write" else ["--demo", *given]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and str(folder) in err

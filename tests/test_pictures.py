@@ -8,7 +8,7 @@ import pytest
 from helpers import made_up_record
 from test_summary import nano, row
 
-from runner.parsers import IMAGE_FORMATS
+from runner.options import IMAGE_FORMATS
 from runner.results import pictures
 from runner.results.accuracy import Accuracy
 from runner.results.records import History

@@ -1,7 +1,6 @@
 """A run's history, its record, and the file that holds it."""
 
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,11 +10,12 @@ import pytest
 import torch
 from helpers import made_up_record, no_file_above
 
-from additional_experiments import ROWS, main, parse_args
+from additional_experiments import main, parse_args
 from gpt_download import find_weights
 from runner.data.datasets import Repeats, find_repeats
 from runner.results.accuracy import Accuracy
 from runner.results.records import History, Record, options_of, read_records, row_number, run_name, write_record
+from runner.rows import ROWS
 
 UCI = SimpleNamespace(name="uci", sha256="01234567" * 8)
 OWN = SimpleNamespace(name="own", sha256="89abcdef" * 8)
@@ -151,15 +151,3 @@ def test_a_finished_run_is_skipped(options, capfd):
     assert out.count("| CPU/GPU |") == 1 and "| -, n=2 |" in out and len(list(Path("r").iterdir())) == 2
     assert [Record.from_dict(json.loads(path.read_text())).note for path in Path("r").iterdir()] == ["first"] * 2
     assert main([*options, *further, "--save_model", "m.safetensors"]) == 2
-
-
-@pytest.mark.parametrize(
-    "folder, message",
-    [("a/b/c", "there is no folder a/b"), ("file", "is not a folder"), ("locked", "nothing can be written there")],
-)
-def test_a_folder_that_cannot_be_written_is_found_before_training(options, capfd, monkeypatch, folder, message):
-    Path("file").touch()
-    Path("locked").mkdir()
-    monkeypatch.setattr(os, "access", lambda path, mode: path != Path("locked"))  # the superuser may write anywhere
-    assert main([*options, "--results", folder]) == 2
-    assert message in capfd.readouterr().err

@@ -77,11 +77,9 @@ def test_other_data_are_told_apart():
 def test_a_seed_counts_once_and_mistakes_that_differ_are_told(other, told):
     summary = summarize([row(1, [1], device_name="A100"), row(1, other, device_name="CPU"), row(1, [1], seed=7)])
     assert [len(group.records) for group in summary.tables[0].groups] == [2]
-    remarks = [
-        "Row 1, seed 123: mistakes differ, the first counts: test 99.67% on A100, PyTorch {0}; {1} on CPU, PyTorch {0}."
-    ]
     torch = summary.records[0].torch
-    assert summary.remarks == ([remarks[0].format(torch, told)] if told else [])
+    line = "Row 1, seed 123: mistakes differ, the first counts: test 99.67% on A100, PyTorch "
+    assert summary.remarks == ([line + f"{torch}; {told} on CPU, PyTorch {torch}."] if told else [])
 
 
 def test_notes_are_told():

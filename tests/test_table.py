@@ -6,9 +6,10 @@ from dataclasses import replace
 import pytest
 from helpers import made_up_confusion, made_up_record
 
-from additional_experiments import ROWS, Experiment, parse_args
+from additional_experiments import Experiment, parse_args
 from runner.console import Console
 from runner.results.table import print_row, row_cells
+from runner.rows import ROWS
 from runner.wording import changed_options, command_line, describe_settings, in_ranges, markdown_table
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from runner.files import UserError
+from runner.files import NonFiniteError, UserError
 from runner.machine import processes
 
 # --- the device ---
@@ -104,6 +104,21 @@ def describe_system(device):
 
 TOLERANCE = {"fp32": 0.01, "tf32": 0.1, "bf16": 0.1}  # of bf16, 0.02 was the most seen, of float32 below 0.0001
 NEGLIGIBLE = 1e-3
+
+
+def compare_results(compute, expected, precision):
+    """Compare what `compute()` gives with what is `expected`, {name: tensor}: (why they differ or None, by how much).
+
+    It is called twice: a product that changes from call to call may be right once.
+    """
+    deviation, name = 0.0, ""
+    try:
+        for _ in range(2):
+            deviation, name = max((deviation, name), largest_deviation(compute(), expected))
+    except (NonFiniteError, NotImplementedError) as error:
+        return str(error).splitlines()[0], None
+    is_wrong = deviation > TOLERANCE[precision]
+    return f"{name} differs by {deviation:.1%} of the largest entry" if is_wrong else None, f"{deviation:.1e} ({name})"
 
 
 def largest_deviation(found, expected):

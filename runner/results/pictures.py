@@ -5,9 +5,6 @@ import textwrap
 from contextlib import contextmanager
 from pathlib import Path
 
-import matplotlib
-from matplotlib.figure import Figure
-
 from runner.files import atomic_write
 from runner.rows import ROWS
 from runner.wording import describe_settings
@@ -21,6 +18,9 @@ STYLE = {"font.size": 8, "axes.spines.right": False, "axes.spines.top": False, "
 @contextmanager
 def picture(path, width, height):
     """A matplotlib Figure of so many inches, written at the end in the format of the suffix. Raises OSError."""
+    import matplotlib  # takes long
+    from matplotlib.figure import Figure
+
     with matplotlib.rc_context(STYLE), atomic_write(path) as temporary:
         figure = Figure(figsize=(width, height), layout="constrained")
         yield figure
