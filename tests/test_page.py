@@ -80,12 +80,11 @@ def test_the_page_holds_everything():
 def test_intervals_and_seeds_are_drawn_where_they_are():
     parsed = Parsed(page_of(*everything()))
     drawn = [found for _, found, _ in parsed.elements if found.get("class") in ("interval", "seed", "mean")]
-    first = next(i for i, found in enumerate(drawn) if found["class"] == "seed" and "data" not in found and i > 2)
-    low, high = (float(drawn[first - 1][end]) for end in ("x1", "x2"))  # of row 1, with its three seeds
-    assert all(low < float(found["cx"]) < high for found in drawn[first : first + 4])
-    low, high = (float([found for found in drawn if found["class"] == "interval"][-1][end]) for end in ("x1", "x2"))
+    interval, *seeds, mean = drawn[:5]  # of row 1, with its three seeds
+    low, high = float(interval["x1"]), float(interval["x2"])
+    assert all(low < float(found["cx"]) < high for found in (*seeds, mean))
     widest = min(float(found["x1"]) for found in drawn if found["class"] == "interval")
-    assert widest == pytest.approx(-110, abs=0.1) and low < high  # the farther end of the widest difference
+    assert widest == pytest.approx(-110, abs=0.1)  # the farther end of the widest difference
 
 
 def test_the_page_needs_nothing_from_elsewhere():

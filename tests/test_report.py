@@ -34,7 +34,7 @@ def baseline():
 def test_the_report_is_a_table_of_100_columns():
     lines = lines_of(*every_row())
     assert max(map(len, lines)) <= 110 and max(len(line) for line in lines if not line.startswith("| ")) <= 100
-    assert "| 16       | 3 | 92.67 [89.1–95.2]   | 92.62  | 98.33 outside | flexible token |" in lines
+    assert "| 16  | 3 | 92.67 [89.1–95.2] | 92.62  | 98.33 outside | flexible token |" in lines
     assert "## Rows with gpt2-nano, random weights, sample data, lr 0.0005" in lines
     assert "Baseline: linear SVM 97.67 [95.3–98.9]." in lines
     assert any(line.startswith("| 1 | 97.67 ") and line.endswith("| linear SVM |") for line in lines)
@@ -65,11 +65,13 @@ def test_data_without_labels_has_a_report():
 
 def test_texts_from_files_are_escaped():
     text = "\x1b]0;title\x07 <script> a|b \u202e"
-    record = made_up_record(options=dict(data=text), configuration=text, device_name=text, note=text)
-    lines = lines_of(record, made_up_record([1], options=dict(data=text), configuration=text, device_name=text))
+    fields = dict(configuration=text, device_name=text, note=text)
+    table = [made_up_record([n], options=ROWS[n].options | dict(data=text), **fields) for n in (1, 16)]
+    differing = [made_up_record([n], options=dict(data=text, num_epochs=3), **fields) for n in (1, 2)]
+    lines = lines_of(*table, *differing)
     shown = "\n".join(lines)
     assert shown.replace("\n", "").isprintable()
-    assert "\\x1b]0;title\\x07 &lt;script> a\\|b \\u202e" in shown and "<script>" not in shown
+    assert " ".join(shown.split()).count("\\x1b]0;title\\x07 &lt;script> a|b \\u202e") > 5 and "<script>" not in shown
 
 
 def test_the_report_from_the_command_line(options, capfd):

@@ -97,11 +97,10 @@ class Confusion:
     @classmethod
     def of(cls, numbers, labels, called, confidences, n_classes):
         """The Confusion of n messages, described by lists (n,); a negative label is none and does not count."""
-        labelled = sorted(
-            Mistake(*row) for row in zip(numbers, labels, called, confidences, strict=True) if row[1] >= 0
-        )
-        totals = Counter(row.label for row in labelled)
-        return cls([totals[label] for label in range(n_classes)], [row for row in labelled if row.label != row.called])
+        rows = [row for row in map(Mistake, numbers, labels, called, confidences) if row.label >= 0]
+        totals = Counter(row.label for row in rows)
+        mistakes = sorted(row for row in rows if row.label != row.called)
+        return cls([totals[label] for label in range(n_classes)], mistakes)
 
     @property
     def accuracy(self):

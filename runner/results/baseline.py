@@ -57,7 +57,7 @@ def run_baselines(experiment, run_options):
         record = new_record(
             data,
             confusions,
-            run=file_name(name, "", dict(baseline=name, data=data.sha256)),
+            run=file_name(name, dict(baseline=name, data=data.sha256)),
             configuration=name + of_data,
             minutes=seconds / 60,
             seconds=seconds,

@@ -50,7 +50,7 @@ class Comparison:
     p: float | None  # of this comparison alone; None where no verdict may be drawn
     basis: str  # what was compared, and why no verdict may be drawn
     is_identical: bool  # whether both ran the same seeds, and each called all messages the same
-    p_corrected: float | None = None  # for the number of comparisons, by `holm`; until then it is `p` that decides
+    p_corrected: float | None = None  # for the number of comparisons, by `holm`
 
     @property
     def verdict(self):
@@ -62,6 +62,21 @@ class Comparison:
         if (self.p if self.p_corrected is None else self.p_corrected) >= LEVEL:
             return "no difference shown"
         return "better" if self.difference > 0 else "worse"
+
+    @property
+    def p_text(self):
+        """The corrected p-value as text."""
+        p = self.p_corrected
+        return "" if p is None else "< 0.001" if p < 0.001 else f"= {p:.3f}" if p < 0.1 else f"= {p:.2f}"
+
+    @property
+    def sentence(self):
+        """What was measured, in a sentence."""
+        words, (low, high) = self.verdict, (100 * end for end in self.interval)
+        if not self.is_identical:
+            words += f", {100 * self.difference + 0.0:+.2f} points (95% interval {low:+.1f} to {high:+.1f})"
+            words += f", p {self.p_text}" * bool(self.p_text)
+        return f"{words}; {self.basis}."
 
 
 def compare(a, b):

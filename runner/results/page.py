@@ -7,7 +7,6 @@ from pathlib import Path
 import jinja2
 
 from runner.results.comparison import P_DECIDES
-from runner.rows import ROWS
 from runner.wording import command_line, describe_settings
 
 MAX_LINES = 300  # of other runs, of single runs, of remarks
@@ -23,43 +22,21 @@ def render(summary):
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.globals |= dict(rows=ROWS, describe=describe_settings, command_line=command_line, p_decides=P_DECIDES)
-    groups, records = summary.groups, summary.records
-    compared = [answer.comparison for table in summary.tables for answer in table.answers if answer.comparison]
-    runs = [(name, record) for name, group in groups.items() for record in group.records]
-    published = [row.test for row in ROWS.values() if summary.tables and not summary.tables[0].title]
-    low = min([*published, *(group.interval[0] for group in groups.values())], default=50)
+    environment.globals |= dict(describe=describe_settings, command_line=command_line, curves=curves)
+    groups = summary.groups
+    ends = [end for group in groups.values() for end in (group.interval[0], group.published) if end is not None]
+    differences = [end for table in summary.tables for found in table.answers.values() for end in found.interval]
     return environment.get_template("page.html").render(
         written=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
         summary=summary,
+        p_decides=P_DECIDES,
         n_configurations=len(groups),
-        n_runs=len(runs),
         max_lines=MAX_LINES,
-        low=5 * (low // 5),
-        spread=max([5.0, *(100 * abs(end) for found in compared for end in found.interval)]),
-        runs=[run_view(*run) for run in runs[:MAX_LINES]],
-        places=Counter((r.device_name, r.torch, r.python) for r in records).most_common(MAX_LINES),
-    )
-
-
-def run_view(name, record):
-    """What the page shows of one run: its course, its errors, its most confident mistakes with their texts."""
-    confusion, names = record.confusions["test"], record.class_names
-    return dict(
-        name=name if record.is_baseline else f"{name}, seed {record.seed}",
-        record=record,
-        curves=curves(record.history),
-        errors=confusion.describe(names),
-        mistakes=[
-            dict(
-                number=mistake.number,
-                confidence=f"{mistake.confidence:.3f}",
-                called=names[mistake.called],
-                label=names[mistake.label],
-                text=record.texts[mistake.number][:MAX_TEXT],
-            )
-            for mistake in confusion.most_confident(len(record.texts))
-        ],
+        max_text=MAX_TEXT,
+        low=5 * (min(ends, default=50) // 5),
+        spread=max([0.05, *map(abs, differences)]),
+        runs=[(name, record) for name, group in groups.items() for record in group.records],
+        places=Counter((r.device_name, r.torch, r.python) for r in summary.records).most_common(MAX_LINES),
     )
 
 

@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from runner.files import atomic_write
-from runner.rows import ROWS
 from runner.wording import describe_settings
 
 # Told apart by colour-blind readers too (Okabe and Ito 2008), and also by their line or mark.
@@ -61,17 +60,15 @@ def plot_summary(path, summary):
 
     Raises OSError.
     """
-    lines = []  # (label, Group or None of a heading, published figure or None)
+    lines = []  # (label, Group or None of a heading)
     for table in summary.tables:
         if len(summary.tables) > 1:
-            lines.append((f"{'Rows with ' + table.title if table.title else 'The table'}:", None, None))
-        for group in table.groups:
-            published = None if table.title else ROWS[group.numbers[0]].test
-            lines.append((f"{describe_settings(group.options)}  {group.name}", group, published))
+            lines.append((f"{'Rows with ' + table.title if table.title else 'The table'}:", None))
+        lines += [(f"{describe_settings(group.options)}  {group.name}", group) for group in table.groups]
     if summary.tables and summary.others:
-        lines.append(("Other runs:", None, None))
-    lines += [(group.title, group, None) for group in summary.others]
-    labels = [textwrap.fill(label, 50).replace("$", r"\$") for label, *_ in lines]  # $ is a formula's sign
+        lines.append(("Other runs:", None))
+    lines += [(group.title, group) for group in summary.others]
+    labels = [textwrap.fill(label, 50).replace("$", r"\$") for label, _ in lines]  # $ is a formula's sign
     sizes = [label.count("\n") + 1 for label in labels]
     heights = [sum(sizes[:i]) + size / 2 for i, size in enumerate(sizes)]
     seed = dict(marker="|", color="black", linestyle="", markersize=6, markeredgewidth=0.6, label="single seeds")
@@ -79,15 +76,16 @@ def plot_summary(path, summary):
     diamond = dict(marker="D", color=ORANGE, linestyle="", fillstyle="none", markersize=5.5, label="published")
     with picture(path, TWO_COLUMNS, 0.8 + 0.17 * max(sum(sizes), 1)) as figure:
         axes, legend = figure.subplots(), {}
-        for (_, group, published), height in zip(lines, heights, strict=True):
-            if group is not None:
-                low, high = group.interval
-                legend["measured"], *_ = axes.plot([low, group.percent, high], [height] * 3, **measured)
-            if group is not None and len(group.records) > 1:
+        for (_, group), height in zip(lines, heights, strict=True):
+            if group is None:
+                continue
+            low, high = group.interval
+            legend["measured"], *_ = axes.plot([low, group.percent, high], [height] * 3, **measured)
+            if len(group.records) > 1:
                 seeds = [100 * one.fraction for one in group.accuracies()]
                 legend["seed"], *_ = axes.plot(seeds, [height] * len(seeds), **seed)
-            if published is not None:
-                legend["published"], *_ = axes.plot(published, height, **diamond)
+            if group.published is not None:
+                legend["published"], *_ = axes.plot(group.published, height, **diamond)
         axes.set_yticks(heights, labels)
         axes.set(xlabel="Test accuracy (%)", ylim=(max(sum(sizes), 1), 0))
         axes.grid(axis="y", visible=False)

@@ -164,13 +164,12 @@ def run_name(experiment, data, weights, device):
     options = options_of(experiment, data, weights)
     row = row_number(options)
     words = f"row{row}" if row else describe_settings(options)
-    return file_name(words, f"-seed{experiment.seed}", run_identity(experiment, data, weights, device))
+    return file_name(f"{words[:100]} seed{experiment.seed}", run_identity(experiment, data, weights, device))
 
 
-def file_name(words, seed, identity):
-    """Words as any file system takes them, `-seed123` or nothing, and 8 digits of a hash of what JSON can hold."""
-    short = re.sub(r"[^a-z0-9.]+", "-", words.lower())[:60].strip("-.")
-    return f"{short}{seed}-{sha256_of_json(identity)[:8]}"
+def file_name(words, identity):
+    """Words as any file system takes them, and 8 digits of a hash of what JSON can hold."""
+    return re.sub(r"[^a-z0-9.]+", "-", f"{words} {sha256_of_json(identity)[:8]}".lower())
 
 
 def new_record(data, confusions, **further):

@@ -11,7 +11,6 @@ from runner.files import write_bytes
 from runner.results.comparison import P_DECIDES
 from runner.results.records import read_records
 from runner.results.summary import summarize
-from runner.rows import ROWS
 from runner.wording import describe_settings, markdown_table, plain, shown
 
 
@@ -55,53 +54,54 @@ NOTE = (
 
 def as_text(summary):
     """The report in lines of 100 columns, which are Markdown too."""
-    parts = [wrapped([NOTE])] if summary.groups else [["There are no runs."]]
+    parts = [wrapped(NOTE)] if summary.groups else ["There are no runs."]
     for table in summary.tables:
-        parts += [[f"## Rows with {table.title}" if table.title else "## The table"], table_lines(table.groups, table)]
-        parts += [wrapped([" ".join(table.below)]), *answer_parts(table)]
+        title = f"## Rows with {plain(table.title)}" if table.title else "## The table"
+        parts += [title, table_text(table.groups), wrapped(table.below)]
+        if answers := [f"- {question.rows}: {answer_text(table, question)}" for question in table.answers]:
+            parts += ["### Conclusions", wrapped(*answers)]
+        parts.append(
+            wrapped(*(f"Not compared ({why}): {', '.join(rows)}." for why, rows in table.not_compared.items()))
+        )
     if summary.others:
-        parts += [["## Other runs"], table_lines(summary.others)]
-    parts.append(wrapped(f"- {plain(remark)}" for remark in summary.remarks))
-    return "\n\n".join("\n".join(lines) for lines in parts if lines)
+        parts += ["## Other runs", table_text(summary.others, False)]
+    parts.append(wrapped(*(f"- {remark}" for remark in summary.remarks)))
+    return "\n\n".join(filter(None, parts))
 
 
-def wrapped(lines):
-    """Lines of at most 100 columns."""
-    indents = [(line, "  " * line.startswith("- ")) for line in lines]
-    wrap = [textwrap.wrap(line, 100, subsequent_indent=i, break_on_hyphens=False) for line, i in indents]
-    return sum(wrap, [])
+def wrapped(*lines):
+    """Lines, whatever is in them, as a text of at most 100 columns."""
+    wrapper = textwrap.TextWrapper(100, break_on_hyphens=False)
+    texts = []
+    for line in lines:
+        wrapper.subsequent_indent = "  " * line.startswith("- ")
+        texts.append(wrapper.fill(plain(line)))
+    return "\n".join(texts)
 
 
-def table_cells(groups, table=None):
-    """The cells of a line for each Group, {title: text}, of a Table or of other runs."""
-    lines = []
+def answer_text(table, question):
+    """A Question with its answer and what explains it."""
+    published = "" if table.title else f" Published: {question.published:+.2f}."
+    return f"{question.asks} Row {question.b}: {table.answers[question].sentence}{published} {question.why}"
+
+
+def table_cells(groups, is_table=True):
+    """The cells of a line for each Group, {title: text}, of a table of rows or of other runs."""
+    lines, has_f1 = [], any(group.macro_f1 for group in groups)
     for group in groups:
-        line = dict(Row=group.name) if table else {}
+        line = dict(Row=group.name) if is_table else {}
         line |= dict(n=len(group.records), Test=group.in_full, Unseen=f"{100 * group.mean('unseen').fraction:.2f}")
-        if any(other.macro_f1 for other in groups):
-            line["Macro F1"] = group.macro_f1
-        if table and not table.title:
-            published = ROWS[group.numbers[0]].test
-            line["Published"] = f"{published:.2f} {group.where(published)}"
-        lines.append(line | (dict(Options=describe_settings(group.options)) if table else dict(Run=group.title)))
+        line |= {"Macro F1": group.macro_f1} if has_f1 else {}
+        if group.published is not None:
+            line["Published"] = f"{group.published:.2f} {group.where}"
+        lines.append(line | (dict(Options=describe_settings(group.options)) if is_table else dict(Run=group.title)))
     return lines
 
 
-def table_lines(groups, table=None):
-    """The same as lines."""
-    lines = table_cells(groups, table)
-    return markdown_table(lines[0], [line.values() for line in lines])
-
-
-def answer_parts(table):
-    """Which questions were answered, and which were not, and why: lists of lines."""
-    lines = []
-    for answer in table.answers:
-        if answer.comparison:
-            a, b = answer.question.a, answer.question.b
-            published = "" if table.title else f" Published: {ROWS[b].test - ROWS[a].test:+.2f}."
-            lines.append(f"- {a}–{b}: {answer.question.asks} {plain(answer.sentence)}{published} {answer.question.why}")
-    return [["### Conclusions"] * bool(lines), wrapped(lines), wrapped(table.not_compared)]
+def table_text(*groups_and_kind):
+    """The same as a text."""
+    cells = table_cells(*groups_and_kind)
+    return "\n".join(markdown_table(cells[0], [line.values() for line in cells]))
 
 
 # --- files ---
@@ -120,7 +120,7 @@ def as_csv(summary):
 
 def as_tex(summary):
     """A table for a paper, for the package booktabs, for each that the report has."""
-    found = [table_cells(table.groups, table) for table in summary.tables]
-    found += [table_cells(summary.others)] if summary.others else []
+    found = [table_cells(table.groups) for table in summary.tables]
+    found += [table_cells(summary.others, False)] if summary.others else []
     frames = [pd.DataFrame(lines).map(lambda cell: shown(str(cell))) for lines in found]
     return "\n".join(frame.to_latex(index=False, escape=True) for frame in frames)

@@ -3,15 +3,14 @@
 import json
 import statistics
 from dataclasses import dataclass, field
-from itertools import product
 
 import numpy as np
 
 from runner.data.datasets import SPLITS
 from runner.results.accuracy import mean_accuracy, mean_interval
-from runner.results.comparison import Comparison, Sample, compare, holm
-from runner.rows import QUESTIONS, ROWS, Question
-from runner.wording import describe_settings, in_ranges, shown
+from runner.results.comparison import Sample, compare, holm
+from runner.rows import QUESTIONS, ROWS
+from runner.wording import describe_settings, in_ranges
 
 
 @dataclass(frozen=True)
@@ -24,22 +23,28 @@ class Group:
     of_table: dict = field(default_factory=dict)  # options beyond those
 
     @property
-    def precision(self):
-        """Of matrix products."""
-        return self.records[0].precision
-
-    @property
     def name(self):
-        """In its table: its rows, and the precision unless it is float32."""
-        return in_ranges(self.numbers) + f", {self.precision}" * (self.precision != "fp32")
+        """In its table: the numbers of its rows."""
+        return in_ranges(self.numbers)
 
     @property
     def title(self):
         """Without a table."""
-        title = self.records[0].configuration
         if len(self.numbers) == 1 and not self.of_table.keys() & ROW_OPTIONS:
-            title = f"row {self.numbers[0]}, {describe_settings(self.of_table)}"
-        return title + f", {self.precision}" * (self.precision != "fp32")
+            return f"row {self.name}, {describe_settings(self.of_table)}"
+        first = self.records[0]
+        return first.configuration + f", {first.precision}" * (first.precision != "fp32")
+
+    @property
+    def published(self):
+        """The published test accuracy in percent; None outside the published table."""
+        return ROWS[self.numbers[0]].test if self.numbers and not self.of_table else None
+
+    @property
+    def where(self):
+        """Whether the published test accuracy lies inside the interval."""
+        low, high = self.interval
+        return "inside" if low <= self.published <= high else "outside"
 
     def accuracies(self, split="test"):
         """The Accuracy of each run; split may be "unseen"."""
@@ -64,59 +69,22 @@ class Group:
         """The mean test accuracy with its interval, in percent: `95.33 [92.1–97.3]`."""
         return "{:.2f} [{:.1f}–{:.1f}]".format(self.percent, *self.interval)
 
-    def where(self, published):
-        """Whether a published figure in percent lies inside the interval."""
-        low, high = self.interval
-        return "inside" if low <= published <= high else "outside"
-
-    @property
-    def minutes(self):
-        """Mean minutes of training, of several runs ± their standard deviation."""
-        minutes = [record.minutes for record in self.records]
-        deviation = f" ± {statistics.stdev(minutes):.2f}" if len(minutes) > 1 else ""
-        return f"{statistics.fmean(minutes):.2f}{deviation}"
-
-    @property
-    def feature_seconds(self):
-        """Mean seconds that the frozen features took when they were first computed."""
-        return statistics.fmean(record.feature_seconds for record in self.records)
-
     @property
     def macro_f1(self):
         """The mean macro-averaged F1 of the test messages as text; "" where accuracy says enough."""
         confusions = [record.confusions["test"] for record in self.records]
         return f"{statistics.fmean(c.macro_f1 for c in confusions):.3f}" if confusions[0].needs_macro_f1 else ""
 
-
-@dataclass
-class Answer:
-    """What was measured of one Question in one Table."""
-
-    question: Question
-    comparison: Comparison | None  # None: not compared
-    remark: str  # why not, or what is to be known
+    @property
+    def minutes(self):
+        """Mean minutes of training, of several runs ± their standard deviation."""
+        minutes = [record.minutes for record in self.records]
+        return f"{np.mean(minutes):.2f}" + (f" ± {np.std(minutes, ddof=1):.2f}" if len(minutes) > 1 else "")
 
     @property
-    def p(self):
-        """The corrected p-value as text."""
-        p = self.comparison.p_corrected
-        return "" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
-
-    @property
-    def basis(self):
-        """What was compared."""
-        return "; ".join(filter(None, (self.comparison.basis, self.remark)))
-
-    @property
-    def sentence(self):
-        """What was measured, in a sentence."""
-        found = self.comparison
-        low, high = (100 * end for end in found.interval)
-        words = f"Row {self.question.b}: {found.verdict}"
-        if not found.is_identical:
-            words += f", {100 * found.difference + 0.0:+.2f} points (95% interval {low:+.1f} to {high:+.1f})"
-            words += f", p {'' if '<' in self.p else '= '}{self.p}" if self.p else ""
-        return f"{words}; {self.basis}."
+    def feature_seconds(self):
+        """Mean seconds that the frozen features took when they were first computed."""
+        return statistics.fmean(record.feature_seconds for record in self.records)
 
 
 @dataclass
@@ -124,33 +92,20 @@ class Table:
     """The rows' options with one choice of further options."""
 
     title: str  # that choice in words; "" for the published table's own
-    groups: list = field(default_factory=list)  # by row, float32 first
+    groups: list = field(default_factory=list)  # by row
     baselines: list = field(default_factory=list)  # Groups on the same data
-    answers: list = field(default_factory=list)  # one for each of QUESTIONS
+    answers: dict = field(default_factory=dict)  # {Question: Comparison}
+    not_compared: dict = field(default_factory=dict)  # {why: pairs of rows as text}
 
     @property
     def below(self):
-        """Lines on what stands beside the accuracies of the table, and which rows were not run."""
+        """What stands beside the accuracies of the table, and which rows were not run: a text."""
         most_frequent, lines = self.groups[0].records[0].confusions["test"].most_frequent, []
         if most_frequent.fraction > 0.6:
             lines.append(f"Always the most frequent class: {most_frequent}.")
-        lines += [f"Baseline: {shown(group.title)} {group.in_full}." for group in self.baselines]
+        lines += [f"Baseline: {group.title} {group.in_full}." for group in self.baselines]
         missing = sorted(ROWS.keys() - {number for group in self.groups for number in group.numbers})
-        return lines + [f"Not run: rows {in_ranges(missing)}."] * bool(missing)
-
-    @property
-    def not_compared(self):
-        """A line for each reason why questions have no answer."""
-        found = {}
-        for answer in self.answers:
-            if not answer.comparison:
-                found.setdefault(answer.remark, []).append(f"{answer.question.a}–{answer.question.b}")
-        return [f"Not compared ({why}): {', '.join(pairs)}." for why, pairs in found.items()]
-
-    def pair(self, question):
-        """The Groups of a question's two rows, in the same precision if there is one; None where one was not run."""
-        a, b = ([group for group in self.groups if number in group.numbers] for number in (question.a, question.b))
-        return min(product(a, b), key=lambda pair: pair[0].precision != pair[1].precision, default=(None, None))
+        return " ".join(lines + [f"Not run: rows {in_ranges(missing)}."] * bool(missing))
 
 
 @dataclass(frozen=True)
@@ -201,39 +156,39 @@ def place(options):
     return tuple(number for number, _, rest in best if rest == of_table), of_rows, of_table
 
 
-def one_of_a_seed(runs):
-    """(the first of the Records of one seed of one configuration, [a line if they made other mistakes])."""
-    first, results = runs[0], {}
+def differences(runs):
+    """A line, if the Records of one seed of one configuration made other mistakes: a list."""
     if len(runs) == 1:
-        return first, []
+        return []
+    results = {}
     for record in runs:
         called = [[(m.number, m.called) for m in record.confusions[split].mistakes] for split in SPLITS]
-        results.setdefault(json.dumps(called), f"{record.test} on {record.device_name}, PyTorch {record.torch}")
-    name = f"Row {first.row}" if first.row else first.configuration
-    line = f"{name}, seed {first.seed}: mistakes differ, the first counts: test {'; '.join(results.values())}."
-    return first, [line] * (len(results) > 1)
+        results.setdefault(str(called), f"{record.test} on {record.device_name}, PyTorch {record.torch}")
+    name = f"Row {runs[0].row}" if runs[0].row else runs[0].configuration
+    line = f"{name}, seed {runs[0].seed}: mistakes differ, the first counts: test {'; '.join(results.values())}."
+    return [line] * (len(results) > 1)
 
 
 def summarize(records):
     """The Summary of Records, which are by date."""
     configurations, tables, baselines, others, remarks = {}, {"{}": Table("")}, {}, [], []
     for record in records:
-        key = (record.is_baseline, record.configuration, json.dumps(record.options), record.precision)
-        configurations.setdefault((*key, record.data_sha256), {}).setdefault(record.seed, []).append(record)
-    for (is_baseline, *_, data), seeds in configurations.items():
-        kept, lines = zip(*map(one_of_a_seed, seeds.values()), strict=True)
-        remarks += sum(lines, [])
+        options = record.options | ({} if record.precision == "fp32" else dict(precision=record.precision))
+        key = record.is_baseline, record.configuration, json.dumps(options), record.data_sha256
+        configurations.setdefault(key, {}).setdefault(record.seed, []).append(record)
+    for (is_baseline, _, options, data), seeds in configurations.items():
+        kept = [runs[0] for runs in seeds.values()]
+        remarks += [line for runs in seeds.values() for line in differences(runs)]
         if is_baseline:
             baselines.setdefault(data, []).append(Group(kept))
         else:
-            group = Group(kept, *place(kept[0].options))
+            group = Group(kept, *place(json.loads(options)))
             table = Table(describe_settings(group.of_table))
             tables.setdefault(json.dumps(group.of_table), table).groups.append(group)
     for key, table in tables.items():
-        if key != "{}" and len({group.numbers for group in table.groups}) == 1:  # one row is no table
-            others += table.groups
-            table.groups = []
-        table.groups.sort(key=lambda group: (group.numbers, group.precision != "fp32", group.precision))
+        if key != "{}" and len(table.groups) == 1:  # one row is no table
+            others.append(table.groups.pop())
+        table.groups.sort(key=lambda group: group.numbers)
         table.baselines = baselines.get(table.groups[0].records[0].data_sha256, []) if table.groups else []
     summary = Summary([table for table in tables.values() if table.groups], others, remarks)
     others += sum(baselines.values(), [])
@@ -248,26 +203,17 @@ def summarize(records):
 def answer_questions(tables):
     """Fill in the answers of each Table, with p-values corrected over all of them."""
     for table in tables:
-        table.answers = [Answer(question, *compare_groups(*table.pair(question))) for question in QUESTIONS]
-    compared = [answer.comparison for table in tables for answer in table.answers if answer.comparison]
-    tested = [comparison for comparison in compared if comparison.p is not None]
-    for comparison, p in zip(tested, holm([comparison.p for comparison in tested]), strict=True):
-        comparison.p_corrected = p
-
-
-def compare_groups(a, b):
-    """(the Comparison of two Groups or None, a remark)."""
-    if a is None or b is None:
-        return None, "not yet run"
-    if a is b:
-        return None, "the same configuration here"
-    if a.records[0].test.total == 0:
-        return None, "no message has a label"
-    remarks = []
-    for word, name in (("on", "device_name"), ("in", "precision")):
-        values = dict.fromkeys(getattr(record, name) for record in (*a.records, *b.records))
-        remarks += [f"{word} {' and '.join(values)}"] * (len(values) > 1)
-    return compare(*samples_of(a, b)), "; ".join(remarks)
+        rows = {number: group for group in table.groups for number in group.numbers}
+        for question in QUESTIONS:
+            a, b = rows.get(question.a), rows.get(question.b)
+            why = "not yet run" if a is None or b is None else "the same configuration here" if a is b else ""
+            if not why and a.mean().total:
+                table.answers[question] = compare(*samples_of(a, b))
+            else:
+                table.not_compared.setdefault(why or "no message has a label", []).append(question.rows)
+    tested = [found for table in tables for found in table.answers.values() if found.p is not None]
+    for found, p in zip(tested, holm([found.p for found in tested]), strict=True):
+        found.p_corrected = p
 
 
 def samples_of(*groups):
@@ -277,7 +223,7 @@ def samples_of(*groups):
     columns = {number: column for column, number in enumerate(wrong)}
     samples = []
     for group, runs in zip(groups, mistakes, strict=True):
-        called = np.full((len(runs), group.records[0].test.total), -1)
+        called = np.full((len(runs), group.mean().total), -1)
         for row, run in zip(called, runs, strict=True):
             for mistake in run:
                 row[columns[mistake.number]] = mistake.called
