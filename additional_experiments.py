@@ -663,15 +663,12 @@ def window_results(classifier, messages, window, experiment, shard):
     return {name: tensor.cpu() for name, tensor in results.items()}
 
 
-def check_device(experiment, shard, data, weights, device, console):
-    """Compare the first update of a run on `device` with the CPU's. Returns the device to run on.
+def compare_with_cpu(experiment, shard, data, weights, device):
+    """Compare the first update of a run on `device` with the CPU's: (why they differ or None, by how much, messages).
 
     It is the update that this run begins with, at its own shapes and in its own precision; of a large model as many of
-    its messages as the CPU does in COMPARE_SECONDS. Where they disagree, `--device auto` goes on on the CPU. Raises
-    UserError for another `--device`.
+    its messages as the CPU does in COMPARE_SECONDS.
     """
-    if device.type == "cpu":
-        return device
     messages, window = data.messages["train"], first_window(experiment, data.messages)
     classifier = build_classifier(replace(experiment, precision="fp32"), len(data.class_names), weights.tensors)
     copy_trained_parameters(classifier)
@@ -681,16 +678,25 @@ def check_device(experiment, shard, data, weights, device, console):
     n_messages = processes.from_main(min(max(n_messages, 1), sum(map(len, window))))
     window = torch.cat(window)[:n_messages].split(experiment.batch_size)
     expected = window_results(classifier, messages, window, experiment, shard)
-
     classifier.bf16 = experiment.precision == "bf16"
-    classifier = place(classifier, device, shard)
+    placed = place(classifier, device, shard)
     problem, deviation = compare_results(
-        lambda: window_results(classifier, messages, window, experiment, shard), expected, experiment.precision
+        lambda: window_results(placed, messages, window, experiment, shard), expected, experiment.precision
     )
-    del classifier
+    return processes.from_any(problem), deviation, n_messages
+
+
+def check_device(experiment, shard, data, weights, device, console):
+    """The device to run on: `device`, unless it does not compute what the CPU does and `--device` is auto.
+
+    Raises UserError where another `--device` is wrong.
+    """
+    if device.type == "cpu":
+        return device
+    problem, deviation, n_messages = compare_with_cpu(experiment, shard, data, weights, device)
     release_memory(device)
     on_messages = f"on the first {n_messages} training message{'s' if n_messages > 1 else ''}"
-    if (problem := processes.from_any(problem)) is None:
+    if problem is None:
         console.info(f"Compared with the CPU {on_messages}: agrees, largest deviation {deviation}")
         return device
     problem = f"{describe_system(device)} does not compute what the CPU does {on_messages}: {problem}"
