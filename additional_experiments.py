@@ -48,7 +48,7 @@ from runner.machine.devices import (
 )
 from runner.options import DATA, INPUT, MACHINE, MAX_CONTEXT, MODEL, TRAINING, RunOptions, number, option
 from runner.results import records
-from runner.results.accuracy import Accuracy, Confusion, describe_mistakes
+from runner.results.accuracy import Accuracy, Confusion, describe_test
 from runner.results.pictures import plot_histories
 from runner.results.records import History, Record
 from runner.results.table import print_row
@@ -802,8 +802,7 @@ def run_seed(run, experiment):
 
     state = make_training_state(classifier, experiment, usage)
     confusions, minutes = fine_tune(classifier, inputs, experiment, state, run.checkpoint, console)
-    lines = records.describe_test(confusions["test"], data.repeats["test"])
-    for line in lines + describe_mistakes(confusions["test"], data.class_names, data.test_texts):
+    for line in describe_test(confusions["test"], data):
         console.info(state.history.add_line(line))
     noted = dict(minutes=minutes, feature_seconds=run.features.seconds, note=run.options.note)
     record = records.make_record(experiment, data, run.weights, confusions, state, **noted)

@@ -14,7 +14,7 @@ from runner.files import UserError
 from runner.machine import processes
 from runner.machine.devices import describe_devices
 from runner.saved.checkpoints import Interrupted
-from runner.wording import markdown_header, markdown_line
+from runner.wording import markdown_table
 
 
 class Console:
@@ -46,8 +46,9 @@ class Console:
 
     def table_row(self, cells):
         """Print a row of the table, {title: cell}, its header before it unless quiet."""
-        self.info("\n" + markdown_header(cells))
-        self.print(markdown_line(cells.values()))
+        *header, row = markdown_table(cells, [cells.values()], align=False)
+        self.info("\n" + "\n".join(header))
+        self.print(row)
 
     def progress(self, description, total, unit, initial=0):
         """A tqdm progress bar."""

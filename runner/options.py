@@ -16,6 +16,7 @@ from runner.files import UserError, resolve
 from runner.machine import processes
 from runner.rows import DEMO, ROWS
 from runner.saved.export import check_experiment, check_folder
+from runner.wording import command_line
 
 # --- options as fields ---
 
@@ -290,15 +291,6 @@ examples:
   python additional_experiments.py --model_size xl --trainable_layers lora"""
 
 
-def as_options(settings):
-    """Settings as the command line takes them, names of model sizes in short."""
-    words = []
-    for name, value in settings.items():
-        value = short_size(value) if name == "model_size" else value
-        words.append(f"--{name}" if value is True else f"--{name} {value}")
-    return " ".join(words) or "the defaults"
-
-
 class Parser(argparse.ArgumentParser):
     """An argparse parser whose errors are a UserError: one line."""
 
@@ -326,7 +318,8 @@ def make_parser(experiment_type):
     parser = Parser(
         usage="%(prog)s [options]",
         description=DESCRIPTION,
-        epilog="rows of the table:\n" + "\n".join(f"  {n:2}  {as_options(row.options)}" for n, row in ROWS.items()),
+        epilog="rows of the table:\n"
+        + "\n".join(f"  {n:2}  {command_line(row.options) or 'the defaults'}" for n, row in ROWS.items()),
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=26, width=80),
         argument_default=argparse.SUPPRESS,  # so that options given can be told from defaults and presets
         allow_abbrev=False,

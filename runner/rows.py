@@ -31,6 +31,16 @@ class Question:
     asks: str
 
     @property
+    def rows(self):
+        """Both rows, `1–2`."""
+        return f"{self.a}–{self.b}"
+
+    @property
+    def published(self):
+        """The difference of the published test accuracies in points."""
+        return ROWS[self.b].test - ROWS[self.a].test
+
+    @property
     def why(self):
         """What explains the answer, in a sentence."""
         return WHY[self.b]

@@ -1,7 +1,9 @@
 """Settings and foreign texts in words, for a terminal, Markdown and the command line; it imports no other module."""
 
 import re
+import shlex
 from dataclasses import fields
+from itertools import groupby
 
 # --- texts from files, which may hold anything ---
 
@@ -13,7 +15,7 @@ def shown(text):
 
 def plain(text):
     """A text in one line that neither a terminal nor Markdown takes for more than text."""
-    return shown(re.sub(r"[\r\n]+", " ", str(text))).replace("<", "&lt;")
+    return re.sub(r"<(?=\S)", "&lt;", shown(re.sub(r"[\r\n]+", " ", str(text))))
 
 
 # --- settings ---
@@ -59,43 +61,30 @@ def describe_settings(settings):
 
 
 def command_line(settings):
-    """Settings, {name: value}, as command-line options."""
+    """Settings, {name: value}, as command-line options, model sizes by their short names."""
     words = []
     for name, value in settings.items():
-        value = f"{value:g}" if isinstance(value, float) else f'"{value}"' if " " in str(value) else value
-        words.append(f"--{name}" if value is True else f"--{name} {value}")
-    return " ".join(words)
+        text = str(value).split(" (")[0].removeprefix("gpt2-") if name == "model_size" else str(value)
+        words += [f"--{name}"] if value is True else [f"--{name}", text]
+    return shlex.join(words)
 
 
 def in_ranges(numbers):
     """[1, 2, 3, 5] as `1–3, 5`."""
     parts = []
-    for number in numbers:
-        if parts and parts[-1][1] == number - 1:
-            parts[-1][1] = number
-        else:
-            parts.append([number, number])
-    return ", ".join(f"{first}" if first == last else f"{first}–{last}" for first, last in parts)
+    for _, run in groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0]):
+        run = [number for _, number in run]
+        parts.append(f"{run[0]}–{run[-1]}" if len(run) > 1 else f"{run[0]}")
+    return ", ".join(parts)
 
 
 # --- Markdown ---
 
 
-def markdown_line(cells):
-    """A line of a Markdown table, whatever is in its cells."""
-    return "| " + " | ".join(plain(cell).replace("|", "\\|") for cell in cells) + " |"
-
-
-def markdown_header(titles):
-    """The two lines that stand above rows to make them a Markdown table."""
-    return markdown_line(titles) + "\n" + markdown_line("---" for _ in titles)
-
-
-def markdown_table(titles, rows):
-    """The lines of a Markdown table whose columns, but for the last, are aligned on a terminal too."""
+def markdown_table(titles, rows, align=True):
+    """The lines of a Markdown table, whatever is in it. All columns but the last may be aligned for a terminal."""
     cells = [[plain(cell).replace("|", "\\|") for cell in row] for row in (titles, *rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    widths[-1] = len(titles[-1])
-    cells.insert(1, ["-" * width for width in widths])
-    lines = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in cells]
-    return [f"| {' | '.join(line)} |" for line in lines]
+    widths = [max(map(len, column)) if align else 0 for column in zip(*cells, strict=True)]
+    widths[-1] = 0
+    cells.insert(1, ["-" * width or "---" for width in widths])
+    return ["| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in cells]

@@ -64,13 +64,7 @@ def made_up_record(wrong=(), **changes):
     options = {name: changes.pop(name) for name in list(changes) if name in settings and name not in FREE_OPTIONS}
     confusions = {split: made_up_confusion({}) for split in ("train", "validation")}
     fields = dict(
-        date="2026-11-24T12:00:00+00:00",
-        row=row_number(options),
         configuration=describe_settings(options),
-        options=options,
-        seed=123,
-        precision="fp32",
-        weights_sha256="",
         data="uci",
         data_sha256="0123",
         class_names=["ham", "spam"],
@@ -81,23 +75,22 @@ def made_up_record(wrong=(), **changes):
         minutes=3.5,
         feature_seconds=20.0,
         seconds=220.0,
-        peak_memory_gb=1.5,
-        device="cpu",
+        date="2026-11-24T12:00:00+00:00",
+        row=row_number(options),
+        options=options,
+        seed=123,
+        precision="fp32",
         device_name='an "odd", name',
-        python="3.11.7",
-        torch="2.13.0",
-        tiktoken="0.14.0",
-        pandas="3.1.1",
     )
     fields |= changes
     seed = dict(seed=fields["seed"], precision=fields["precision"])
-    return Record(**dict(run=file_name("made-up", "", [str(fields)]), settings=settings | options | seed) | fields)
+    return Record(**dict(run=file_name("made-up", [str(fields)]), settings=settings | options | seed) | fields)
 
 
 def made_up_confusion(wrong, totals=(150, 150)):
     """A Confusion of two classes, in turns; `wrong` maps numbers of messages to how certain the mistake was."""
     mistakes = [Mistake(number, number % 2, 1 - number % 2, confidence) for number, confidence in sorted(wrong.items())]
-    return Confusion(totals, tuple(mistakes))
+    return Confusion(list(totals), mistakes)
 
 
 def processes():

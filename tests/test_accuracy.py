@@ -1,5 +1,7 @@
 """Accuracies and their intervals, and the single mistakes."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -10,25 +12,21 @@ from scipy.stats import binomtest, sem, t
 from sklearn.metrics import f1_score
 
 import additional_experiments as ae
-from runner.results.accuracy import Accuracy, Confusion, Mistake, describe_mistakes, mean_interval
+from runner.data.datasets import Repeats
+from runner.results.accuracy import Accuracy, Confusion, Mistake, describe_test, mean_interval
 
 
-def test_accuracy_is_printed_in_percent():
-    assert str(Accuracy(285, 300)) == "95.00%"
-    assert Accuracy(1, 3).fraction == pytest.approx(1 / 3)
-    assert str(Accuracy(0, 0)) == "n/a"  # nothing was measured
-
-
-def test_accuracy_in_full():
+def test_accuracy_in_words():
+    assert str(Accuracy(285, 300)) == "95.00%" and str(Accuracy(0, 0)) == "n/a"  # nothing was measured
     assert Accuracy(285, 300).in_full == "95.00% (285/300, 95% interval 91.9–96.9)"
-    assert Accuracy(0, 0).interval == (0, 1)
-    assert Accuracy(300, 300).interval[1] == 1 and Accuracy(0, 3).interval[0] == 0  # exactly, and not by a hair
 
 
 @pytest.mark.parametrize("correct, total", [(0, 1), (1, 1), (0, 300), (300, 300), (285, 300), (17, 149), (3, 7)])
 def test_interval_is_that_of_scipy(correct, total):
+    low, high = Accuracy(correct, total).interval
     theirs = binomtest(correct, total).proportion_ci(method="wilson")
-    assert Accuracy(correct, total).interval == pytest.approx((theirs.low, theirs.high), abs=1e-12)
+    assert (low, high) == pytest.approx((theirs.low, theirs.high), abs=1e-12)
+    assert (correct > 0 or low == 0) and (correct < total or high == 1)  # exactly, and not by a hair
 
 
 def test_the_interval_of_a_mean_holds_messages_and_seeds():
@@ -65,55 +63,56 @@ def test_counts_and_accuracy_follow_from_the_mistakes(pairs, order):
         assert confusion.most_frequent == Accuracy(max(true.count(label) for label in occurring), len(labelled))
 
 
-def test_a_classifier_that_never_finds_the_rare_class_is_no_success():
-    confusion = Confusion((294, 6), tuple(Mistake(number, 1, 0, 0.9) for number in range(6)))
-    assert str(confusion.accuracy) == str(confusion.most_frequent) == "98.00%"
-    assert confusion.macro_f1 == pytest.approx((2 * 294 / (2 * 294 + 6) + 0) / 2)
-    assert np.isnan(Confusion((0, 0), ()).macro_f1) and str(Confusion((0, 0), ()).most_frequent) == "n/a"
-
-
 def test_the_confusion_of_predictions():
     """Equal to the accuracy that is counted without it; the number is the message's, not its place in the loader."""
     logits = torch.tensor([[2.0, 0.0], [0.0, 30.0], [0.0, 1.0], [5.0, 5.0], [1.0, 0.0]])
     predictions = ae.Predictions(logits, torch.tensor([0, 0, 1, 1, -100]), [5], torch.tensor([7, 3, 5, 1, 2]))
     confusion = ae.confusion(predictions)
-    assert confusion.totals == (2, 2) and confusion.accuracy == ae.accuracy(predictions) == Accuracy(2, 4)
+    assert confusion.totals == [2, 2] and confusion.accuracy == ae.accuracy(predictions) == Accuracy(2, 4)
     first, second = confusion.mistakes
-    assert (first, second.number, second.label, second.called) == (Mistake(1, 1, 0, 0.5), 3, 0, 1)
+    assert first == Mistake(1, 1, 0, 0.5) and second[:3] == (3, 0, 1)
     assert 0 < 1 - second.confidence < 1e-12  # in double precision, so that certain mistakes can still be ranked
 
 
-def test_two_classes_are_told_in_words():
-    confusion = made_up_confusion({0: 0.9, 2: 0.8, 3: 0.7}, totals=(151, 149))
-    assert confusion.describe(["ham", "spam"]) == ["errors: 2 of 151 ham called spam, 1 of 149 spam called ham"]
+# --- what is printed beside the test accuracy ---
 
 
-def test_more_classes_are_a_table():
-    confusion = Confusion((3, 0, 10), (Mistake(0, 0, 2, 0.5), Mistake(1, 2, 0, 0.5), Mistake(2, 2, 0, 0.6)))
-    assert confusion.describe(["0", "1", "two"]) == [
-        "errors:",
-        "  label  called 0  called 1  called two   errors",
-        "      0         2         0           1   1 of 3",
-        "      1         0         0           0   0 of 0",
-        "    two         2         0           8  2 of 10",
-    ]
+def data(*class_names, texts=(), similar=()):
+    return SimpleNamespace(class_names=class_names, test_texts=texts, repeats=dict(test=Repeats((), similar)))
 
 
-def test_many_classes_have_no_columns():
-    confusion = Confusion((1,) * 11, (Mistake(0, 10, 0, 0.5),))
-    assert confusion.describe([str(n) for n in range(11)]) == [
-        "errors: " + ", ".join(f"{n}: 0 of 1" for n in range(10)) + ", 10: 1 of 1"
-    ]
-
-
-def test_the_most_confident_mistakes_are_named():
-    confusion = made_up_confusion({1: 0.6, 4: 0.9994, 5: 0.7, 8: 0.9})
+def test_errors_repeated_messages_and_the_most_confident_mistakes():
+    confusion = made_up_confusion({0: 0.6, 4: 0.9994, 5: 0.7, 8: 0.9}, totals=(151, 149))
     texts = [f"text {number}" for number in range(9)]
     texts[4], texts[8] = "\x1b[31mred\n\u202eback " + "a" * 100, "é ü 🙂"
-    assert describe_mistakes(confusion, ["ham", "spam"], texts)[1:] == [
+    assert describe_test(confusion, data("ham", "spam", texts=texts, similar=(0, 1))) == [
+        "Test accuracy without the 2 that are like training messages: 98.99% (295/298, 95% interval 97.1–99.7)",
+        "Test errors: 3 of 151 ham called spam, 1 of 149 spam called ham",
         "Most confident test mistakes:",
         "  0.999 spam, labelled ham: \\x1b[31mred\\n\\u202eback " + "a" * 36 + "…",
         "  0.900 spam, labelled ham: é ü 🙂",
         "  0.700 ham, labelled spam: text 5",
     ]
-    assert len(describe_mistakes(made_up_confusion({}), ["ham", "spam"], texts)) == 1
+
+
+def test_a_classifier_that_never_finds_the_rare_class_is_no_success():
+    confusion = Confusion([294, 6], [Mistake(number, 1, 0, 0.9) for number in range(6)])
+    assert str(confusion.accuracy) == "98.00%"
+    assert describe_test(confusion, data("ham", "spam", texts=["a"] * 6))[:3] == [
+        "Test accuracy of always the most frequent class: 98.00%",
+        f"Test macro-averaged F1: {2 * 294 / (2 * 294 + 6) / 2:.3f}",
+        "Test errors: 0 of 294 ham called spam, 6 of 6 spam called ham",
+    ]
+
+
+def test_more_classes_are_a_table_and_many_have_no_columns():
+    confusion = Confusion([3, 0, 10], [Mistake(0, 0, 2, 0.5), Mistake(1, 2, 0, 0.5), Mistake(2, 2, 0, 0.6)])
+    assert confusion.describe(["0", "1", "two"]) == [
+        "errors:",
+        "  label  called 0  called 1  called two   errors",
+        "  0             2         0           1   1 of 3",
+        "  1             0         0           0   0 of 0",
+        "  two           2         0           8  2 of 10",
+    ]
+    many = Confusion([1] * 11, [Mistake(0, 10, 0, 0.5)]).describe([str(n) for n in range(11)])
+    assert many == ["errors: " + ", ".join(f"{n}: 0 of 1" for n in range(10)) + ", 10: 1 of 1"]

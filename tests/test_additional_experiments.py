@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean, stdev
 
 import pytest
 import torch
@@ -23,7 +24,6 @@ from previous_chapters import THIRD_OF_C_ATTN, TransformerBlock, checkpoint_name
 from runner.console import exit_status
 from runner.data import datasets, features
 from runner.files import sha256_of
-from runner.results.accuracy import mean_and_deviation
 from runner.rows import DEMO, ROWS
 
 SCRIPT = Path(ae.__file__)
@@ -222,8 +222,7 @@ def test_repeats_share_what_does_not_depend_on_the_seed(options, tmp_path, monke
     assert records_in() == alone
     [mean] = capfd.readouterr().out.splitlines()
     tests = [100 * record["test"]["correct"] / record["test"]["total"] for record in alone]
-    average, deviation = mean_and_deviation(tests)
-    assert mean.startswith("| -, n=5 |") and f"| {average:.2f}±{deviation:.1f} |" in mean
+    assert mean.startswith("| -, n=5 |") and f"| {fmean(tests):.2f}±{stdev(tests):.1f} |" in mean
 
 
 def test_random_weights_change_with_the_seed(options):

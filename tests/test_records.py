@@ -1,7 +1,6 @@
 """A run's history, its record, and the file that holds it."""
 
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,24 +8,13 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 import torch
-from helpers import made_up_confusion, made_up_record, no_file_above
+from helpers import made_up_record, no_file_above
 
 from additional_experiments import main, parse_args
 from gpt_download import find_weights
 from runner.data.datasets import Repeats, find_repeats
-from runner.files import UserError
 from runner.results.accuracy import Accuracy
-from runner.results.records import (
-    History,
-    Record,
-    describe_test,
-    options_of,
-    read_records,
-    row_number,
-    run_name,
-    without,
-    write_record,
-)
+from runner.results.records import History, Record, options_of, read_records, row_number, run_name, write_record
 from runner.rows import ROWS
 
 UCI = SimpleNamespace(name="uci", sha256="01234567" * 8)
@@ -68,44 +56,26 @@ def test_records_are_a_data_frame_in_one_call(tmp_path):
         write_record(tmp_path, made_up_record(wrong, seed=seed))
     runs = pd.json_normalize([json.loads(path.read_text()) for path in sorted(tmp_path.glob("*.json"))])
     assert sorted(runs["test.correct"]) == [298, 299] and set(runs["settings.num_epochs"]) == {5}
+    assert sorted(runs["unseen.correct"]) == [297, 298] and set(runs["unseen.total"]) == {298}  # 0 and 1 are repeated
+    assert runs["macro_f1.test"].between(0.99, 1).all()
 
 
 @pytest.mark.parametrize(
     "damage",
     [
         lambda content: content[:-50],
-        lambda content: b"",
         lambda content: b"\xff\xfe",
         lambda content: b"[1, 2]",
-        lambda content: b"[" * 100_000,
         lambda content: content.replace(b'"version": 1', b'"version": 2'),
         lambda content: content.replace(b'"note"', b'"other"'),
-        lambda content: content.replace(b'"minutes": 3.5', b'"minutes": "long"'),
-        lambda content: content.replace(b'"minutes": 3.5', b'"minutes": NaN'),
-        lambda content: content.replace(b'"totals": [150, 150]', b'"totals": [0, 0]'),
-        lambda content: content.replace(b"[1, 1, 0, 0.9]", b"[1, 7, 0, 0.9]"),
-        lambda content: content.replace(b"[1, 1, 0, 0.9]", b'[1, 1, 0, "x"]'),
-        lambda content: content.replace(b'"steps": []', b'"steps": [1]'),
-        lambda content: content.replace(b'"message 1"', b"5"),
-        lambda content: content.replace(b'"options": {}', b'"options": {"a": []}'),
-        lambda content: content.replace(b'"class_names": ["ham", "spam"]', b'"class_names": ["ham"]'),
     ],
 )
 def test_what_is_no_record_is_named_and_skipped(tmp_path, damage):
     good, bad = (write_record(tmp_path, made_up_record([1], seed=seed)) for seed in (1, 2))
-    before = bad.read_bytes()
-    bad.write_bytes(damage(before))
-    assert bad.read_bytes() != before
+    bad.write_bytes(damage(bad.read_bytes()))
     records, [problem] = read_records([tmp_path])
     assert [record.seed for record in records] == [1] and problem.startswith(f"{bad} is no record of a run (")
     assert problem.endswith("; skipped") and "\n" not in problem
-
-
-def test_folders_that_cannot_be_read(tmp_path):
-    with pytest.raises(UserError, match="results.csv of earlier versions is not read"):
-        read_records([tmp_path / "results.csv"])
-    with pytest.raises(UserError, match="there is no such folder"):
-        read_records([tmp_path / "nowhere"])
 
 
 def test_a_full_disk_leaves_the_earlier_file(tmp_path):
@@ -149,9 +119,6 @@ def test_weights_from_a_file_are_known_by_their_content(nano_weights):
     assert "weights" not in options_of(experiment, UCI, weights)
 
 
-# --- repeated messages, lopsided classes ---
-
-
 def test_repeated_messages_are_found():
     texts = dict(train=["Win 500 NOW!", "ok", "1234"], validation=["no"], test=["win now", "ok", "??", "OK.", "ok"])
     splits = {split: pd.DataFrame(dict(Text=found, Label=0)) for split, found in texts.items()}
@@ -160,21 +127,6 @@ def test_repeated_messages_are_found():
     assert found == dict(validation=Repeats(), test=Repeats((1,), (1, 3)))
     splits["test"].loc[0, "Text"] = "WIN 900 now"
     assert find_repeats(splits)["test"] == Repeats((1,), (0, 1, 3))
-
-
-def test_accuracy_without_repeated_messages():
-    confusion = made_up_confusion({0: 0.9, 5: 0.8})
-    assert without(confusion, (0, 1, 2)) == Accuracy(296, 297)
-    assert without(confusion, ()) == Accuracy(298, 300)
-    assert describe_test(confusion, Repeats((0,), (0, 1))) == [
-        "Test accuracy without the 2 that are like training messages: 99.66% (297/298, 95% interval 98.1–99.9)"
-    ]
-
-
-def test_lopsided_classes_are_told():
-    rare = made_up_confusion({number: 0.9 for number in range(1, 12, 2)}, totals=(294, 6))
-    frequent, f1 = describe_test(rare, Repeats())
-    assert frequent == "Test accuracy of always the most frequent class: 98.00%" and f1.endswith("F1: 0.495")
 
 
 # --- from the command line ---
@@ -199,15 +151,3 @@ def test_a_finished_run_is_skipped(options, capfd):
     assert out.count("| CPU/GPU |") == 1 and "| -, n=2 |" in out and len(list(Path("r").iterdir())) == 2
     assert [Record.from_dict(json.loads(path.read_text())).note for path in Path("r").iterdir()] == ["first"] * 2
     assert main([*options, *further, "--save_model", "m.safetensors"]) == 2
-
-
-@pytest.mark.parametrize(
-    "folder, message",
-    [("a/b/c", "there is no folder a/b"), ("file", "is not a folder"), ("locked", "nothing can be written there")],
-)
-def test_a_folder_that_cannot_be_written_is_found_before_training(options, capfd, monkeypatch, folder, message):
-    Path("file").touch()
-    Path("locked").mkdir()
-    monkeypatch.setattr(os, "access", lambda path, mode: path != Path("locked"))  # the superuser may write anywhere
-    assert main([*options, "--results", folder]) == 2
-    assert message in capfd.readouterr().err

@@ -1,13 +1,10 @@
 """Which records are runs of one configuration, which configurations are rows of one table, and what they answer."""
 
-import json
-
 import numpy as np
 import pytest
 from helpers import made_up_confusion, made_up_record
 
-from runner.results.accuracy import Confusion, Mistake
-from runner.results.summary import compare_groups, place, samples_of, summarize
+from runner.results.summary import place, samples_of, summarize
 from runner.rows import QUESTIONS, ROWS
 
 MEDIUM = dict(model_size="gpt2-medium (355M)")
@@ -30,16 +27,16 @@ def names(table):
 def test_the_published_rows_are_the_first_table():
     summary = summarize([row(16), row(1, seed=1), row(12), row(1, seed=2), row(1, precision="bf16"), nano(1), nano(2)])
     published, other = summary.tables
-    assert published.title == "" and names(published) == ["1", "1, bf16", "12", "16"]
-    assert [len(group.records) for group in published.groups] == [2, 1, 1, 1] and published.missing.startswith(
-        "2–11, 13"
-    )
+    assert published.title == "" and names(published) == ["1", "12", "16"]
+    assert [len(group.records) for group in published.groups] == [2, 1, 1]
+    assert published.below == "Not run: rows 2–11, 13–15, 17–19."
+    assert [group.title for group in summary.others] == ["row 1, bf16"]
     assert other.title == "gpt2-nano, random weights, sample data, lr 0.0005" and names(other) == ["1, 6–8", "2"]
 
 
 def test_rows_that_differ_in_nothing_but_size_and_weights_are_one_line_at_another_size():
     [table] = summarize([nano(number) for number in ROWS if number not in (6, 7, 8, 9, 10)]).tables
-    assert table.missing == "" and names(table)[0] == "1, 6–8" and "5, 9–10" in names(table) and len(table.groups) == 14
+    assert table.below == "" and names(table)[0] == "1, 6–8" and "5, 9–10" in names(table) and len(table.groups) == 14
 
 
 @pytest.mark.parametrize(
@@ -50,34 +47,22 @@ def test_rows_that_differ_in_nothing_but_size_and_weights_are_one_line_at_anothe
         (MEDIUM | dict(num_epochs=2), (6,), dict(num_epochs=2)),
         (dict(num_epochs=2, weights="random", trainable_layers="all"), (10,), dict(num_epochs=2)),
         (dict(context_length=64, trainable_token_pos="flexible"), (16,), dict(context_length=64)),
-        (
-            dict(model_size="gpt2-medium (355M)", trainable_layers="all"),
-            (5, 9, 10),
-            dict(model_size="gpt2-medium (355M)"),
-        ),
+        (MEDIUM | dict(trainable_layers="all"), (5, 9, 10), MEDIUM),
         (dict(weights="w 1234"), (1, 6, 7, 8), dict(weights="w 1234")),
-        (
-            dict(data="own data 1234", trainable_layers="lora"),
-            (1,),
-            dict(data="own data 1234", trainable_layers="lora"),
-        ),
+        (dict(data="own", trainable_layers="lora"), (1,), dict(data="own", trainable_layers="lora")),
+        *((row.options, (number,), {}) for number, row in ROWS.items()),
     ],
 )
 def test_what_a_run_has_beyond_its_row_is_a_table(options, numbers, rest):
-    found, _, of_table = place(json.dumps(options))
+    found, _, of_table = place(options)
     assert (found, of_table) == (numbers, rest)
-
-
-def test_each_row_is_placed_as_itself():
-    for number, wanted in ROWS.items():
-        assert place(json.dumps(wanted.options)) == ((number,), wanted.options, {})
 
 
 def test_one_row_is_no_table():
     """Else a sweep of learning rates would be a table for each."""
     summary = summarize([row(16, learning_rate=n / 1000) for n in range(1, 9)] + [row(1, lora_rank=4)])
     assert summary.tables == [] and len(summary.others) == 9
-    assert [group.name for group in summary.others[-2:]] == ["row 16, lr 0.008", "rank 4"]
+    assert [group.title for group in summary.others[-2:]] == ["row 16, lr 0.008", "rank 4"]
 
 
 def test_other_data_are_told_apart():
@@ -89,19 +74,13 @@ def test_other_data_are_told_apart():
 # --- seeds ---
 
 
-def test_a_seed_counts_once_on_whatever_device():
-    summary = summarize([row(1, [1], device_name="A100"), row(1, [1], device_name="CPU")])
-    assert [len(group.records) for group in summary.tables[0].groups] == [1] and summary.remarks == []
-
-
-@pytest.mark.parametrize("other, told", [([1, 2], "99.33% on CPU"), ([3], "99.67% on CPU, PyTorch 2.13.0, with other")])
-def test_results_that_differ_are_told_and_are_no_seeds(other, told):
+@pytest.mark.parametrize("other, told", [([1], None), ([1, 2], "99.33%"), ([3], "99.67%")])
+def test_a_seed_counts_once_and_mistakes_that_differ_are_told(other, told):
     summary = summarize([row(1, [1], device_name="A100"), row(1, other, device_name="CPU"), row(1, [1], seed=7)])
     assert [len(group.records) for group in summary.tables[0].groups] == [2]
-    [remark] = summary.remarks
-    assert (
-        remark.startswith("Row 1, seed 123: results differ, the first counts: test 99.67% on A100") and told in remark
-    )
+    torch = summary.records[0].torch
+    line = "Row 1, seed 123: mistakes differ, the first counts: test 99.67% on A100, PyTorch "
+    assert summary.remarks == ([line + f"{torch}; {told} on CPU, PyTorch {torch}."] if told else [])
 
 
 def test_notes_are_told():
@@ -110,81 +89,59 @@ def test_notes_are_told():
 
 def test_the_interval_of_several_seeds_holds_them_all():
     [group] = summarize([row(1, range(n), seed=n) for n in (10, 20, 30)]).tables[0].groups
-    low, high = group.interval()
-    assert low < 90 < 96.67 < high and 100 * group.mean().fraction == pytest.approx(93.33, abs=0.01)
+    low, high = group.interval
+    assert low < 90 < 96.67 < high and group.percent == pytest.approx(93.33, abs=0.01)
 
 
 # --- questions ---
 
 
 def answers_of(*records):
-    return {(a.question.a, a.question.b): a for table in summarize(records).tables for a in table.answers}
+    return {question.rows: found for table in summarize(records).tables for question, found in table.answers.items()}
 
 
 def test_questions_of_all_tables_are_corrected_together():
-    summary = summarize([row(1, range(30)), row(2, range(80)), nano(1, range(30)), nano(2, range(80))])
-    answers = [answer for table in summary.tables for answer in table.answers]
-    compared = [answer for answer in answers if answer.comparison]
-    assert len(answers) == 2 * len(QUESTIONS) and len(compared) == 2
-    assert {answer.remark for answer in answers if not answer.comparison} == {
-        "not yet run",
-        "the same configuration here",
-    }
-    assert all(answer.comparison.p_corrected == 2 * answer.comparison.p for answer in compared)
+    tables = summarize([row(1, range(30)), row(2, range(80)), nano(1, range(30)), nano(2, range(80))]).tables
+    for table in tables:
+        [found] = table.answers.values()
+        assert found.p_corrected == 2 * found.p and sum(map(len, table.not_compared.values())) == len(QUESTIONS) - 1
+    assert list(tables[1].not_compared) == ["not yet run", "the same configuration here"]
 
 
 def test_a_verdict_in_words():
-    answer = answers_of(row(1, range(10, 30)), row(2, range(60)))[1, 2]
-    assert answer.sentence == (
-        "Row 2: worse, -13.33 points (95% interval -17.1 to -9.4), p < 0.001; one run each, right only in row 1: 40, "
-        "only in row 2: 0."
+    assert answers_of(row(1, range(10, 30)), row(2, range(60)))["1–2"].sentence == (
+        "worse, -13.33 points (95% interval -17.1 to -9.4), p < 0.001; one run each, 40 messages right only in the "
+        "first, 0 only in the second."
     )
-    assert answers_of(row(1, [3]), row(18, [3]))[1, 18].sentence.startswith(
-        "Row 18: identical predictions; one run each"
-    )
+    assert answers_of(row(1, [3]), row(18, [3]))["1–18"].sentence.startswith("identical predictions; one run each")
 
 
-@pytest.mark.parametrize("seeds, words", [((1, 5), "one run cannot be compared"), ((2, 2), "two seeds are too few")])
+@pytest.mark.parametrize("seeds, words", [((1, 5), "1 and 5 seeds; a verdict"), ((2, 2), "2 seeds each; a verdict")])
 def test_too_few_seeds_get_no_verdict(seeds, words):
     runs = [row(n, range(10 * n), seed=seed) for n, count in zip((1, 2), seeds, strict=True) for seed in range(count)]
-    sentence = answers_of(*runs)[1, 2].sentence
-    assert sentence.startswith("Row 2: no verdict, -3.33 points (95% interval ") and words in sentence
+    sentence = answers_of(*runs)["1–2"].sentence
+    assert sentence.startswith("no verdict, -3.33 points (95% interval ") and words in sentence
     assert ", p " not in sentence
 
 
 def test_rows_are_compared_in_the_same_precision():
-    some = [row(1, [1]), row(1, [2], precision="bf16"), row(2, [3], precision="bf16")]
-    assert answers_of(*some)[1, 2].remark == ""
-    assert answers_of(some[0], some[2])[1, 2].remark == "in fp32 and bf16"
-    assert answers_of(row(1, device_name="CPU"), row(2, device_name="A100"))[1, 2].remark == "on CPU and A100"
-
-
-def test_what_is_not_on_the_same_messages_is_not_compared():
-    a, b = (summarize([row(1, data_sha256=sha)]).tables[0].groups[0] for sha in "ab")
-    assert compare_groups(a, b) == (None, "on other messages")
-
-
-def test_other_mistakes_on_the_same_messages_are_not_identical():
-    """Of three classes: wrong in another way."""
-    runs = []
-    for number, called in ((1, 1), (18, 2)):
-        confusion = Confusion((100, 100, 100), (Mistake(0, 0, called, 0.9),))
-        runs.append(row(number, confusions=dict.fromkeys(("train", "validation", "test"), confusion)))
-    answer = answers_of(*runs)[1, 18]
-    assert answer.comparison.difference == 0 and not answer.comparison.is_identical
+    published, bf16 = summarize(
+        [row(n, [n + i], precision=p) for i, p in enumerate(("fp32", "bf16")) for n in (1, 2)]
+    ).tables
+    assert (published.title, bf16.title) == ("", "bf16") and len(published.answers) == len(bf16.answers) == 1
 
 
 def test_samples_are_made_from_mistakes():
     """Also of messages of which some have no label: the numbers go further than their count."""
-    table = summarize([row(1, [0, 301]), row(2, [301, 302])]).tables[0]
-    first, second = samples_of(*table.groups)
-    assert first.correct.shape == second.correct.shape == (1, 300)
-    assert (first.correct & ~second.correct).sum() == (second.correct & ~first.correct).sum() == 1
-    assert np.array_equal(first.correct.sum(axis=1), [298])
+    samples = samples_of(*summarize([row(1, [0, 301]), row(2, [301, 302])]).tables[0].groups)
+    for sample in samples:
+        found, n = np.unique(sample.called, return_counts=True)
+        assert (found.tolist(), n.tolist()) == ([-1, 0, 1], [298, 1, 1])
+    assert (samples[0].correct != samples[1].correct).sum() == 2
 
 
 def test_macro_f1_is_shown_where_accuracy_says_little():
     rare = made_up_confusion({number: 0.9 for number in range(1, 12, 2)}, totals=(294, 6))
     confusions = dict.fromkeys(("train", "validation", "test"), rare)
     groups = [summarize([row(1, **change)]).tables[0].groups[0] for change in ({}, dict(confusions=confusions))]
-    assert groups[0].macro_f1 is None and groups[1].macro_f1 == pytest.approx(0.495, abs=1e-3)
+    assert [group.macro_f1 for group in groups] == ["", "0.495"]

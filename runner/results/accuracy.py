@@ -4,8 +4,10 @@ import math
 import statistics
 from collections import Counter
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 from scipy.special import ndtri, stdtrit
 
 from runner.wording import shown
@@ -45,15 +47,15 @@ class Accuracy:
         return f"{self.fraction * 100:.2f}%" if self.total else "n/a"
 
     @property
-    def bounds(self):
-        """The interval in percent: `91.9–96.9`."""
-        low, high = self.interval
-        return f"{low * 100:.1f}–{high * 100:.1f}"
-
-    @property
     def in_full(self):
         """`95.00% (285/300, 95% interval 91.9–96.9)`."""
-        return f"{self} ({self.correct}/{self.total}, 95% interval {self.bounds})"
+        low, high = (100 * end for end in self.interval)
+        return f"{self} ({self.correct}/{self.total}, 95% interval {low:.1f}–{high:.1f})"
+
+
+def mean_accuracy(accuracies):
+    """The mean of Accuracies on the same messages, an Accuracy; its own interval does not hold the seeds."""
+    return Accuracy(statistics.fmean(accuracy.correct for accuracy in accuracies), accuracies[0].total)
 
 
 def mean_interval(accuracies):
@@ -63,21 +65,12 @@ def mean_interval(accuracies):
     that of the interval of their mean Accuracy and that of the seeds by Student's t, squared and added (MOVER: Zou,
     Computational Statistics & Data Analysis 52, 2008). With two seeds it is very wide.
     """
-    total, seeds = accuracies[0].total, len(accuracies)
-    mean = Accuracy(statistics.fmean(accuracy.correct for accuracy in accuracies), total)
-    low, high = mean.interval
-    if seeds == 1 or not total:
-        return low, high
+    mean, seeds = mean_accuracy(accuracies), len(accuracies)
+    if seeds == 1 or not mean.total:
+        return mean.interval
     by_seeds = stdtrit(seeds - 1, 0.975) * statistics.stdev(one.fraction for one in accuracies) / math.sqrt(seeds)
-    below, above = (math.hypot(by_seeds, mean.fraction - end) for end in (low, high))
+    below, above = (math.hypot(by_seeds, mean.fraction - end) for end in mean.interval)
     return max(mean.fraction - below, 0.0), min(mean.fraction + above, 1.0)
-
-
-def mean_and_deviation(values):
-    """Mean and sample standard deviation, which of a single value is NaN; both are, where a value is NaN."""
-    if any(math.isnan(value) for value in values):
-        return math.nan, math.nan
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else math.nan
 
 
 # --- mistakes ---
@@ -85,8 +78,7 @@ def mean_and_deviation(values):
 MAX_COLUMNS = 10  # of a table of classes on a terminal
 
 
-@dataclass(frozen=True)
-class Mistake:
+class Mistake(NamedTuple):
     """A message that was not classified as labelled."""
 
     number: int  # of the message in its split, from 0
@@ -99,21 +91,27 @@ class Mistake:
 class Confusion:
     """What became of the labelled messages of a split."""
 
-    totals: tuple  # how many there are of each class
-    mistakes: tuple  # of Mistake, by number
+    totals: list  # how many there are of each of the K classes
+    mistakes: list  # of Mistake, by number
 
     @classmethod
     def of(cls, numbers, labels, called, confidences, n_classes):
         """The Confusion of n messages, described by lists (n,); a negative label is none and does not count."""
-        labelled = sorted(row for row in zip(numbers, labels, called, confidences, strict=True) if row[1] >= 0)
-        totals = Counter(label for _, label, _, _ in labelled)
-        mistakes = (Mistake(*row) for row in labelled if row[1] != row[2])
-        return cls(tuple(totals[label] for label in range(n_classes)), tuple(mistakes))
+        rows = [row for row in map(Mistake, numbers, labels, called, confidences) if row.label >= 0]
+        totals = Counter(row.label for row in rows)
+        mistakes = sorted(row for row in rows if row.label != row.called)
+        return cls([totals[label] for label in range(n_classes)], mistakes)
 
     @property
     def accuracy(self):
         """How many were classified as labelled: an Accuracy."""
-        return Accuracy(sum(self.totals) - len(self.mistakes), sum(self.totals))
+        return self.without(())
+
+    def without(self, numbers):
+        """The Accuracy of the messages but for those with these numbers, all of which have a label."""
+        wrong = sum(mistake.number not in numbers for mistake in self.mistakes)
+        total = sum(self.totals) - len(numbers)
+        return Accuracy(total - wrong, total)
 
     @property
     def most_frequent(self):
@@ -140,22 +138,22 @@ class Confusion:
         scores = 2 * counts.diagonal()[labelled > 0] / (labelled + called)[labelled > 0]
         return float(scores.mean()) if len(scores) else math.nan
 
+    @property
+    def needs_macro_f1(self):
+        """Whether accuracy alone says little: more than two classes, or one more than twice as large as the other."""
+        return len(self.totals) > 2 or max(self.totals) > 2 * min(self.totals)
+
     def describe(self, class_names):
         """The errors of each class: for two a line in words, else a small table, for many classes without columns."""
         counts = self.counts
+        wrong = [f"{total - counts[label, label]} of {total}" for label, total in enumerate(self.totals)]
         if len(self.totals) == 2:
-            words = [
-                f"{counts[label][1 - label]} of {total} {class_names[label]} called {class_names[1 - label]}"
-                for label, total in enumerate(self.totals)
-            ]
-            return ["errors: " + ", ".join(words)]
-        sums = [f"{total - counts[label][label]} of {total}" for label, total in enumerate(self.totals)]
+            pairs = zip(wrong, class_names, reversed(class_names), strict=True)
+            return ["errors: " + ", ".join(f"{n} {name} called {other}" for n, name, other in pairs)]
         if len(self.totals) > MAX_COLUMNS:
-            return ["errors: " + ", ".join(f"{name}: {n}" for name, n in zip(class_names, sums, strict=True))]
-        table = [["label", *(f"called {name}" for name in class_names), "errors"]]
-        table += [[name, *row, n] for name, row, n in zip(class_names, counts, sums, strict=True)]
-        widths = [max(len(str(cell)) for cell in column) for column in zip(*table, strict=True)]
-        lines = ["  ".join(str(cell).rjust(width) for cell, width in zip(row, widths, strict=True)) for row in table]
+            return ["errors: " + ", ".join(f"{name}: {n}" for name, n in zip(class_names, wrong, strict=True))]
+        table = pd.DataFrame(counts, class_names, [f"called {name}" for name in class_names])
+        lines = table.assign(errors=wrong).rename_axis(columns="label").to_string().splitlines()
         return ["errors:", *(f"  {line}" for line in lines)]
 
     def most_confident(self, n):
@@ -163,20 +161,26 @@ class Confusion:
         return sorted(self.mistakes, key=lambda mistake: -mistake.confidence)[:n]
 
 
-def describe_mistakes(confusion, class_names, texts, measure=""):
-    """Lines on the test messages: the errors of each class, and the three mistakes made with most confidence.
+def describe_test(confusion, data, measure=""):
+    """Lines that stand beside the test accuracy on a Dataset.
 
-    `measure` says what the confidence is where it is no probability.
+    Accuracy without repeated messages, what lopsided classes make of it, the errors of each class, and the three
+    mistakes made with most confidence; `measure` says what that is where it is no probability.
     """
-    lines = confusion.describe(class_names)
-    lines[0] = f"Test {lines[0]}"
-    worst = confusion.most_confident(3)
-    if worst:
+    lines, names = [], data.class_names
+    if repeated := data.repeats["test"].similar:
+        accuracy = confusion.without(repeated).in_full
+        lines.append(f"Test accuracy without the {len(repeated)} that are like training messages: {accuracy}")
+    if confusion.most_frequent.fraction > 0.6:
+        lines.append(f"Test accuracy of always the most frequent class: {confusion.most_frequent}")
+    if confusion.needs_macro_f1:
+        lines.append(f"Test macro-averaged F1: {confusion.macro_f1:.3f}")
+    errors, *table = confusion.describe(names)
+    lines += [f"Test {errors}", *table]
+    if worst := confusion.most_confident(3):
         lines.append(f"Most confident test mistakes{measure}:")
     for mistake in worst:
-        text = shown(texts[mistake.number])
-        lines.append(
-            f"  {mistake.confidence:.3f} {class_names[mistake.called]}, labelled {class_names[mistake.label]}: "
-            f"{text[:60]}{'…' if len(text) > 60 else ''}"
-        )
+        text = shown(data.test_texts[mistake.number])
+        cut = text[:60] + "…" * (len(text) > 60)
+        lines.append(f"  {mistake.confidence:.3f} {names[mistake.called]}, labelled {names[mistake.label]}: {cut}")
     return lines

@@ -11,8 +11,8 @@ from sklearn.svm import LinearSVC
 from runner.console import Console, describe_data
 from runner.data.datasets import SPLITS, load
 from runner.files import UserError
-from runner.results.accuracy import Confusion, describe_mistakes
-from runner.results.records import describe_test, file_name, new_record, write_record
+from runner.results.accuracy import Confusion, describe_test
+from runner.results.records import file_name, new_record, write_record
 
 
 def baselines():
@@ -42,6 +42,7 @@ def run_baselines(experiment, run_options):
     console.info(describe_data(data.name, splits))
     for warning in data.warnings:
         console.warning(warning)
+    of_data = {"uci": "", "sample": ", sample data", "own": f", own data {data.sha256[:8]}"}[data.name]
     finished = []
     for name, model in baselines().items():
         console.info(f"\n{name}")
@@ -51,12 +52,18 @@ def run_baselines(experiment, run_options):
         for split, confusion in confusions.items():
             console.info(f"{SPLITS[split]} accuracy: {confusion.accuracy.in_full}")
         measure = "" if hasattr(model, "predict_proba") else " (with their margins)"
-        for line in (
-            *describe_test(confusions["test"], data.repeats["test"]),
-            *describe_mistakes(confusions["test"], data.class_names, data.test_texts, measure),
-        ):
+        for line in describe_test(confusions["test"], data, measure):
             console.info(line)
-        record = make_record(name, data, confusions, seconds, run_options.note)
+        record = new_record(
+            data,
+            confusions,
+            run=file_name(name, dict(baseline=name, data=data.sha256)),
+            configuration=name + of_data,
+            minutes=seconds / 60,
+            seconds=seconds,
+            note=run_options.note,
+            is_baseline=True,
+        )
         cells = {f"{title} acc": getattr(record, split) for split, title in SPLITS.items()}
         console.table_row({"Baseline": name, **cells, "Unseen": record.unseen, "Time": f"{seconds:.1f} s"})
         if folder := run_options.results:
@@ -80,28 +87,3 @@ def evaluate(model, splits, n_classes):
         numbers, labels = range(len(texts)), frame["Label"].tolist()
         confusions[split] = Confusion.of(numbers, labels, called, certainty(model, texts).tolist(), n_classes)
     return confusions
-
-
-def make_record(name, data, confusions, seconds, note):
-    """The Record of a baseline, which has no settings."""
-    names = {"uci": "", "sample": ", sample data", "own": f", own data {data.sha256[:8]}"}
-    return new_record(
-        data,
-        confusions,
-        run=file_name(name, "", dict(baseline=name, data=data.sha256)),
-        row=None,
-        configuration=name + names[data.name],
-        options={},
-        settings={},
-        seed=None,
-        precision="fp32",
-        weights_sha256="",
-        minutes=seconds / 60,
-        feature_seconds=0.0,
-        seconds=seconds,
-        peak_memory_gb=None,
-        device="cpu",
-        device_name="CPU",
-        note=note,
-        is_baseline=True,
-    )

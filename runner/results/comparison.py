@@ -7,16 +7,16 @@ the variation of seeds is added by MOVER (Zou, Computational Statistics & Data A
 """
 
 import math
-from dataclasses import dataclass, replace
+from bisect import bisect_left
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
-from scipy.optimize import brentq
-from scipy.special import ndtri, stdtrit
-from scipy.stats import binomtest
+from scipy.special import bdtr, ndtri, stdtrit  # scipy.stats and scipy.optimize take long to import
 
 LEVEL = 0.05
 MIN_SEEDS = 3  # with two, no method holds its level: their differences may tie
-SMALLEST_P = 1e-9  # smaller ones are given as this
+STEPS = 10**9  # p-values of several seeds are found in steps of 1 / STEPS
 
 P_DECIDES = (
     "The p-value decides. It is corrected for the number of comparisons, and between single runs it is exact; "
@@ -24,44 +24,59 @@ P_DECIDES = (
 )
 
 
-@dataclass(frozen=True)
-class Sample:
+class Sample(NamedTuple):
     """The runs of one configuration on n messages."""
 
     seeds: tuple  # of the S runs
-    correct: np.ndarray  # (S, n) bool: whether the message was classified as labelled
-    called: tuple = ()  # (S): what each run called the messages, in any form that can be compared; else `correct` is
+    called: np.ndarray  # (S, n) int: the class that a message was called, -1 where that is its label
+
+    @property
+    def correct(self):
+        """(S, n) float: 1 where a message was classified as labelled, else 0."""
+        return (self.called == -1).astype(float)
 
     @property
     def by_seed(self):
-        """{seed: what the run called the messages}."""
-        return dict(zip(self.seeds, self.called or [run.tobytes() for run in self.correct], strict=True))
+        """{seed: what the run called the messages}, which can be compared."""
+        return dict(zip(self.seeds, map(np.ndarray.tobytes, self.called), strict=True))
 
 
-@dataclass(frozen=True)
+@dataclass
 class Comparison:
-    """How much better b is than a, in fractions of the n messages."""
+    """How much better b is than a, in fractions of the messages."""
 
-    n: int
-    seeds: tuple  # how many of a, and of b
     difference: float
     interval: tuple  # 95%, (low, high), of this comparison alone; of these very runs where there is no verdict
     p: float | None  # of this comparison alone; None where no verdict may be drawn
-    reason: str | None  # why no verdict may be drawn
-    only: tuple | None  # of one run each: how many messages only a, and only b, classified as labelled
+    basis: str  # what was compared, and why no verdict may be drawn
     is_identical: bool  # whether both ran the same seeds, and each called all messages the same
     p_corrected: float | None = None  # for the number of comparisons, by `holm`
 
     @property
-    def kind(self):
-        """The verdict on b: "better", "worse", "open", "identical", or "unfit" where none may be drawn."""
+    def verdict(self):
+        """The verdict on b in words."""
         if self.is_identical:
-            return "identical"
+            return "identical predictions"
         if self.p is None:
-            return "unfit"
+            return "no verdict"
         if (self.p if self.p_corrected is None else self.p_corrected) >= LEVEL:
-            return "open"
+            return "no difference shown"
         return "better" if self.difference > 0 else "worse"
+
+    @property
+    def p_text(self):
+        """The corrected p-value as text."""
+        p = self.p_corrected
+        return "" if p is None else "< 0.001" if p < 0.001 else f"= {p:.3f}" if p < 0.1 else f"= {p:.2f}"
+
+    @property
+    def sentence(self):
+        """What was measured, in a sentence."""
+        words, (low, high) = self.verdict, (100 * end for end in self.interval)
+        if not self.is_identical:
+            words += f", {100 * self.difference + 0.0:+.2f} points (95% interval {low:+.1f} to {high:+.1f})"
+            words += f", p {self.p_text}" * bool(self.p_text)
+        return f"{words}; {self.basis}."
 
 
 def compare(a, b):
@@ -70,54 +85,48 @@ def compare(a, b):
     The interval of the difference of one run each is that of Agresti and Min, the test is McNemar's; where they
     disagree, the test decides. Of several seeds the p-value is the level at which the interval touches zero.
     """
-    seeds, n = (len(a.seeds), len(b.seeds)), a.correct.shape[1]
-    by_message = b.correct.mean(axis=0) - a.correct.mean(axis=0)
-    of_seeds = seed_variance(a, b) if min(seeds) >= MIN_SEEDS else (0.0, 0.0, 1.0)
-    variances = message_variance(by_message), *of_seeds
-    centre, half = float(by_message.sum()) / (n + 2), half_width(LEVEL, *variances)
-
-    p = reason = only = None
-    if seeds == (1, 1):
-        only = int((by_message < 0).sum()), int((by_message > 0).sum())
-        p = float(binomtest(only[0], sum(only)).pvalue) if sum(only) else 1.0
-    elif 1 in seeds:
-        reason = "one run cannot be compared with several: each side needs three seeds or more"
-    elif min(seeds) < MIN_SEEDS:
-        reason = "two seeds are too few to tell a better option from chance: each side needs three or more"
-    else:
-        distance = min(abs(centre), half_width(SMALLEST_P, *variances))
-        p = brentq(lambda level: half_width(level, *variances) - distance, SMALLEST_P, 1.0)
+    fewest, by_message = min(len(a.seeds), len(b.seeds)), b.correct.mean(axis=0) - a.correct.mean(axis=0)
+    basis = f"{len(a.seeds)} {'seeds each' if len(a.seeds) == len(b.seeds) else f'and {len(b.seeds)} seeds'}"
+    centre, messages = centre_and_variance(by_message)
+    variances = messages, *(seed_variance(a, b) if fewest >= MIN_SEEDS else (0.0, 0.0, 1.0))
+    half = half_width(LEVEL, *variances)
+    if len(a.seeds) == len(b.seeds) == 1:
+        only_a, only_b = int((by_message < 0).sum()), int((by_message > 0).sum())
+        p = min(2 * float(bdtr(min(only_a, only_b), only_a + only_b, 0.5)), 1.0)  # a binomial test of 1/2, both sides
+        basis = f"one run each, {only_a} messages right only in the first, {only_b} only in the second"
+    elif fewest < MIN_SEEDS:
+        p = None
+        basis += "; a verdict takes three seeds or more on both sides, or one run each"
+    else:  # the larger the level, the narrower the interval
+        p = bisect_left(range(STEPS), -abs(centre), lo=1, key=lambda p: -half_width(p / STEPS, *variances)) / STEPS
     return Comparison(
-        n=n,
-        seeds=seeds,
         difference=float(by_message.mean()),
         interval=(max(centre - half, -1.0), min(centre + half, 1.0)),
         p=p,
-        reason=reason,
-        only=only,
+        basis=basis,
         is_identical=a.by_seed == b.by_seed,
     )
 
 
-def message_variance(by_message):
-    """The variance of the mean of differences (n,) by the choice of messages, with the adjustment of Agresti and Min.
+def centre_and_variance(by_message):
+    """The centre of the interval of a mean difference, and its variance by the choice of messages; differences (n,).
 
-    They add half a message to each cell of the table of pairs, which is two messages whose differences have the sum 0
-    and the sum of squares 1. So the variance is not zero where few messages differ.
+    Agresti and Min add half a message to each cell of the table of pairs, which is two messages whose differences have
+    the sum 0 and the sum of squares 1. So the variance is not zero where few messages differ.
     """
-    n = len(by_message) + 2
-    return float((by_message**2).sum() + 1 - by_message.sum() ** 2 / n) / n**2
+    padded = np.append(by_message, [math.sqrt(0.5), -math.sqrt(0.5)])
+    return float(padded.mean()), float(padded.var()) / len(padded)
 
 
 def seed_variance(a, b):
-    """(variance of the mean difference by the choice of seeds, how much of it is in `message_variance` too, the degrees
-    of freedom).
+    """(variance of the mean difference by the choice of seeds, how much of it is in the variance by messages too, the
+    degrees of freedom).
 
     Where both ran the same seeds it is that of the differences of each seed, else the sum of both sides' own, with the
     degrees of freedom of Welch (Biometrika 34, 1947). Both variances contain what single seeds make of single messages,
     the residual of a two-way analysis of variance.
     """
-    sides = [a.correct.astype(float), b.correct.astype(float)]  # (S, n) each
+    sides = [a.correct, b.correct]  # (S, n) each
     if set(a.seeds) == set(b.seeds):
         sides = [sides[1][[b.seeds.index(seed) for seed in a.seeds]] - sides[0]]
     variances, both = [], 0.0
@@ -141,14 +150,13 @@ def half_width(level, messages, seeds, both, freedom):
     return math.sqrt(z**2 * messages + max(t**2 * seeds - z**2 * both, 0.0))
 
 
-def holm(comparisons):
-    """The comparisons with p-values corrected for the number of those that have one, so that all hold together.
+def holm(p_values):
+    """p-values corrected for their number, so that all conclusions hold together: a list.
 
     Holm, Scandinavian Journal of Statistics 6 (1979).
     """
-    corrected, highest = list(comparisons), 0.0
-    order = sorted((i for i, one in enumerate(corrected) if one.p is not None), key=lambda i: corrected[i].p)
-    for rank, i in enumerate(order):
-        highest = max(highest, min(1.0, (len(order) - rank) * corrected[i].p))
-        corrected[i] = replace(corrected[i], p_corrected=highest)
-    return corrected
+    p_values = np.array(p_values)
+    order, corrected = p_values.argsort(), np.empty_like(p_values)
+    weighted = p_values[order] * np.arange(len(order), 0, -1)
+    corrected[order] = np.maximum.accumulate(weighted).clip(max=1.0)
+    return corrected.tolist()

@@ -1,9 +1,8 @@
 """The printed row of a run: the columns of the public original's table, in 140 columns."""
 
-import math
+import numpy as np
 
 from runner.data.datasets import SPLITS
-from runner.results.accuracy import mean_and_deviation
 from runner.rows import ROWS
 from runner.wording import describe_settings
 
@@ -21,34 +20,26 @@ def print_row(records, console):
 def row_cells(records):
     """The cells of a row by their titles; of several seeds means ± standard deviations."""
     first = records[0]
-    settings = first.settings
+    settings, n = first.settings, len(records)
     layers, position = settings["trainable_layers"], settings["trainable_token_pos"]
     if layers.startswith("lora"):
         layers += f" {settings['lora_rank']}/{settings['lora_alpha']:g}"
     if settings["average_embeddings"]:
         position = "mean of all" if position == "last" and not settings["no_padding"] else "mean of real"
-    accuracies = {split: [100 * getattr(record, split).fraction for record in records] for split in SPLITS}
-    return {
-        "Row": f"{first.row or '-'}{f', n={len(records)}' if len(records) > 1 else ''}",
+    row = {
+        "Row": f"{first.row or '-'}" + f", n={n}" * (n > 1),
         "Model": settings["model_size"].split(" ")[0],
         "Weights": first.options.get("weights", "pretrained"),
         "Token position": position,
         "Trained layers": layers,
-        "Context length": "; ".join(filter(None, [context(first), remarks(first, len(records) > 1)])),
-        "Train acc": mean_cell(accuracies["train"]),
-        "Val acc": mean_cell(accuracies["validation"]),
-        "Test acc": mean_cell(accuracies["test"]),
-        "Minutes": f"{mean_and_deviation([record.minutes for record in records])[0]:.2f}",
-        "CPU/GPU": first.device_name.removeprefix("NVIDIA "),
+        "Context length": "; ".join(filter(None, [context(first), remarks(first, n > 1)])),
     }
-
-
-def mean_cell(percentages):
-    """`95.00%`, of several `95.33±0.6`."""
-    mean, deviation = mean_and_deviation(percentages)
-    if math.isnan(mean):  # no labels
-        return "n/a"
-    return f"{mean:.2f}%" if len(percentages) == 1 else f"{mean:.2f}±{deviation:.1f}"
+    for title, split in zip(("Train", "Val", "Test"), SPLITS, strict=True):
+        percentages = [100 * getattr(record, split).fraction for record in records]
+        mean, deviation = np.mean(percentages), f"±{np.std(percentages, ddof=1):.1f}" if n > 1 else "%"
+        row[f"{title} acc"] = "n/a" if np.isnan(mean) else f"{mean:.2f}{deviation}"  # no labels
+    minutes = np.mean([record.minutes for record in records])
+    return row | {"Minutes": f"{minutes:.2f}", "CPU/GPU": first.device_name.removeprefix("NVIDIA ")}
 
 
 def context(record):
