@@ -744,8 +744,6 @@ def prepare(experiment, options):
         weights = find_weights(experiment.weights, experiment.model_size)
         features = FrozenFeatures(experiment, options, weights, console)
         data = prepare_data(experiment)
-        if options.export is not None:
-            export.check_classes(len(data.class_names), experiment.config.emb_dim)
     for warning in [why_not, *data.warnings] if why_not else data.warnings:
         console.warning(warning)
     console.info(describe_setup(experiment, data, device))
@@ -788,7 +786,7 @@ def run(experiment, options=None):
             of_seed = replace(experiment, seed=seed)
             record = (options.skip_finished and find_record(all_seeds, of_seed)) or run_seed(all_seeds, of_seed)
             records.append(record)
-            checkpoint.add_record(record.to_dict())
+            checkpoint.records.append(record.to_dict())
     print_row(records, console)
     if path := options.plot:
         console.write_output("the picture", path, plot_histories, records, len(data.messages["train"]))
@@ -933,7 +931,6 @@ def use(run_options, given):
     if run_options.export is not None:
         classifier, experiment, saved = load_classifier(run_options.load_model, given)
         export.check_experiment(experiment)
-        export.check_classes(len(saved.class_names), experiment.config.emb_dim)
         export_classifier(run_options.export, classifier, saved)
     if run_options.classify:
         chunks = classifiers.chunks_of_texts(run_options.classify)

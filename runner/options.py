@@ -206,7 +206,7 @@ def is_special(path):
 COMPANIONS = {
     "report": ("write", "results"),
     "baseline": ("data_dir", "dataset", "ignore_index", "results", "note", "quiet"),
-    "load_model": ("classify", "export", "model_size", "weights", "device"),
+    "load_model": ("classify", "export", "weights", "device"),
 }
 
 

@@ -18,6 +18,7 @@ from runner.files import UserError, sha256_of_json, write_bytes
 from runner.machine.devices import describe_devices
 from runner.results.accuracy import Accuracy, Confusion, Mistake
 from runner.rows import ROWS
+from runner.saved.checkpoints import run_identity
 from runner.wording import changed_options, describe_settings
 
 
@@ -205,10 +206,8 @@ def run_name(experiment, data, weights, device):
 
     The hash is of all that the numbers depend on: settings, data, weights, precision, type of device.
     """
-    identity = {name: value for name, value in asdict(experiment).items() if name not in ("features", "data_dir")}
-    identity |= dict(weights=weights.sha256 or "random", device=device.type, data=data.sha256)
     options = options_of(experiment, data, weights)
-    row = row_number(options)
+    row, identity = row_number(options), run_identity(experiment, data, weights, device)
     return file_name(f"row{row}" if row else describe_settings(options), f"-seed{experiment.seed}", identity)
 
 
