@@ -731,8 +731,6 @@ def prepare(experiment, options):
         weights = find_weights(experiment.weights, experiment.model_size)
         features = FrozenFeatures(experiment, options, weights, console)
         data = prepare_data(experiment)
-        if options.export is not None:
-            export.check_classes(len(data.class_names), experiment.config.emb_dim)
     for warning in filter(None, [why_not, *data.warnings]):
         console.warning(warning)
     for line in [describe_setup(experiment, data, device), *datasets.describe_repeats(data)]:
@@ -769,7 +767,7 @@ def run(experiment, options=RunOptions()):
                 console.info(f"\nRun {number + 1} of {options.repeats}, seed {of_seed.seed}")
             record = (options.skip_finished and find_record(run, of_seed)) or run_seed(run, of_seed)
             finished.append(record)
-            checkpoint.add_record(record.to_dict())
+            checkpoint.records.append(record.to_dict())
     print_row(finished, console)
     if options.plot:
         console.write_output("the picture", options.plot, plot_histories, finished, len(run.data.messages["train"]))
@@ -909,7 +907,6 @@ def use(run_options, given):
     if run_options.export is not None:
         classifier, experiment, saved = load_classifier(run_options.load_model, given)
         export.check_experiment(experiment)
-        export.check_classes(len(saved.class_names), experiment.config.emb_dim)
         export_classifier(run_options.export, classifier, saved)
     if run_options.classify:
         chunks = classifiers.chunks_of_texts(run_options.classify)

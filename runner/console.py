@@ -7,6 +7,7 @@ import sys
 
 import tiktoken
 import torch
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 from runner.data.datasets import DATASET_NAMES
@@ -56,15 +57,16 @@ class Console:
         return tqdm(desc=description, total=total, unit=unit, initial=initial, disable=disable)
 
     def write_output(self, what, path, write, *arguments):
-        """`write(path, *arguments)`. An OSError costs a warning now and, at the end, the exit status: see `close`."""
+        """`write(path, *arguments)`. A failure costs a warning now and, at the end, the exit status: see `close`."""
         if self.is_silent:
             return None
         try:
             written = write(path, *arguments)
             self.info(f"Wrote {what} to {written or path}")
             return written
-        except OSError as error:
-            self.not_written.append(f"{what} could not be written to {path}: {error.strerror or error}")
+        except (OSError, SafetensorError) as error:
+            reason = getattr(error, "strerror", None) or error
+            self.not_written.append(f"{what} could not be written to {path}: {reason}")
             self.warning(self.not_written[-1])
 
     def close(self):
@@ -152,7 +154,7 @@ def exit_status(command):
     except BrokenPipeError:  # the reader of the output has gone; Python's own last flush must not complain either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except OSError as error:  # a full disk, a folder that is gone: no fault of the program
+    except (OSError, SafetensorError) as error:  # a full disk, a folder that is gone: no fault of the program
         status, message = 1, f"error: {error}"
     if processes.rank() == 0 or not is_told_by_one:
         print(message, file=sys.stderr)

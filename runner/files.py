@@ -45,11 +45,11 @@ def sha256_of_json(content):
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def sha256_of_tensors(tensors, *texts):
-    """SHA-256 of tensors on the CPU with their names, types and shapes, and of further texts."""
-    sha256 = hashlib.sha256(json.dumps(texts).encode())
+def sha256_of_tensors(tensors):
+    """SHA-256 of tensors on the CPU, {name: tensor}, with their names, types and shapes."""
+    sha256 = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
-        sha256.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        sha256.update(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())
         sha256.update(tensor.detach().reshape(-1).view(torch.uint8).numpy())
     return sha256.hexdigest()
 
@@ -57,10 +57,9 @@ def sha256_of_tensors(tensors, *texts):
 def require_finite(tensors, what):
     """Raises NonFiniteError that names the first of the tensors, {name: tensor}, that holds an infinity or a NaN."""
     for name, tensor in tensors.items():
-        if not tensor.is_floating_point() or tensor.numel() == 0:
-            continue
-        # One pass, without a copy of a float32 tensor: a NaN is passed on, an infinity is at one of the ends.
-        if not all(end.isfinite() for end in tensor.float().aminmax()):
+        # Unlike isfinite, aminmax makes no copy. A NaN is passed on, and an infinity is one of the ends.
+        is_checked = tensor.is_floating_point() and tensor.numel() > 0
+        if is_checked and not all(end.isfinite() for end in tensor.float().aminmax()):
             raise NonFiniteError(f"{what} {name} has values that are infinite or not a number")
 
 
@@ -79,13 +78,10 @@ def resolve(path):
 def atomic_write(path):
     """A temporary path to write to; at the end its file, flushed to disk, replaces `path`. After an error it does not.
 
-    Where `path` is a link, the file that it leads to is replaced. Raises OSError, also for a device or a pipe.
+    Where `path` is a link, the file that it leads to is replaced. Raises OSError.
     """
     path = resolve(path)
-    if path.exists() and not path.is_file():
-        raise OSError(errno.EINVAL, "not a regular file", str(path))
-    # The name is short, so that `path` may be as long as the file system allows, and keeps the suffix, which tells
-    # matplotlib the format.
+    # Short, as `path` may be as long as the file system allows; with its suffix, which tells matplotlib the format.
     temporary = path.with_name(f".{secrets.token_hex(4)}.part{path.suffix[:8]}")
     try:
         temporary.touch(exist_ok=False)

@@ -158,6 +158,7 @@ class RunOptions:
         "with --report: write it too; a page (.html), text (.md), data (.csv), a table for LaTeX (.tex), or a picture "
         "(.png, .pdf, .svg)",
         nargs="+",
+        action="extend",
         type=file_with(".html", ".md", ".csv", ".tex", *IMAGE_FORMATS),
         metavar="FILE",
     )
@@ -207,6 +208,7 @@ class RunOptions:
         USE,
         "with --load_model: messages to classify; - for one per line of standard input",
         nargs="+",
+        action="extend",
         metavar="TEXT",
     )
 
@@ -280,7 +282,7 @@ def as_one_file(path):
 COMPANIONS = {
     "report": ("write", "results"),
     "baseline": ("data_dir", "dataset", "ignore_index", "results", "note", "quiet"),
-    "load_model": ("classify", "export", "model_size", "weights", "device"),
+    "load_model": ("classify", "export", "weights", "device"),
 }
 
 DESCRIPTION = """Fine-tune GPT-2 as a spam classifier: one configuration, one row of the table.

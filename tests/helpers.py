@@ -158,14 +158,3 @@ def no_file_above(size):
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-def damaged_at(position):
-    """A function that flips one bit of a file."""
-
-    def damage(path):
-        content = bytearray(path.read_bytes())
-        content[position] ^= 1
-        path.write_bytes(content)
-
-    return damage

@@ -4,6 +4,7 @@ No accelerator is at hand; `pretended.py` says what a pretended one is.
 """
 
 import re
+import signal
 import sys
 from collections import Counter
 from dataclasses import replace
@@ -11,13 +12,16 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import CPU
+from helpers import CPU, interrupt_at
 from pretended import pretended_device
+from safetensors.torch import load_file
 
 import additional_experiments as ae
 from additional_experiments import main
+from runner.data import features
 from runner.files import UserError
 from runner.machine import devices
+from runner.results.records import read_records
 from runner.rows import ROWS
 
 KINDS = ["mps", "cuda"]
@@ -144,6 +148,51 @@ def test_reduced_precision(tiny_size, data_dir, monkeypatch, kind, precision, la
     assert found.history.train_losses == pytest.approx(expected.history.train_losses, abs=0.05)
     assert torch.get_float32_matmul_precision() == ("high" if precision == "tf32" else "highest")
     torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a process cannot send this signal on Windows")
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_is_resumed_and_its_classifier_used(options, monkeypatch, capsys, kind):
+    messages = ["--classify", "You have won", "ok, see you"]
+    command = [*options, "--num_epochs", "1", "--batch_size", "8", "--trainable_token_pos", "flexible"]
+    command += ["--trainable_layers", "lora", "--results"]
+    on_cpu = [*command, "on_cpu", "--save_model", "cpu.safetensors", "--export", "cpu_export"]
+    assert main(on_cpu) == 0 and main(["--load_model", "cpu.safetensors", *messages]) == 0
+    answers = capsys.readouterr().out.splitlines()[-2:]
+    with pretended_device(monkeypatch, kind):
+        on_device = [*command, "on_device", "--device", kind, "--checkpoint", "run.ckpt"]
+        with monkeypatch.context() as patch:
+            interrupt_at(patch, torch.optim.AdamW, "step", 3, signal.SIGINT)
+            assert main(on_device) == 130
+        assert main([*on_device, "--save_model", "trained.safetensors", "--export", "export"]) == 0
+        assert "Resuming from run.ckpt after 3 batches" in capsys.readouterr().out
+        assert main(["--load_model", "trained.safetensors", *messages, "--device", kind]) == 0
+        assert capsys.readouterr().out.splitlines() == answers
+        assert main(["--load_model", "trained.safetensors", "--export", "again"]) == 0
+    [found], [expected] = (read_records([folder])[0] for folder in ("on_device", "on_cpu"))
+    assert found.device == kind
+    assert_same_numbers(found, expected)
+    found, again, expected = (load_file(f"{folder}/model.safetensors") for folder in ("export", "again", "cpu_export"))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(found, again, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind, layers", [("mps", "last_block"), ("cuda", "last_two_blocks"), ("cuda", "last_layer")])
+def test_features_in_each_placement(tiny_size, data_dir, monkeypatch, capsys, kind, layers):
+    expected = run(experiment(data_dir, device="cpu", trainable_layers=layers))
+    monkeypatch.setattr(features, "MIN_SECONDS", 0)
+    is_small = layers == "last_layer"  # one vector for each message
+    placements = [("memory", 10**9, f" in {kind} memory"), ("auto", 0, " in cpu memory"), ("off", 10**9, " recomputed")]
+    placements.append(("disk", 10**9, f" in {kind} memory" if is_small else " on disk"))
+    for choice, free_on_device, where in placements:
+        with pretended_device(monkeypatch, kind), monkeypatch.context() as patch:
+            free = {kind: free_on_device, "cpu": 10**9}
+            patch.setattr(features, "free_memory", lambda device, free=free: free[device.type])
+            on_device = experiment(data_dir, device=kind, trainable_layers=layers, features=choice)
+            found = run(on_device, quiet=False, feature_cache="kept")
+        [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Frozen features: ")]
+        assert where in line
+        assert_same_numbers(found, expected)
 
 
 @pytest.mark.parametrize("layers, copies", [("last_block", 5), ("all", 4)])

@@ -32,21 +32,15 @@ def test_two_writers_of_one_file(tmp_path):
     assert (tmp_path / "file").read_text() == "first" and names(tmp_path) == ["file"]
 
 
-def test_a_name_as_long_as_the_file_system_takes(tmp_path):
+def test_name_and_mode_of_a_file(tmp_path):
+    """The name may be as long as the file system takes; the mode is that of any new file, whatever a library sets."""
     path = tmp_path / ("ä" * 125 + ".png")  # 254 bytes
-    with files.atomic_write(path) as temporary:
-        temporary.write_bytes(b"content")
-        assert temporary.suffix == ".png"
-    assert path.read_bytes() == b"content"
-
-
-def test_the_mode_is_that_of_any_new_file(tmp_path):
-    """Also where a library puts a file of its own, for its owner only, in place of the temporary one."""
     (tmp_path / "other").touch()
-    with files.atomic_write(tmp_path / "file") as temporary:
+    with files.atomic_write(path) as temporary:
         temporary.unlink()
         temporary.touch(mode=0o600)
-    assert (tmp_path / "file").stat().st_mode == (tmp_path / "other").stat().st_mode
+        assert temporary.suffix == ".png"
+    assert path.stat().st_mode == (tmp_path / "other").stat().st_mode
 
 
 def test_a_link_keeps_leading_to_its_file(tmp_path):
@@ -71,11 +65,9 @@ def test_a_link_that_leads_back_to_itself(nano, tmp_path, capfd, option):
 def test_a_pipe_and_a_device_are_never_replaced(nano, tmp_path, capfd):
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", "/dev/null"):
-        with pytest.raises(OSError, match="not a regular file"):
-            files.write_bytes(path, b"content")
         assert ae.main([*nano, "--checkpoint", str(path)]) == 2
         assert capfd.readouterr().err == f"error: --checkpoint {path} is not a regular file\n"
-    assert (tmp_path / "pipe").is_fifo() and "pipe" in names(tmp_path)
+    assert (tmp_path / "pipe").is_fifo()
 
 
 def test_values_that_are_not_finite_are_named():

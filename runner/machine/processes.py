@@ -5,13 +5,13 @@ writes. Without torchrun there is one process, and nothing here does anything.
 """
 
 import os
-import platform
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from itertools import islice
 
 import torch
 import torch.distributed as dist
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from runner.files import UserError
 
@@ -27,34 +27,24 @@ def is_launched():
     return dist.is_torchelastic_launched()
 
 
-def from_environment(name, default):
-    """A number that torchrun has put into the environment."""
-    return int(os.environ[name]) if is_launched() else default
-
-
 def rank():
     """The number of this process, 0 for the one that prints and writes."""
-    return from_environment("RANK", 0)
+    return int(os.environ["RANK"]) if is_launched() else 0
 
 
 def world_size():
     """How many processes there are."""
-    return from_environment("WORLD_SIZE", 1)
+    return int(os.environ["WORLD_SIZE"]) if is_launched() else 1
 
 
 def local_rank():
     """The number of this process among those of its host."""
-    return from_environment("LOCAL_RANK", 0)
+    return int(os.environ["LOCAL_RANK"]) if is_launched() else 0
 
 
 def local_world_size():
     """How many processes there are on this host."""
-    return from_environment("LOCAL_WORLD_SIZE", 1)
-
-
-def describe_process():
-    """What a message calls this process."""
-    return f"process {rank()} on {platform.node()}"
+    return int(os.environ["LOCAL_WORLD_SIZE"]) if is_launched() else 1
 
 
 @contextmanager
@@ -149,10 +139,9 @@ def sum_gradients(parameters):
     """Replace the gradients by their sums over all processes. (Those of shards are summed when they are computed.)"""
     gradients = [p.grad for p in parameters if p.grad is not None and not is_divided(p.grad)]
     if world_size() > 1 and gradients:
-        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        flat = parameters_to_vector(gradients)
         dist.all_reduce(flat)
-        for gradient, part in zip(gradients, flat.split([gradient.numel() for gradient in gradients])):
-            gradient.copy_(part.view_as(gradient))
+        vector_to_parameters(flat, gradients)
 
 
 def in_turns(passes, compute):

@@ -1,10 +1,9 @@
 """Interrupted runs: the state of training, the file that keeps it, and the signals that end a run."""
 
-import json
 import signal
 import threading
 import time
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from runner.files import UserError, atomic_write, require_finite, resolve
 from runner.machine import processes
 from runner.machine.devices import peak_memory, random_states, reset_peak_memory, set_random_states
 
-FORMAT = "checkpoint 3"
+FORMAT = 4
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 # --- the state of training ---
@@ -93,59 +92,25 @@ class Interrupted(UserError):
 def run_identity(experiment, data, weights, device):
     """What makes a run the same run, by name: with any other value it would give other numbers."""
     settings = asdict(experiment)
-    for name in ("features", "data_dir", "weights", "device"):  # without effect, or identified by their content
-        del settings[name]
+    del settings["features"], settings["data_dir"]  # without effect, and identified by their content
     return settings | dict(weights=weights.sha256 or "random", device=device.type, data=data.sha256)
-
-
-def write_checkpoint(path, content):
-    """Write nested dicts of tensors and plain values. Raises OSError; the file that was there then stays."""
-    with atomic_write(path) as temporary, open(temporary, "wb") as file:
-        try:
-            torch.save(content, file)
-        except RuntimeError as error:  # PyTorch's own, raised on the way out, hides that of the file
-            raise error.__context__ if isinstance(error.__context__, OSError) else OSError(str(error)) from None
-
-
-def read_checkpoint(path, identity):
-    """What `write_checkpoint` wrote; nothing in it can run code.
-
-    Raises UserError for a file that cannot be read, and one that names the first entry of `identity` that differs.
-    """
-    with open(path, "rb") as file:
-        try:
-            content = torch.load(file, map_location="cpu", weights_only=True)
-            is_ours = content["format"] == FORMAT
-        except Exception as error:  # of many classes
-            if isinstance(error, MemoryError) or "alloc" in str(error):  # the file may be good
-                raise
-            is_ours = False
-    if not is_ours:
-        raise UserError(f"{path} is damaged, or no checkpoint of this version; delete it to start over")
-    for name, value in identity.items():
-        if (theirs := content["identity"].get(name)) != value:
-            raise UserError(f"{path} is of a run with {name} {theirs}, not {value}; delete it to start over")
-    return content
 
 
 @contextmanager
 def locked(path, console):
     """Hold the lock of a checkpoint. Raises UserError if another run has it; warns where there can be none."""
     path = resolve(path)
-    path = path.with_name(f".{path.name}.lock")
-    lock = FileLock(path, timeout=0, fallback_to_soft=False)  # a soft one would outlast a killed run
+    # A soft lock would outlast a killed run.
+    lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=0, fallback_to_soft=False)
     try:
         lock.acquire()
     except Timeout:
-        raise UserError(f"another run uses this checkpoint ({path}); wait for it, or use another file") from None
+        raise UserError(f"another run uses the checkpoint {path}; wait for it, or use another file") from None
     except OSError as error:
         console.warning(f"the checkpoint is not locked ({error}); use it in one run at a time")
     try:
         yield
     finally:
-        if lock.is_locked:
-            with suppress(OSError):  # Windows removes nothing that is open, but there filelock does it
-                path.unlink()
         lock.release()
 
 
@@ -158,34 +123,42 @@ class Checkpoint:
 
     def __init__(self, options, identity=None, console=None):
         self.path, self.minutes = options.checkpoint, options.checkpoint_minutes
-        self.identity, self.console = identity, console
+        self.identity, self.console = dict(identity or {}, format=FORMAT), console
         self.records, self.state, self.environment = [], None, {}
-        self.signal, self.saved_at, self.has_warned = None, time.monotonic(), False
+        self.signal, self.saved_at = 0, time.monotonic()
 
     @contextmanager
     def opened(self):
-        """Read the file, if there is one; within `with`, no other run can use it. Errors: see `read_checkpoint`."""
+        """Read the file, if there is one; within `with`, no other run can use it. Errors: see `read` and `locked`."""
         with ExitStack() as stack:
             if self.path is not None:
                 with processes.main_first():
                     if processes.rank() == 0:
                         stack.enter_context(locked(self.path, self.console))
-                    if resolve(self.path).exists():
-                        content = read_checkpoint(self.path, self.identity)
-                        self.records, self.state = content["records"], content["state"]
-                        self.environment = content["environment"]
-                self.require_the_same_file()
+                    self.read()
+                found = len(self.records), self.state and self.state["batches_done"]
+                with processes.agreed():
+                    if processes.from_main(found) != found:
+                        raise UserError(f"--checkpoint {self.path}: not all hosts have the same file there")
             yield
 
-    def require_the_same_file(self):
-        """Raises UserError where process 0 has read another checkpoint than this one."""
-        found = len(self.records), self.state and self.state["batches_done"]
-        with processes.agreed():
-            if processes.from_main(found) != found:
-                raise UserError(f"--checkpoint {self.path}: not all hosts have the same file there")
+    def read(self):
+        """Read the file, if there is one; nothing in it can run code. Raises UserError if it is not of this run."""
+        if not Path(self.path).exists():
+            return
+        try:
+            content = torch.load(self.path, map_location="cpu", weights_only=True)
+            identity = content["identity"]
+        except Exception as error:  # of many classes
+            reason = f"{self.path} cannot be read as a checkpoint ({type(error).__name__})"
+            raise UserError(f"{reason}; delete it to start over") from None
+        for name, value in self.identity.items():
+            if (theirs := identity.get(name)) != value:
+                raise UserError(f"{self.path} is of a run with {name} {theirs}, not {value}; delete it to start over")
+        self.records, self.state, self.environment = content["records"], content["state"], content["environment"]
 
     def note_environment(self, environment):
-        """Note what may change the last digits, by name; warn where a seed is resumed under another one."""
+        """Note what may change the last digits, {name: value}; warn where a seed is resumed with another value."""
         for name, value in environment.items() if self.state is not None else ():
             if (before := self.environment[name]) != value:
                 self.console.warning(
@@ -210,14 +183,14 @@ class Checkpoint:
 
         def note(number, frame):
             self.signal = number
-            handlers.close()
+            handlers.close()  # restores those that were there before
 
         is_needed = self.path is not None or processes.world_size() > 1
-        can_handle = threading.current_thread() is threading.main_thread()
-        with ExitStack() as handlers:  # restores those that were there before
-            for number in SIGNALS if is_needed and can_handle else ():
-                if signal.getsignal(number) not in (signal.SIG_IGN, None):
-                    handlers.callback(signal.signal, number, signal.signal(number, note))
+        with ExitStack() as handlers:
+            if is_needed and threading.current_thread() is threading.main_thread():
+                for number in SIGNALS:
+                    if signal.getsignal(number) is not signal.SIG_IGN:
+                        handlers.callback(signal.signal, number, signal.signal(number, note))
             yield
         self.end_if(self.signal)  # it came while the last state was being saved
 
@@ -234,29 +207,25 @@ class Checkpoint:
         All processes do the same, whichever has the signal and whatever their clocks say. Raises Interrupted.
         """
         is_due = is_end_of_epoch or time.monotonic() - self.saved_at >= 60 * self.minutes
-        number, is_due = processes.largest(self.signal or 0, is_due)
+        number, is_due = processes.largest(self.signal, is_due)
         if self.path is not None and (number or is_due):
             self.save(state)
         self.end_if(number)
 
     def save(self, state):
-        """Write the file. Where that fails the run warns, once, and goes on.
+        """Write the file; where that fails, the run warns and goes on.
 
         Raises NonFiniteError for parameters that are not finite, and leaves the file as it was.
         """
-        content = dict(format=FORMAT, identity=self.identity, environment=self.environment, records=self.records)
+        content = dict(identity=self.identity, environment=self.environment, records=self.records)
         content["state"] = state.state_dict()
         require_finite(content["state"]["parameters"], "parameter")
         try:
             if processes.rank() == 0:
-                write_checkpoint(self.path, content)
-        except OSError as error:
-            if not self.has_warned:
-                self.console.warning(f"the checkpoint {self.path} could not be written: {error.strerror or error}")
-            self.has_warned = True
+                with atomic_write(self.path) as temporary, open(temporary, "wb") as file:
+                    torch.save(content, file)
+        except (OSError, RuntimeError) as error:  # PyTorch's own hides that of the file, for example of a full disk
+            reason = error.__context__ if isinstance(error, RuntimeError) else error
+            self.console.warning(f"the checkpoint {self.path} could not be written: {reason or error}")
         self.saved_at = time.monotonic()
         processes.barrier()  # torchrun ends process 0, which may still be writing, when another process has ended
-
-    def add_record(self, record):
-        """Keep the record of a finished seed, anything JSON can hold, beside the state of the next one."""
-        self.records.append(json.loads(json.dumps(record)))  # plain types only: PyTorch's version is no plain str

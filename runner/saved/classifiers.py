@@ -1,20 +1,20 @@
 """Trained classifiers on disk: what training changed, and what is needed to use it; the messages of --classify."""
 
+import codecs
 import json
 import os
 import re
 import sys
 from dataclasses import asdict, dataclass
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from runner.files import UserError, atomic_write, require_finite, sha256_of_tensors
+from runner.files import UserError, atomic_write, sha256_of_tensors
 
 # --- on disk ---
 
-KIND = "classifier of additional_experiments.py, format 2"
+KIND = "classifier of additional_experiments.py, format 3"
 
 
 @dataclass
@@ -28,18 +28,11 @@ class SavedClassifier:
     record: dict  # of the run that trained it
 
     def settings_with(self, given):
-        """The settings for use, with the weights and the device that `given`, {name: value}, has in place of theirs.
-
-        Raises UserError for another model size.
-        """
-        if (size := given.get("model_size", self.settings["model_size"])) != self.settings["model_size"]:
-            raise UserError(f"--model_size {size}: the classifier was trained on {self.settings['model_size']}")
-        changed = dict(context_length=self.limit, device="cpu" if self.settings["device"] == "cpu" else "auto")
-        if self.settings["precision"] == "tf32":
-            changed["precision"] = "fp32"  # the device may have no TF32
-        if not self.needs_base:
-            given = given | dict(weights="random")
-        return self.settings | changed | given
+        """The settings for use, with the weights and the device that `given`, {name: value}, has in place of theirs."""
+        own = self.settings | dict(context_length=self.limit)
+        if own["device"] != "cpu":
+            own |= dict(device="auto", precision=own["precision"].replace("tf32", "fp32"))  # theirs may not be here
+        return own | given | ({} if self.needs_base else dict(weights="random"))
 
     @property
     def needs_base(self):
@@ -58,13 +51,13 @@ def frozen_sha256(classifier):
 
 
 def save_classifier(path, saved, parameters):
-    """Write a SavedClassifier and the trained parameters, {name: tensor}, as a .safetensors file. Raises OSError."""
+    """Write a SavedClassifier and the trained parameters, {name: tensor}, as a .safetensors file.
+
+    Raises OSError or SafetensorError.
+    """
     parameters = {name: tensor.detach().cpu().contiguous() for name, tensor in parameters.items()}
     with atomic_write(path) as temporary:
-        try:
-            save_file(parameters, temporary, dict(kind=KIND, description=json.dumps(asdict(saved))))
-        except SafetensorError as error:  # raised for a full disk and the like
-            raise OSError(str(error)) from error
+        save_file(parameters, temporary, dict(kind=KIND, description=json.dumps(asdict(saved))))
 
 
 def read_classifier(path):
@@ -77,71 +70,41 @@ def read_classifier(path):
         raise UserError(f"{path} cannot be read as a saved classifier: {error}") from None
     if metadata.get("kind") != KIND:
         raise UserError(f"{path} was not written by --save_model of this version")
-    require_finite(parameters, f"{path}: parameter")
     return SavedClassifier(**json.loads(metadata["description"])), parameters
 
 
-@torch.no_grad()
 def load_parameters(classifier, parameters):
-    """Copy {name: tensor} into what `classifier` trains. Raises UserError unless all names and shapes are the same."""
-    trained = {name: p for name, p in classifier.named_parameters() if p.requires_grad}
-    expected, found = ({name: p.shape for name, p in group.items()} for group in (trained, parameters))
-    if wrong := expected.items() ^ found.items():
-        raise UserError(f"saved parameter {min(name for name, _ in wrong)} is missing, left over or of another shape")
-    for name, parameter in trained.items():
-        parameter.copy_(parameters[name])
+    """Copy {name: tensor} into all that `classifier` trains. Raises RuntimeError if a name or a shape is another."""
+    frozen = {name: p for name, p in classifier.named_parameters() if not p.requires_grad}
+    classifier.load_state_dict(frozen | parameters)
 
 
 # --- messages and answers ---
 
 
 def chunks_of_texts(arguments):
-    """The messages of `--classify` in lists: its arguments in one, the lines of standard input as they come.
+    """The messages of `--classify` in lists: its arguments in one, or the lines of standard input as they arrive.
 
-    Raises UserError for arguments that cannot be used at once; for standard input see `chunks_of_lines`.
-    """
-    if list(arguments) == ["-"]:
-        if sys.stdin is None:
-            raise UserError("standard input is closed")
-        return chunks_of_lines(sys.stdin.fileno())
-    for number, text in enumerate(arguments, 1):
-        if not text.strip():
-            raise UserError(f"message {number}: the text is empty")
-    return [arguments]
-
-
-def chunks_of_lines(descriptor):
-    """The lines of an open file, as text, in lists of what has arrived. A line may be empty.
-
-    Raises UserError for a line that cannot be used, after those before it were given, and for a file without lines.
+    A message may be empty. Raises UserError for one that is not UTF-8.
     """
     number = 0
-    for lines in lines_as_they_come(descriptor):
-        texts, problem = [], None
-        for line in lines:
-            number += 1
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8").removesuffix("\r")
-            except UnicodeDecodeError as error:
-                problem = f"not UTF-8 text ({error.reason})"
-            if problem:
-                break
-            texts.append(text)
+    for texts in arriving_lines(sys.stdin.fileno()) if list(arguments) == ["-"] else [arguments]:
+        for number, text in enumerate(texts, number + 1):
+            if not text.isascii() and re.search("[\ud800-\udfff]", text):  # how Python shows what it cannot decode
+                raise UserError(f"message {number}: not UTF-8 text")
         yield texts
-        if problem:
-            raise UserError(f"message {number}: {problem}")
-    if number == 0:
-        raise UserError("there is no message on standard input")
 
 
-def lines_as_they_come(descriptor):
-    """Lists of the lines (bytes) of an open file: each time those that have arrived, and at least one."""
-    rest = b""
+def arriving_lines(descriptor):
+    """Lists of the lines of an open file: each time those that have arrived, and at least one."""
+    # A file may begin with a byte-order mark; what is not UTF-8 is for `problem_of_text` to find.
+    decode = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape").decode
+    rest = ""
     while piece := os.read(descriptor, 1 << 16):  # waits for the first byte, and for no more
-        *lines, rest = (rest + piece).split(b"\n")
+        *lines, rest = (rest + decode(piece)).split("\n")
         if lines:
-            yield lines
-    if rest:
+            yield [line.removesuffix("\r") for line in lines]
+    if rest := rest + decode(b"", final=True):
         yield [rest]
 
 
@@ -157,9 +120,9 @@ def print_answers(texts, probabilities, class_names):
     """
     answers = zip(*(part.tolist() for part in probabilities.max(-1)))
     for text in texts:
+        answer = "", ""
         if text.strip():
             probability, best = next(answers)
-            print(class_names[best], f"{probability:.4f}", escape(text), sep="\t")
-        else:
-            print("", "", escape(text), sep="\t")
+            answer = class_names[best], f"{probability:.4f}"
+        print(*answer, escape(text), sep="\t")
     sys.stdout.flush()

@@ -1,39 +1,31 @@
 """Trained classifiers for transformers: a folder from which its AutoModelForSequenceClassification loads."""
 
 import os
-import shlex
 import tempfile
 from importlib import metadata
+from itertools import dropwhile, takewhile
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 
 from gpt_download import PRETRAINED, VOCABULARY
 from previous_chapters import gpt2_tensors
 from runner.data.datasets import DATASET_NAMES
 from runner.files import UserError
+from runner.wording import command_line
 
 # --- what can be exported, and where to ---
 
 
 def check_experiment(experiment):
-    """Raises UserError for what GPT2ForSequenceClassification cannot express: it sees the last real token only."""
-    instead = "transformers classifies the last token that is not padding: use --trainable_token_pos flexible"
-    if experiment.average_embeddings:
-        raise UserError(f"--export cannot be combined with --average_embeddings; {instead}")
-    if experiment.disable_causal_mask:
-        raise UserError("--export cannot be combined with --disable_causal_mask: GPT-2 in transformers has its mask")
+    """Raises UserError for what GPT2ForSequenceClassification cannot express."""
     position = experiment.trainable_token_pos
-    if position == "first" or (position == "last" and not experiment.no_padding):
-        others = " or --no_padding" if position == "last" else ""
-        raise UserError(f"--export cannot be combined with --trainable_token_pos {position}; {instead}{others}")
-
-
-def check_classes(n_classes, emb_dim):
-    """Raises UserError for more classes than the model is wide: `fold_bias` has no solution then."""
-    if n_classes > emb_dim:
-        raise UserError(f"--export takes {emb_dim} classes at most, the width of the model; there are {n_classes}")
+    sees_last_real_token = position == "flexible" or (position == "last" and experiment.no_padding)
+    if experiment.average_embeddings or experiment.disable_causal_mask or not sees_last_real_token:
+        raise UserError(
+            "--export needs --trainable_token_pos flexible or --no_padding, and neither --average_embeddings nor "
+            "--disable_causal_mask: transformers classifies the last token that is not padding, under the causal mask"
+        )
 
 
 def check_folder(path):
@@ -41,8 +33,6 @@ def check_folder(path):
     versions = [found.version for found in metadata.distributions(name="transformers")]
     if not versions or int(versions[0].split(".")[0]) < 5:
         raise UserError('--export needs transformers 5 or later: pip install "transformers>=5"')
-    if path == "":
-        raise UserError("--export is given without the name of a folder")
     is_new = not os.path.lexists(path)
     if not is_new and (not os.path.isdir(path) or os.listdir(path)):
         raise UserError(f"--export {path} is not a new or empty folder")
@@ -57,55 +47,40 @@ def check_folder(path):
 def write_export(path, classifier, saved, defaults):
     """Write a Classifier without LoRA, on the CPU in float32, to a new or empty folder, whole or not at all.
 
-    `saved` is its SavedClassifier, `defaults` the settings that the model card does not name. Raises OSError.
+    `saved` is its SavedClassifier, `defaults` the settings that the model card does not name. Raises OSError or
+    SafetensorError; an empty folder is left then.
     """
     import transformers  # takes seconds, and nothing else needs it
 
     transformers.utils.logging.disable_progress_bar()
     path = Path(path)
-    is_new = not path.exists()
     path.mkdir(exist_ok=True)
-    try:
-        if any(path.iterdir()):
-            raise OSError("the folder is no longer empty")
-        with tempfile.TemporaryDirectory(dir=path) as temporary:
-            make_tokenizer(saved.limit).save_pretrained(temporary)
-            make_model(classifier, saved.class_names).save_pretrained(temporary)
-            card = Path(temporary, "README.md")
-            card.write_text(model_card(path, saved, defaults), encoding="utf-8")
-            mode = card.stat().st_mode  # the usual one; safetensors makes files for their owner only
-            # Nothing loads from a folder without config.json, so that it comes last.
-            for file in sorted(Path(temporary).iterdir(), key=lambda file: file.name == "config.json"):
-                file.chmod(mode)
-                file.rename(path / file.name)
-    except SafetensorError as error:  # raised for a full disk and the like
-        raise OSError(str(error)) from error
-    finally:
-        if is_new and not any(path.iterdir()):
-            path.rmdir()
+    with tempfile.TemporaryDirectory(dir=path) as temporary:
+        make_tokenizer(saved.limit).save_pretrained(temporary)
+        make_model(classifier, saved.class_names).save_pretrained(temporary)
+        card = Path(temporary, "README.md")
+        card.write_text(model_card(path, saved, defaults), encoding="utf-8")
+        mode = card.stat().st_mode  # the usual one: safetensors makes files for their owner only
+        # Nothing loads from a folder without config.json, which is why it comes last.
+        for file in sorted(Path(temporary).iterdir(), key=lambda file: file.name == "config.json"):
+            file.chmod(mode)
+            file.rename(path / file.name)
 
 
 def make_model(classifier, class_names):
     """A Classifier as a GPT2ForSequenceClassification, which shares its tensors."""
     from transformers import GPT2Config, GPT2ForSequenceClassification
 
-    cfg, end = classifier.gpt.cfg, 50256
-    names = [str(name) for name in class_names]
+    cfg, names = classifier.gpt.cfg, [str(name) for name in class_names]
     config = GPT2Config(
         vocab_size=cfg.vocab_size,
         n_positions=cfg.context_length,
         n_embd=cfg.emb_dim,
         n_layer=cfg.n_layers,
         n_head=cfg.n_heads,
-        layer_norm_epsilon=classifier.gpt.final_norm.eps,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        resid_pdrop=0.0,
-        pad_token_id=end,
+        pad_token_id=50256,
         id2label=dict(enumerate(names)),
         label2id={name: number for number, name in enumerate(names)},
-        problem_type="single_label_classification",
-        use_cache=False,
     )
     with torch.device("meta"):
         model = GPT2ForSequenceClassification(config)
@@ -120,8 +95,12 @@ def make_model(classifier, class_names):
 def fold_bias(shift, weight, bias):
     """The final norm's shift (D,) with which a head of `weight` (K, D) needs no bias (K,) any more.
 
-    The logits are W (g x + b) + c, and with b' = b + W^T (W W^T)^-1 c they are W (g x + b').
+    The logits are W (g x + b) + c, and with b' = b + W^T (W W^T)^-1 c they are W (g x + b'). Raises UserError for
+    more classes than the model is wide: there is no such b' then.
     """
+    n_classes, emb_dim = weight.shape
+    if n_classes > emb_dim:
+        raise UserError(f"--export takes {emb_dim} classes at most, the width of the model; there are {n_classes}")
     W, c = weight.double(), bias.double()
     return (shift.double() + W.T @ torch.linalg.solve(W @ W.T, c)).float()
 
@@ -165,14 +144,10 @@ print(classify(["You have won, call now", "See you at eight"]))
 Messages are cut to {limit} tokens (`truncation=True`) and padded on the right. The head's bias is in the shift of the
 final norm, where it gives the same logits.
 
-## Training
-
-- `{command}`
+- Trained by `python additional_experiments.py {command}`
 - Base weights: {base}
-- Data: {data}
+- Data: {data_name}, SHA-256 of labels and texts `{data_sha256}`
 - {minutes:.2f} minutes on {device_name}, {date}; Python {python}, PyTorch {torch}, tiktoken {tiktoken}
-
-## Results
 
 ```
 {results}
@@ -183,29 +158,24 @@ final norm, where it gives the same logits.
 def model_card(path, saved, defaults):
     """The text of README.md: what the classifier is, how to load it, how it was trained, what it got right."""
     settings, record = saved.settings, saved.record
-    size, licence = settings["model_size"], ""
+    size, base, licence = settings["model_size"], f"of SHA-256 `{saved.base_sha256}`", ""
     if settings["weights"] == "random":
-        base = f"random ones, drawn with seed {settings['seed']}."
+        base = f"random ones, drawn with seed {settings['seed']}"
     elif size in PRETRAINED and saved.base_sha256 == PRETRAINED[size].sha256:
-        licence = "license: mit\n"
-        base = f"those of {PRETRAINED[size].repo_id} (SHA-256 `{saved.base_sha256}`). OpenAI has published GPT-2's "
-        base += "weights under a [modified MIT License](https://github.com/openai/gpt-2)."
-    else:
-        base = f"a file with SHA-256 `{saved.base_sha256}`, whose licence holds for this classifier too."
-    data = f"{DATASET_NAMES[record['data']].split(' (')[0]}, SHA-256 of labels and texts `{record['data_sha256']}`"
-    if record["data"] != "own":
-        data += " (Almeida & Gómez Hidalgo, DOI 10.24432/C5CC84, CC BY 4.0)"
-    command = ["python", "additional_experiments.py"]
-    for name, value in settings.items():
-        if value != defaults[name]:
-            command += [f"--{name}"] if value is True else [f"--{name}", str(value)]
-    fields = dict(size=size, licence=licence, base=base, data=data, limit=saved.limit, command=shlex.join(command))
-    fields |= dict(name=path.resolve().name, names=", ".join(" ".join(str(name).split()) for name in saved.class_names))
-    return CARD.format(**record | fields, results="\n".join(lines_of_results(record["history"]["lines"])))
-
-
-def lines_of_results(lines):
-    """What a run printed after training, but for the texts of messages, which are not ours to publish."""
-    start = max(number for number, line in enumerate(lines) if line.startswith("Training completed"))
-    end = next((n for n, line in enumerate(lines) if line.startswith("Most confident test mistakes")), len(lines))
-    return lines[start + 1 : end]
+        base, licence = f"those of {PRETRAINED[size].repo_id}, {base}, under OpenAI's MIT License", "license: mit\n"
+    citation = "" if record["data"] == "own" else " (Almeida & Gómez Hidalgo, DOI 10.24432/C5CC84, CC BY 4.0)"
+    # What the run printed after training, but for the texts of messages, which are not ours to publish.
+    results = dropwhile(lambda line: not line.startswith("Training completed"), record["history"]["lines"])
+    results = list(takewhile(lambda line: not line.startswith("Most confident test mistakes"), results))[1:]
+    fields = dict(
+        size=size,
+        licence=licence,
+        names=", ".join(" ".join(str(name).split()) for name in saved.class_names),
+        name=path.resolve().name,
+        limit=saved.limit,
+        command=command_line({name: value for name, value in settings.items() if value != defaults[name]}),
+        base=base,
+        data_name=DATASET_NAMES[record["data"]].split(" (")[0] + citation,
+        results="\n".join(results),
+    )
+    return CARD.format(**record | fields)
