@@ -97,7 +97,7 @@ def chunks_of_texts(arguments):
 
 def arriving_lines(descriptor):
     """Lists of the lines of an open file: each time those that have arrived, and at least one."""
-    # A file may begin with a byte-order mark; what is not UTF-8 is for `problem_of_text` to find.
+    # A file may begin with a byte-order mark; what is not UTF-8 is for `chunks_of_texts` to find.
     decode = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape").decode
     rest = ""
     while piece := os.read(descriptor, 1 << 16):  # waits for the first byte, and for no more
