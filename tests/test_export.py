@@ -197,16 +197,12 @@ def test_transformers_is_needed_before_training(flexible, monkeypatch, capfd, fo
     assert capfd.readouterr() == ("", message)
 
 
-def raising(error):
-    def function(*_):
-        raise error
-
-    return function
-
-
 @pytest.mark.parametrize("error, status", [(KeyboardInterrupt(), 130), (SafetensorError("No space left on device"), 1)])
 def test_an_export_is_whole_or_absent(flexible, monkeypatch, capfd, error, status):
-    monkeypatch.setattr(export, "make_model", raising(error))  # when the tokenizer is written
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(export, "make_model", fail)  # when the tokenizer is written
     assert ae.main([*flexible, "--export", "out"]) == status
     assert os.listdir("out") == []
     if status == 1:
