@@ -13,6 +13,7 @@ The file reads in the order of a run: settings, tokens, classifier, training, ev
 In the shapes B is messages in a batch, T tokens in a message, D the embedding width, K classes.
 """
 
+import json
 import math
 import sys
 import time
@@ -767,7 +768,7 @@ def run(experiment, options=RunOptions()):
                 console.info(f"\nRun {number + 1} of {options.repeats}, seed {of_seed.seed}")
             record = (options.skip_finished and find_record(run, of_seed)) or run_seed(run, of_seed)
             finished.append(record)
-            checkpoint.records.append(record.to_dict())
+            checkpoint.records.append(json.loads(json.dumps(record.to_dict())))  # plain types, of which nothing can run
     print_row(finished, console)
     if options.plot:
         console.write_output("the picture", options.plot, plot_histories, finished, len(run.data.messages["train"]))

@@ -39,7 +39,11 @@ GAP = "but all labels of train.csv must be names, or 0, 1, 2 and so on, none lef
         ("train", "", "line 1: the header must have one column Label and one column Text; it is ''"),
         ("train", "Label,Text\n", "no messages below the header"),
         ("test", "Label,Text,Text\n0,a,b\n", "one column Label and one column Text; it is 'Label,Text,Text'"),
-        ("train", gzip.compress(b"Label,Text\n0,a\n", mtime=0), "line 1: not text ('utf-8' codec can't decode byte 0x8b"),
+        (
+            "train",
+            gzip.compress(b"Label,Text\n0,a\n", mtime=0),
+            "line 1: not text ('utf-8' codec can't decode byte 0x8b",
+        ),
         ("test", "Label,Text\n0,a\n1,   \n", "line 3: the text is empty"),
         ("test", "Label,Text\n0,a\n\n1\n", "line 4: 1 instead of 2 fields"),
         ("train", "Label;Text\n0;a;b\n", "line 2: 3 instead of 2 fields; a text that contains ';' needs quotes"),

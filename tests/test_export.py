@@ -185,8 +185,6 @@ def test_folders_that_are_not_new_or_empty(flexible, capfd):
         assert ae.main([*flexible, "--export", path]) == 2
         assert capfd.readouterr().err == f"error: {message}\n"
     assert Path("mine/notes.txt").read_text() == "a"
-    assert ae.main([*flexible, "--export", "out", "--checkpoint", "out/run.ckpt"]) == 2
-    assert "--checkpoint out/run.ckpt is in the folder of --export" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("found", [[], [SimpleNamespace(version="4.57.1")]])
