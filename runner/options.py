@@ -79,16 +79,12 @@ def number(kind, minimum=-math.inf, above=-math.inf, maximum=math.inf):
 def model_size(text):
     """The name of a model size, from itself or a part of it: "gpt2-xl (1558M)", "gpt2-xl" or "xl"."""
     for name in GPT_SIZES:
-        if text in (name, name.split(" ")[0], short_size(name)):
+        word = name.split(" ")[0]
+        if text in (name, word, word.removeprefix("gpt2-")):
             return name
     start = text.find("--")
     hint = f'; is a space missing before "{text[start:]}"?' if start > 0 else ""
     raise argparse.ArgumentTypeError(f'"{text}" is none of {", ".join(GPT_SIZES)}{hint}')
-
-
-def short_size(name):
-    """The shortest name of a model size: `xl`."""
-    return name.split(" ")[0].removeprefix("gpt2-")
 
 
 MAX_CONTEXT = GPTConfig.context_length
