@@ -74,16 +74,13 @@ class Experiment:
     trainable_layers: str = option(
         "last_block",
         MODEL,
-        "trained in addition to the head; lora adapts all linear layers, lora_alternative merges it into their weights",
+        "trained besides the head; lora: all linear layers adapted, lora_alternative: merged into their weights",
         choices=("last_block", "last_layer", "last_two_blocks", "all", "lora", "lora_alternative"),
     )
     lora_rank: int = option(8, MODEL, "inner dimension of the LoRA matrices", type=number(int, 1))
-    lora_alpha: float = option(8.0, MODEL, "factor of LoRA, not divided by the rank", type=number(float, above=0))
+    lora_alpha: float = option(8.0, MODEL, "factor of LoRA, not divided by the rank", type=number(float, 1e-12))
     trainable_token_pos: str = option(
-        "last",
-        INPUT,
-        "position to classify; flexible: the last that is no padding",
-        choices=("last", "first", "flexible"),
+        "last", INPUT, "position to classify; flexible: the last real token", choices=("last", "first", "flexible")
     )
     average_embeddings: bool = option(
         False, INPUT, "average over all positions instead; with flexible or --no_padding over real tokens only"
@@ -91,7 +88,7 @@ class Experiment:
     context_length: str | int = option(
         "longest_training_example",
         INPUT,
-        f"tokens of a message: longest_training_example, model_context_length, or a number from 1 to {MAX_CONTEXT}",
+        f"tokens of a message: longest_training_example, model_context_length, or 1 to {MAX_CONTEXT}",
         type=options.context_length,
     )
     no_padding: bool = option(False, INPUT, "do not pad; results do not depend on the batch")
@@ -100,32 +97,23 @@ class Experiment:
     batch_size: int = option(8, TRAINING, "messages in a batch", type=number(int, 1))
     accumulation_steps: int = option(1, TRAINING, "batches that an update averages", type=number(int, 1))
     num_epochs: int = option(5, TRAINING, "passes over the training messages", type=number(int, 1))
-    learning_rate: float = option(5e-5, TRAINING, "step size of AdamW", type=number(float, above=0))
+    learning_rate: float = option(5e-5, TRAINING, "step size of AdamW", type=number(float, 1e-12))
     weight_decay: float = option(0.1, TRAINING, "decoupled weight decay of AdamW", type=number(float, 0))
     seed: int = option(123, TRAINING, "of weights, head and training order", type=number(int, 0))
     device: str = option("auto", MACHINE, "auto: cuda, else mps, else cpu", choices=("auto", "cpu", "mps", "cuda"))
     precision: str = option(
-        "fp32",
-        MACHINE,
-        "of matrix products; trained weights, optimizer, loss and logits stay float32; tf32 is for CUDA",
-        choices=("fp32", "bf16", "tf32"),
+        "fp32", MACHINE, "of products; the rest stays float32; tf32 is for CUDA", choices=("fp32", "bf16", "tf32")
     )
     features: str = option(
         "auto",
         MACHINE,
-        "where the output of the frozen blocks, computed once, is held; memory: the device's or main memory; auto: "
-        "there if half of what is free is enough, else on disk, else off: recomputed each time",
+        "where the frozen blocks' output, computed once, is held; auto: in memory, else on disk, else recomputed (off)",
         choices=("auto", "memory", "disk", "off"),
     )
     data_dir: str = option(
-        DEFAULT_DATA_DIR,
-        DATA,
-        "folder of the collection, or of your own train.csv, validation.csv and test.csv (columns Label, Text)",
-        metavar="DIR",
+        DEFAULT_DATA_DIR, DATA, "the collection, or your own train.csv, validation.csv and test.csv", metavar="DIR"
     )
-    dataset: str = option(
-        "uci", DATA, "uci: what is in --data_dir; sample: 1,500 messages in data/", choices=("uci", "sample")
-    )
+    dataset: str = option("uci", DATA, "uci: --data_dir; sample: 1,500 messages in data/", choices=("uci", "sample"))
 
     def __post_init__(self):
         options.check_values(self)

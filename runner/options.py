@@ -2,10 +2,11 @@
 
 import argparse
 import difflib
-import math
+import os
 import re
 import sys
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -37,10 +38,8 @@ def check_values(settings):
         parse, choices = arguments.get("type", str), arguments.get("choices")
         items = value if "nargs" in arguments and isinstance(value, tuple | list) else [value]
         try:
-            if setting.type is bool:
-                is_right = isinstance(value, bool)
-            else:
-                is_right = value is setting.default is None or all(parse(str(item)) == item for item in items)
+            is_right = value is setting.default or all(parse(str(item)) == item for item in items)
+            is_right = isinstance(value, bool) if setting.type is bool else is_right
         except argparse.ArgumentTypeError as error:
             raise UserError(f"--{setting.name}: {error}") from None
         if not is_right or choices and value not in choices:
@@ -52,26 +51,19 @@ def check_values(settings):
 #
 # A parser returns the value of a text, or raises argparse.ArgumentTypeError that says what is wrong with it.
 
+MAX_CONTEXT = GPTConfig.context_length
+IMAGE_FORMATS = (".png", ".pdf", ".svg")
 
-def number(kind, minimum=-math.inf, above=-math.inf, maximum=math.inf):
-    """A parser of finite numbers of `kind` (int or float) from `minimum` to `maximum`; whole ones fit into an int64."""
-    if kind is int:
-        minimum, maximum = max(minimum, -(2**63)), min(maximum, 2**63 - 1)
+
+def number(kind, minimum=-(2**63), maximum=2**63 - 1):
+    """A parser of whole or finite numbers (`kind` int or float) in a range, by default that of an int64."""
 
     def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not -math.inf < value < math.inf:  # neither is NaN
-            raise argparse.ArgumentTypeError(f'"{text}" is not a {"whole" if kind is int else "finite"} number')
-        if value <= above:
-            raise argparse.ArgumentTypeError(f"{value} is not greater than {above}")
-        if value < minimum:
-            raise argparse.ArgumentTypeError(f"{value} is less than {minimum}")
-        if value > maximum:
-            raise argparse.ArgumentTypeError(f"{value} is more than {maximum}")
-        return value
+        with suppress(ValueError):
+            if minimum <= (value := kind(text)) <= maximum:
+                return value
+        bounds = f"from {minimum} to {maximum}" if maximum < 2**63 - 1 else f"of at least {minimum}"
+        raise argparse.ArgumentTypeError(f'"{text}" is not a {"whole" if kind is int else "finite"} number {bounds}')
 
     return parse
 
@@ -82,24 +74,17 @@ def model_size(text):
         word = name.split(" ")[0]
         if text in (name, word, word.removeprefix("gpt2-")):
             return name
-    start = text.find("--")
-    hint = f'; is a space missing before "{text[start:]}"?' if start > 0 else ""
-    raise argparse.ArgumentTypeError(f'"{text}" is none of {", ".join(GPT_SIZES)}{hint}')
-
-
-MAX_CONTEXT = GPTConfig.context_length
+    raise argparse.ArgumentTypeError(f'"{text}" is none of {", ".join(GPT_SIZES)}')
 
 
 def context_length(text):
     """A number of tokens, or the name of one."""
-    names = ("longest_training_example", "model_context_length")
+    if text in (names := ("longest_training_example", "model_context_length")):
+        return text
     try:
-        return text if text in names else number(int, 1, maximum=MAX_CONTEXT)(text)
+        return number(int, 1, MAX_CONTEXT)(text)
     except argparse.ArgumentTypeError as error:
-        raise argparse.ArgumentTypeError(f"{error}; use {', '.join(names)} or 1 to {MAX_CONTEXT}") from None
-
-
-IMAGE_FORMATS = (".png", ".pdf", ".svg")
+        raise argparse.ArgumentTypeError(f"{error}, nor {' or '.join(names)}") from None
 
 
 def file_with(*suffixes):
@@ -121,38 +106,24 @@ class RunOptions:
     """
 
     quiet: bool = option(False, RESULTS, "print finished rows only")
-    results: str = option(
-        "results", RESULTS, 'folder to which each finished run writes its record; "" for none', metavar="DIR"
-    )
-    skip_finished: bool = option(
-        False, RESULTS, "print the row of a run whose record is in --results already, and do not train it again"
-    )
+    results: str = option("results", RESULTS, 'folder for a record of each finished run; "" for none', metavar="DIR")
+    skip_finished: bool = option(False, RESULTS, "do not train a run whose record is in --results, print its row")
     note: str = option("", RESULTS, "a remark kept with the record and shown in the report", metavar="TEXT")
-    repeats: int = option(
-        1,
-        RESULTS,
-        "number of runs, each with its own seed (--seed, --seed + 1, ...), then mean and standard deviation",
-        type=number(int, 1),
-    )
+    repeats: int = option(1, RESULTS, "runs, with --seed, --seed + 1, ..., and their mean", type=number(int, 1))
     plot: str | None = option(
-        None,
-        RESULTS,
-        "draw losses and accuracies over the epochs (.png, .pdf or .svg)",
-        type=file_with(*IMAGE_FORMATS),
-        metavar="FILE",
+        None, RESULTS, "draw losses and accuracies (.png, .pdf, .svg)", type=file_with(*IMAGE_FORMATS), metavar="FILE"
     )
     report: tuple | None = option(
         None,
         RESULTS,
-        "train nothing; print the table of all runs in these folders (default: results) and what it shows",
+        "train nothing; print the table of all runs in --results or these folders",
         nargs="*",
         metavar="DIR",
     )
     write: tuple = option(
         (),
         RESULTS,
-        "with --report: write it too; a page (.html), text (.md), data (.csv), a table for LaTeX (.tex), or a picture "
-        "(.png, .pdf, .svg)",
+        "the report as a page (.html), text (.md), data (.csv), LaTeX (.tex) or picture (.png, .pdf, .svg)",
         nargs="+",
         action="extend",
         type=file_with(".html", ".md", ".csv", ".tex", *IMAGE_FORMATS),
@@ -160,52 +131,22 @@ class RunOptions:
     )
     baseline: bool = option(False, RESULTS, "instead of GPT-2 train two linear models on words and letters")
     feature_cache: str | None = option(
-        None,
-        MACHINE,
-        "folder for frozen features that later runs use again (default: features in "
-        '--data_dir); "" for none; to empty it, delete it',
-        metavar="DIR",
+        None, MACHINE, 'folder for frozen features (default: features in --data_dir); "" for none', metavar="DIR"
     )
-    feature_cache_gb: float = option(
-        5.0, MACHINE, "what that folder may hold in GB; the least recently used go first", type=number(float, above=0)
-    )
-    activation_checkpointing: bool = option(
-        False, MACHINE, "compute trained blocks again in the backward pass to save memory"
-    )
+    feature_cache_gb: float = option(5.0, MACHINE, "what it may hold; least recently used go", type=number(float, 0))
+    activation_checkpointing: bool = option(False, MACHINE, "compute blocks again in the backward pass, to save memory")
     shard: bool = option(False, MACHINE, "with torchrun: each process holds a part of model and optimizer (FSDP2)")
     checkpoint: str | None = option(
-        None,
-        INTERRUPTION,
-        "save the state of training to FILE after each epoch, at intervals, on Ctrl-C and on SIGTERM; the same command "
-        "resumes from it",
-        metavar="FILE",
+        None, INTERRUPTION, "save training in FILE, also on Ctrl-C; the same command resumes it", metavar="FILE"
     )
-    checkpoint_minutes: float = option(10.0, INTERRUPTION, "minutes between two checkpoints", type=number(float, 0))
-    save_model: str | None = option(
-        None,
-        USE,
-        "write the trained parameters to FILE (.safetensors), with the settings that belong to them",
-        metavar="FILE",
-    )
-    export: str | None = option(
-        None,
-        USE,
-        "write the trained classifier to a folder that transformers loads (GPT2ForSequenceClassification)",
-        metavar="DIR",
-    )
+    checkpoint_minutes: float = option(10.0, INTERRUPTION, "between checkpoints within an epoch", type=number(float, 0))
+    save_model: str | None = option(None, USE, "write what was trained and its settings (.safetensors)", metavar="FILE")
+    export: str | None = option(None, USE, "write the classifier to a folder that transformers loads", metavar="DIR")
     load_model: str | None = option(
-        None,
-        USE,
-        "train nothing; use a classifier that --save_model wrote (with --weights FILE if that file has moved)",
-        metavar="FILE",
+        None, USE, "train nothing; use what --save_model wrote (with --weights FILE if that has moved)", metavar="FILE"
     )
     classify: tuple = option(
-        (),
-        USE,
-        "with --load_model: messages to classify; - for one per line of standard input",
-        nargs="+",
-        action="extend",
-        metavar="TEXT",
+        (), USE, "messages for --load_model; - for lines of standard input", nargs="+", action="extend", metavar="TEXT"
     )
 
     def __post_init__(self):
@@ -217,9 +158,8 @@ class RunOptions:
             raise UserError("--shard needs several processes: torchrun --nproc_per_node N additional_experiments.py")
         if self.load_model is not None and not self.classify and self.export is None:
             raise UserError("--load_model needs --classify or --export")
-        for name in ("save_model", "export"):
-            if getattr(self, name) is not None and self.repeats > 1:
-                raise UserError(f"--{name} is for one classifier, --repeats trains several")
+        if (self.save_model or self.export) and self.repeats > 1:
+            raise UserError("--save_model and --export are for one classifier, --repeats trains several")
         if self.skip_finished and (not self.results or self.save_model or self.export):
             raise UserError("--skip_finished needs --results, and cannot be combined with --save_model or --export")
 
@@ -228,48 +168,29 @@ class RunOptions:
 
 
 def check_files(run_options, inputs):
-    """Raises UserError where something cannot be written, or would overwrite something else.
-
-    `inputs` maps paths that are read to what they are.
-    """
+    """Raises UserError where an output cannot be written, or would overwrite another one or what is read, `inputs`."""
     if run_options.export is not None:
         check_folder(run_options.export)
-    if run_options.results and run_options.report is None:
-        folder = resolve_output("results", run_options.results)
-        check_writable("results", run_options.results, folder if folder.exists() else folder.parent)
     outputs = [(name, getattr(run_options, name)) for name in ("checkpoint", "save_model", "plot")]
-    taken = {as_one_file(resolve_output("weights", path)): what for path, what in inputs.items()}
-    for name, path in [*outputs, *(("write", path) for path in run_options.write)]:
+    outputs += [("write", path) for path in run_options.write]
+    if run_options.results and run_options.report is None:
+        outputs.append(("results", run_options.results))
+    taken = {os.path.realpath(path).casefold(): what for path, what in inputs.items()}
+    for name, path in outputs:
         if path is not None:
-            target = resolve_output(name, path)
-            if target.exists() and not target.is_file():
+            try:
+                target = resolve(path)
+                folder = target if name == "results" and target.exists() else target.parent
+                with tempfile.TemporaryFile(dir=folder) as file:
+                    file.write(bytes(4096))  # the disk is not full
+            except OSError as error:
+                raise UserError(f"--{name} {path} cannot be written: {error.strerror or error}") from None
+            if name != "results" and target.exists() and not target.is_file():
                 raise UserError(f"--{name} {path} is not a regular file")
-            check_writable(name, path, target.parent)
-            if what := taken.get(as_one_file(target)):
+            file_name = str(target).casefold()  # as on macOS and Windows
+            if what := taken.get(file_name):
                 raise UserError(f"--{name} {path} would overwrite {what}")
-            taken[as_one_file(target)] = f"--{name}"
-
-
-def resolve_output(name, path):
-    """The Path to which the value of an option leads. Raises UserError for a link that leads back to itself."""
-    try:
-        return resolve(path)
-    except OSError as error:
-        raise UserError(f"--{name} {path}: {error.strerror}") from None
-
-
-def check_writable(name, path, folder):
-    """Raises UserError where no file can be written into a folder: it is missing, read-only, or its disk is full."""
-    try:
-        with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(bytes(4096))
-    except OSError as error:
-        raise UserError(f"--{name} {path} cannot be written: {folder}: {error.strerror or error}") from None
-
-
-def as_one_file(path):
-    """What all names of a file have in common: on macOS and Windows they may differ in case."""
-    return str(path).casefold() if sys.platform in ("darwin", "win32") else str(path)
+            taken[file_name] = f"--{name}"
 
 
 # --- the command line ---
@@ -296,10 +217,7 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help lists the options)")
 
     def parse(self, argv):
-        """What a command line says, {name: value}; --batch-size is --batch_size, and a misprint gets the nearest name.
-
-        A word with a space is a text, also where it begins with a dash.
-        """
+        """What a command line says, {name: value}; --batch-size is --batch_size, a misprint gets the nearest name."""
         argv = [re.sub(r"^--[\w-]+(?==|$)", lambda m: "--" + m[0][2:].replace("-", "_"), word) for word in argv]
         given, unknown = self.parse_known_args(argv)
         if unknown:
@@ -308,24 +226,24 @@ class Parser(argparse.ArgumentParser):
             longer = [option for option in options if option.startswith(name)]
             nearest = (longer or difflib.get_close_matches(name, options, cutoff=0.5))[:1]
             self.error("; the nearest is ".join([f"there is no option {unknown[0]}", *nearest]))
-        return vars(given)
+        return {name: tuple(value) if isinstance(value, list) else value for name, value in vars(given).items()}
 
 
 def make_parser(experiment_type):
     """The parser of all options: presets, and the fields of `experiment_type` and of RunOptions by their headings."""
+    rows = (f"  {n:2}  {command_line(row.options) or 'the defaults'}" for n, row in ROWS.items())
     parser = Parser(
         usage="%(prog)s [options]",
         description=DESCRIPTION,
-        epilog="rows of the table:\n"
-        + "\n".join(f"  {n:2}  {command_line(row.options) or 'the defaults'}" for n, row in ROWS.items()),
+        epilog="\n".join(["rows of the table:", *rows]),
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=26, width=80),
         argument_default=argparse.SUPPRESS,  # so that options given can be told from defaults and presets
         allow_abbrev=False,
     )
     presets = parser.add_argument_group("presets").add_mutually_exclusive_group()
-    row_help = f"preset row N, 1 to {len(ROWS)}, of the table; other options override it"
-    presets.add_argument("--row", type=number(int, 1, maximum=len(ROWS)), metavar="N", help=row_help)
-    presets.add_argument("--demo", action="store_true", help="preset a toy run of half a minute without network")
+    row = presets.add_argument("--row", type=number(int, 1, len(ROWS)), metavar="N")
+    row.help = f"row N, 1 to {len(ROWS)}, of the table; other options override it"
+    presets.add_argument("--demo", action="store_true", help="a toy run of half a minute without network")
     groups = {}
     for setting in (*fields(experiment_type), *fields(RunOptions)):
         arguments = dict(setting.metadata)
@@ -349,22 +267,17 @@ def parse(argv, experiment_type):
     The Experiment is None where nothing is to be trained. Raises UserError.
     """
     given = make_parser(experiment_type).parse(sys.argv[1:] if argv is None else argv)
-    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-    run_options = {setting.name: given.pop(setting.name) for setting in fields(RunOptions) if setting.name in given}
-    for mode, companions in COMPANIONS.items():
-        refused = sorted((given.keys() | run_options.keys()) - {mode, *companions})
-        if mode in run_options and refused:
+    for mode in COMPANIONS.keys() & given.keys():
+        if refused := sorted(given.keys() - {mode, *COMPANIONS[mode]}):
             what = "trains no GPT-2" if mode == "baseline" else "trains nothing"
             raise UserError(f"--{refused[0]} cannot be combined with --{mode}, which {what}")
-        if mode in run_options and processes.world_size() > 1:
+        if processes.world_size() > 1:
             raise UserError(f"--{mode} runs in one process: call it without torchrun")
-    run_options = RunOptions(**run_options)
+    run_options = RunOptions(**{name: given.pop(name) for name in vars(RunOptions()) if name in given})
     if run_options.report is not None or run_options.load_model is not None:
-        check_files(run_options, {run_options.load_model: "the classifier"} if run_options.load_model else {})
+        check_files(run_options, dict.fromkeys(filter(None, [run_options.load_model]), "the classifier"))
         return None, run_options, given
-    presets = DEMO if given.pop("demo", False) else {}
-    if (row := given.pop("row", None)) is not None:
-        presets = ROWS[row].options
+    presets = DEMO if given.pop("demo", False) else ROWS[given.pop("row", 1)].options
     settings = presets | given
     if settings.get("dataset") == "sample" and "data_dir" in given:
         raise UserError("--data_dir is not read with the sample; add --dataset uci, or leave --data_dir out")

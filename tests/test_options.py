@@ -50,26 +50,16 @@ def test_dashes_and_short_names():
         ("--xyz", "there is no option --xyz (--help"),
         ("--model_size gpt3", '"gpt3" is none of gpt2-small (124M), '),
         ("--trainable_layers some", "invalid choice: 'some'"),
-        ("--trainable_token_pos middle", "invalid choice: 'middle'"),
-        ("--context_length 0", "0 is less than 1"),
-        ("--context_length 1025", "1025 is more than 1024"),
-        ("--context_length long", '"long" is not a whole number'),
-        ("--batch_size 0", "0 is less than 1"),
+        ("--context_length 0", '"0" is not a whole number from 1 to 1024'),
+        ("--context_length long", '"long" is not a whole number from 1 to 1024, nor longest_training_example'),
+        ("--batch_size 0", '"0" is not a whole number of at least 1'),
         ("--batch_size 1.5", '"1.5" is not a whole number'),
-        ("--accumulation_steps -1", "-1 is less than 1"),
-        ("--num_epochs 0", "0 is less than 1"),
-        ("--learning_rate 0", "0 is not greater than 0"),
+        ("--seed " + "9" * 5000, "is not a whole number"),
+        ("--learning_rate 0", '"0" is not a finite number of at least 1e-12'),
         ("--learning_rate nan", '"nan" is not a finite number'),
-        ("--weight_decay -0.1", "-0.1 is less than 0"),
-        ("--lora_rank 0", "0 is less than 1"),
-        ("--lora_alpha 0", "0 is not greater than 0"),
+        ("--weight_decay inf", '"inf" is not a finite number'),
         ("--lora_rank 769", "--lora_rank 769 exceeds the width 768 of gpt2-small (124M)"),
-        ("--seed -1", "-1 is less than 0"),
-        ("--ignore_index 9223372036854775808", "is more than 9223372036854775807"),
-        ("--accumulation_steps 9223372036854775808", "is more than 9223372036854775807"),
-        ("--ignore_index x", '"x" is not a whole number'),
-        ("--device tpu", "invalid choice: 'tpu'"),
-        ("--dataset mine", "invalid choice: 'mine'"),
+        ("--ignore_index 9223372036854775808", "is not a whole number"),
         ("--weights missing.safetensors", "no such file"),
         ("--model_size gpt2-nano", "gpt2-nano (7M) has no pretrained weights"),
         (
@@ -79,10 +69,23 @@ def test_dashes_and_short_names():
         ("--dataset sample --data_dir here", "--data_dir is not read with the sample"),
         ("--demo --row 3", "not allowed with argument"),
         ("--demo please", "there is no option please"),
-        ("--row 0", "0 is less than 1"),
-        ("--row 20", "20 is more than 19"),
-        ("--row one", '"one" is not a whole number'),
+        ("--row 20", '"20" is not a whole number from 1 to 19'),
         ("--weights random --precision tf32 --device cpu", "--precision tf32 is for CUDA"),
+        ("--write a.png", "--write needs --report"),
+        ("--classify a", "--classify needs --load_model"),
+        ("--load_model a", "--load_model needs --classify"),
+        ("--plot a.gif", '"a.gif" does not end in .png, .pdf, .svg'),
+        ("--repeats 2 --save_model a", "are for one classifier, --repeats trains several"),
+        ("--checkpoint nowhere/a", "--checkpoint nowhere/a cannot be written: No such file or directory"),
+        ("--checkpoint .", "--checkpoint . is not a regular file"),
+        ("--checkpoint=", "--checkpoint  is not a regular file"),
+        ("--checkpoint /dev/null", "--checkpoint /dev/null is not a regular file"),
+        ("--weights random --data_dir . --save_model train.csv", "--save_model train.csv would overwrite the data"),
+        ("--checkpoint a --save_model ./A", "--save_model ./A would overwrite --checkpoint"),  # on macOS and Windows
+        ("--plot a.png --save_model ./a.png", "--plot a.png would overwrite --save_model"),
+        ("--report --row 3", "--row cannot be combined with --report"),
+        ("--report missing", "--report missing: there is no such folder"),
+        ("--load_model missing --classify a", "missing cannot be read as a saved classifier"),
     ],
 )
 def test_bad_options_are_refused_in_one_line(options, message, tmp_path, monkeypatch, capsys):
@@ -91,46 +94,6 @@ def test_bad_options_are_refused_in_one_line(options, message, tmp_path, monkeyp
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1 and message in err
     assert list(tmp_path.iterdir()) == []
-
-
-def test_misprint_of_row_9(capsys):
-    assert main(["--model_size", "gpt2-xl (1558M)--trainable_layers", "all"]) == 2
-    assert 'is a space missing before "--trainable_layers"?' in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        ("--write a.png", "--write needs --report"),
-        ("--classify a", "--classify needs --load_model"),
-        ("--load_model a", "--load_model needs --classify"),
-        ("--plot a.gif", '"a.gif" does not end in .png, .pdf, .svg'),
-        ("--repeats 0", "0 is less than 1"),
-        ("--repeats 2 --save_model a", "--save_model is for one classifier, --repeats trains several"),
-        ("--checkpoint nowhere/a", "--checkpoint nowhere/a cannot be written: "),
-        ("--checkpoint .", "--checkpoint . is not a regular file"),
-        ("--checkpoint /dev/null", "--checkpoint /dev/null is not a regular file"),
-        ("--weights random --save_model sms_spam_collection/train.csv", "sms_spam_collection: No such file"),
-        ("--weights random --data_dir . --save_model train.csv", "--save_model train.csv would overwrite the data"),
-        (
-            "--weights random --data_dir . --checkpoint ./SMSSpamCollection",
-            "SMSSpamCollection would overwrite the data",
-        ),
-        ("--seed " + "9" * 5000, "is not a whole number"),
-        ("--checkpoint=", "--checkpoint  is not a regular file"),
-        ("--checkpoint a --save_model ./a", "--save_model ./a would overwrite --checkpoint"),
-        ("--plot a.png --save_model ./a.png", "--plot a.png would overwrite --save_model"),
-        ("--checkpoint_minutes -1", "-1.0 is less than 0"),
-        ("--report --row 3", "--row cannot be combined with --report"),
-        ("--report --repeats 2", "--repeats cannot be combined with --report"),
-        ("--report missing", "--report missing: there is no such folder"),
-        ("--load_model missing --classify a", "missing cannot be read as a saved classifier"),
-    ],
-)
-def test_bad_options_of_what_a_call_does(options, message, capsys):
-    assert main(options.split()) == 2
-    out, err = capsys.readouterr()
-    assert out == "" and err.count("\n") == 1 and message in err and list(Path().iterdir()) == []
 
 
 # --- help and settings ---
@@ -159,7 +122,7 @@ def test_help_names_every_option_and_its_default(capsys):
         (dict(model_size=NANO), "no pretrained weights"),
         (dict(model_size="xl"), "--model_size does not take 'xl'"),
         (dict(precision="fp16"), "--precision does not take 'fp16'; choose from fp32, bf16, tf32"),
-        (dict(num_epochs=0), "--num_epochs: 0 is less than 1"),
+        (dict(num_epochs=0), '--num_epochs: "0" is not a whole number of at least 1'),
         (dict(num_epochs="3"), "--num_epochs does not take '3'"),
         (dict(num_epochs=2.5), '--num_epochs: "2.5" is not a whole number'),
         (dict(num_epochs=True), '--num_epochs: "True" is not a whole number'),
@@ -167,12 +130,12 @@ def test_help_names_every_option_and_its_default(capsys):
         (dict(learning_rate=math.nan), '--learning_rate: "nan" is not a finite number'),
         (dict(learning_rate=[5e-5]), "is not a finite number"),
         (dict(context_length="120"), "--context_length does not take '120'"),
-        (dict(context_length=1025), "--context_length: 1025 is more than 1024"),
+        (dict(context_length=1025), '--context_length: "1025" is not a whole number from 1 to 1024'),
         (dict(no_padding=0), "--no_padding does not take 0"),
         (dict(no_padding="yes"), "--no_padding does not take 'yes'"),
         (dict(weights=None), "--weights does not take None"),
         (dict(device=["cpu"]), "--device does not take ['cpu']; choose from auto, cpu, mps, cuda"),
-        (dict(repeats=0), "--repeats: 0 is less than 1"),
+        (dict(repeats=0), '--repeats: "0" is not a whole number'),
         (dict(quiet=None), "--quiet does not take None"),
         (dict(checkpoint=3), "--checkpoint does not take 3"),
         (dict(plot="a.gif"), '"a.gif" does not end in .png'),
@@ -192,13 +155,6 @@ def test_settings_of_a_command_line_and_of_python_are_the_same():
     given = [word for name, value in settings.items() for word in (f"--{name}", value)]
     assert Experiment(no_padding=True, **settings) == parse("--no_padding", *given)
     assert RunOptions(classify=("a", "b"), load_model="c") == parse_args(["--load_model=c", "--classify", "a", "b"])[1]
-
-
-@pytest.mark.parametrize("system, is_one", [("linux", False), ("darwin", True), ("win32", True)])
-def test_names_that_differ_in_case_are_one_file_where_the_system_says_so(monkeypatch, capsys, system, is_one):
-    monkeypatch.setattr(options.sys, "platform", system)
-    paths = options.as_one_file("run.ckpt"), options.as_one_file("RUN.ckpt")
-    assert (paths[0] == paths[1]) == is_one
 
 
 def read_only(monkeypatch, folder):
