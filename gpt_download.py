@@ -300,24 +300,23 @@ def sample_path():
 
 def main(argv=None):
     """Fetch and check what runs need, and print where it is. Returns the exit status."""
-    from runner.console import exit_status  # these modules import this one
     from runner.data.datasets import DEFAULT_DATA_DIR, load_splits
-    from runner.options import model_size
 
+    sizes = {name.split(" ")[0].removeprefix("gpt2-"): name for name in PRETRAINED}
     parser = argparse.ArgumentParser(description="Fetch and check what runs need, and do nothing else.")
-    sizes = dict(nargs="+", type=model_size, choices=PRETRAINED, default=["gpt2-small (124M)"], metavar="SIZE")
-    parser.add_argument("--model_size", **sizes, help="small, medium, large, xl or several of them; default: small")
+    parser.add_argument("--model_size", nargs="+", choices=sizes, default=["small"], help="default: %(default)s")
     parser.add_argument("--data_dir", default=DEFAULT_DATA_DIR, metavar="DIR", help="default: %(default)s")
     args = parser.parse_args(argv)
-
-    def fetch():
+    try:
         os.makedirs(args.data_dir, exist_ok=True)
         load_splits(args.data_dir, "uci")
         print(args.data_dir)
         for size in args.model_size:
-            print(fetch_weights(size))
-
-    return exit_status(fetch)
+            print(fetch_weights(sizes[size]))
+        return 0
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return getattr(error, "status", 1)
 
 
 if __name__ == "__main__":

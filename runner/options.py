@@ -137,7 +137,10 @@ class RunOptions:
     activation_checkpointing: bool = option(False, MACHINE, "compute blocks again in the backward pass, to save memory")
     shard: bool = option(False, MACHINE, "with torchrun: each process holds a part of model and optimizer (FSDP2)")
     checkpoint: str | None = option(
-        None, INTERRUPTION, "save training in FILE, also on Ctrl-C; the same command resumes it", metavar="FILE"
+        None,
+        INTERRUPTION,
+        "save training in FILE after each epoch and on Ctrl-C; the same command resumes it",
+        metavar="FILE",
     )
     checkpoint_minutes: float = option(10.0, INTERRUPTION, "between checkpoints within an epoch", type=number(float, 0))
     save_model: str | None = option(None, USE, "write what was trained and its settings (.safetensors)", metavar="FILE")
