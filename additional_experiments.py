@@ -16,7 +16,6 @@ In the shapes B is messages in a batch, T tokens in a message, D the embedding w
 import json
 import math
 import sys
-import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from itertools import islice, takewhile
@@ -630,60 +629,33 @@ def confusion(predictions):
 
 # --- the device compared with the CPU ---
 
-COMPARE_SECONDS = 10  # that the CPU may take for it
-
-
-def first_window(experiment, messages):
-    """The batches of the first update of training, [indices (B,), ...]; the random state stays as it is."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(experiment.seed)
-        return list(islice(make_loaders(messages, experiment.batch_size)["train"], experiment.accumulation_steps))
-
-
-def window_results(classifier, messages, window, experiment, shard):
-    """What training computes for a window, {name: tensor}: logits, loss, gradients. Of shards the logits only."""
-    if shard:
-        return {"the logits": predict(classifier, messages, torch.cat(window)).cpu()}
-    logits, loss = accumulate_gradients(classifier.train(), messages, window, experiment)
-    results = {"the logits": logits, "the loss": loss}
-    results |= {f"the gradient of {name}": p.grad for name, p in classifier.named_parameters() if p.grad is not None}
-    classifier.zero_grad()
-    return {name: tensor.cpu() for name, tensor in results.items()}
-
-
-def compare_with_cpu(experiment, shard, data, weights, device):
-    """Compare the first update of a run on `device` with the CPU's: (why they differ or None, by how much, messages).
-
-    It is the update that this run begins with, at its own shapes and in its own precision; of a large model as many of
-    its messages as the CPU does in COMPARE_SECONDS.
-    """
-    messages, window = data.messages["train"], first_window(experiment, data.messages)
-    classifier = build_classifier(replace(experiment, precision="fp32"), len(data.class_names), weights.tensors)
-    copy_trained_parameters(classifier)
-    start = time.perf_counter()
-    window_results(classifier, messages, [window[0][:1]], experiment, shard)
-    n_messages = int(COMPARE_SECONDS / (time.perf_counter() - start))
-    n_messages = processes.from_main(min(max(n_messages, 1), sum(map(len, window))))
-    window = torch.cat(window)[:n_messages].split(experiment.batch_size)
-    expected = window_results(classifier, messages, window, experiment, shard)
-    classifier.bf16 = experiment.precision == "bf16"
-    placed = place(classifier, device, shard)
-    problem, deviation = compare_results(
-        lambda: window_results(placed, messages, window, experiment, shard), expected, experiment.precision
-    )
-    return processes.from_any(problem), deviation, n_messages
+COMPARE_FLOPS = 10**12  # that the CPU is asked for: at most ten seconds, but for a single message of a large model
 
 
 def check_device(experiment, shard, data, weights, device, console):
     """The device to run on: `device`, unless it does not compute what the CPU does and `--device` is auto.
 
-    Raises UserError where another `--device` is wrong.
+    The first update of this very run, at its own shapes and in its own precision, is computed on both; of a large model
+    as many of its messages as COMPARE_FLOPS allow. Raises UserError where another `--device` is wrong.
     """
     if device.type == "cpu":
         return device
-    problem, deviation, n_messages = compare_with_cpu(experiment, shard, data, weights, device)
-    release_memory(device)
-    on_messages = f"on the first {n_messages} training message{'s' if n_messages > 1 else ''}"
+    classifier = build_classifier(replace(experiment, precision="fp32"), len(data.class_names), weights.tensors)
+    copy_trained_parameters(classifier)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(experiment.seed)
+        loader = make_loaders(data.messages, experiment.batch_size)["train"]
+        indices = torch.cat(list(islice(loader, experiment.accumulation_steps)))
+    flops = 6 * sum(p.numel() for p in classifier.parameters()) * data.longest  # of a message, forward and backward
+    window = indices[: max(COMPARE_FLOPS // flops, 1)].split(experiment.batch_size)
+    expected = window_results(classifier, data, window, experiment, shard)
+    classifier.bf16 = experiment.precision == "bf16"
+    place(classifier, device, shard)
+    problem, deviation = compare_results(
+        lambda: window_results(classifier, data, window, experiment, shard), expected, experiment.precision
+    )
+    problem = processes.from_any(problem)
+    on_messages = f"on the first {sum(map(len, window))} training messages"
     if problem is None:
         console.info(f"Compared with the CPU {on_messages}: agrees, largest deviation {deviation}")
         return device
@@ -692,6 +664,18 @@ def check_device(experiment, shard, data, weights, device, console):
         raise UserError(f"{problem}\nTry: --device cpu", status=1)
     console.warning(f"{problem}; the run goes on on the CPU")
     return torch.device("cpu")
+
+
+def window_results(classifier, data, window, experiment, shard):
+    """What training computes for a window, {name: tensor}: logits, loss, gradients. Of shards the logits only."""
+    messages = data.messages["train"]
+    if shard:
+        return {"the logits": predict(classifier, messages, torch.cat(window)).cpu()}
+    logits, loss = accumulate_gradients(classifier.train(), messages, window, experiment)
+    results = {"the logits": logits, "the loss": loss}
+    results |= {f"the gradient of {name}": p.grad for name, p in classifier.named_parameters() if p.grad is not None}
+    classifier.zero_grad()
+    return {name: tensor.cpu() for name, tensor in results.items()}
 
 
 # --- one run ---
@@ -727,6 +711,7 @@ def prepare(experiment, options):
     with processes.main_first():
         weights.open(console.quiet)
     device = check_device(experiment, options.shard, data, weights, device, console)
+    release_memory(device)  # of the comparison
     with torch.device("meta"):
         sizes = optimize_frozen_blocks(build_classifier(experiment, len(data.class_names)))
     features.warn_if_memory_is_short(sizes, data.messages, device)

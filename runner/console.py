@@ -104,16 +104,19 @@ def describe_model(experiment, classifier):
     )
 
 
-OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "DefaultCPUAllocator", "ALLOC_FAILED")
-OUT_OF_MEMORY_ADVICE = (
-    "Try: a smaller --batch_size with more --accumulation_steps (their product is what counts); to train less,\n"
-    "--trainable_layers lora or last_block; --trainable_token_pos flexible or a smaller --context_length;\n"
-    "--features disk or off; --precision bf16; a smaller --model_size"
-)
-
-
-DEVICE_FAILURES = ("CUDA error", "CUDA driver", "CUBLAS_STATUS", "cuDNN error", "NCCL error", "MPS backend")
-DEVICE_ADVICE = "Try: the same command again, which resumes where there is a --checkpoint; --device cpu"
+# What PyTorch's errors say that are no faults of the program, and what to tell the user.
+FAILURES = {
+    ("out of memory", "can't allocate memory", "DefaultCPUAllocator", "ALLOC_FAILED"): (
+        "out of memory\n"
+        "Try: a smaller --batch_size with more --accumulation_steps (their product is what counts); to train less,\n"
+        "--trainable_layers lora or last_block; --trainable_token_pos flexible or a smaller --context_length;\n"
+        "--features disk or off; --precision bf16; a smaller --model_size"
+    ),
+    ("CUDA error", "CUDA driver", "CUBLAS_STATUS", "cuDNN error", "NCCL error", "MPS backend"): (
+        "the device failed: {error}\n"
+        "Try: the same command again, which resumes where there is a --checkpoint; --device cpu"
+    ),
+}
 
 
 def prepare_streams():
@@ -132,30 +135,27 @@ def exit_status(command):
     """Call `command()` and return the exit status; a user error becomes one line.
 
     0; 1: something could not be downloaded or written, memory is out, or a number is not finite; 2: an option or a file
-    cannot be used; 130: Ctrl-C; 143: SIGTERM; 129: SIGHUP. Of several processes one prints a user error, which is the
-    same in all of them (see `processes.agreed`). Errors of the program itself are raised.
+    cannot be used; 130: Ctrl-C; 143: SIGTERM; 129: SIGHUP. Errors of the program itself are raised.
     """
-    is_told_by_one = False
     try:
         command()
         return 0
-    except UserError as error:
-        status, is_told_by_one = error.status, True
-        message = str(error) if isinstance(error, Interrupted) else f"error: {error}"
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY):
-            status, message = 1, f"error: out of memory\n{OUT_OF_MEMORY_ADVICE}"
-        elif any(words in str(error) for words in DEVICE_FAILURES):  # lost, overheated, defective memory
-            status, message = 1, f"error: the device failed: {str(error).splitlines()[0]}\n{DEVICE_ADVICE}"
-        else:
-            raise
-    except KeyboardInterrupt:
-        status, message, is_told_by_one = 128 + signal.SIGINT, "interrupted", True
     except BrokenPipeError:  # the reader of the output has gone; Python's own last flush must not complain either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (OSError, SafetensorError) as error:  # a full disk, a folder that is gone: no fault of the program
+    except (KeyboardInterrupt, Interrupted) as error:
+        status, message = getattr(error, "status", 128 + signal.SIGINT), str(error) or "interrupted"
+    except UserError as error:
+        status, message = error.status, f"error: {error}"
+    except (OSError, SafetensorError) as error:  # a full disk, a folder that is gone
         status, message = 1, f"error: {error}"
-    if processes.rank() == 0 or not is_told_by_one:
+    except (MemoryError, RuntimeError) as error:
+        text = "out of memory" if isinstance(error, MemoryError) else str(error)
+        advice = [advice for words, advice in FAILURES.items() if any(word in text for word in words)]
+        if not advice:
+            raise
+        print("error:", advice[0].format(error=text.splitlines()[0]), file=sys.stderr)  # others may not have it
+        return 1
+    if processes.rank() == 0:  # all have raised the same: see `processes.agreed`
         print(message, file=sys.stderr)
     return status

@@ -5,9 +5,8 @@ to a whole run: 5 epochs, an evaluation of 10 batches every 50 steps and after e
 end. The fast path runs whole, or, with --fast_steps N, is extrapolated from N training steps, the features of their
 messages and their evaluation. What is extrapolated is marked with ~.
 
-Floating-point operations are those of the matrix products: of the plain path all that it does, of the fast path
-what the loss needs. The share is the fast path's operations per second over the machine's own float32 product peak
-(with bf16: bfloat16), measured just before. No number of this file is asserted by a test.
+Beside each time stands the machine's own peak in matrix products of float32 (with bf16: bfloat16), measured just
+before. No number of this file is asserted by a test.
 
 With --sitting, whole commands run one after the other, each row without a cache of frozen features and with one that
 is empty at first, and the first row with it once more at the end.
@@ -17,7 +16,6 @@ and once by the pipeline of transformers with its export.
 """
 
 import argparse
-import json
 import re
 import subprocess
 import sys
@@ -38,7 +36,7 @@ from gpt_download import Weights
 from runner.console import Console
 from runner.data import datasets
 from runner.data.features import FrozenFeatures
-from runner.machine.devices import describe_device, peak_memory, reset_peak_memory, resolve_device, set_precision
+from runner.machine.devices import resolve_device, set_precision
 from runner.saved.checkpoints import Checkpoint
 from runner.saved.classifiers import SavedClassifier
 
@@ -63,77 +61,6 @@ def product_peak(device, precision):
     n = 2048 if device.type == "cpu" else 8192
     a, b = torch.randn(2, n, n, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
     return 2 * n**3 / min(seconds(device, torch.mm, a, b) for _ in range(10))
-
-
-# --- operations ---
-
-
-def block_operations(D, T, causal, queries=None):
-    """Of one block's forward pass over T tokens: (linear layers, attention), for all queries or for one."""
-    tokens = T if queries is None else queries
-    linear = 2 * D * D * (2 * T + 2 * tokens + 8 * tokens)
-    pairs = T * (T + 1) / 2 if causal and queries is None else tokens * T
-    return linear, 4 * D * pairs
-
-
-def keyless_block_operations(D, T, n_heads):
-    """Of the last block with one query and no keys and values: query, fold, W_value, output, feed-forward; products."""
-    return 2 * D * D * (4 + 8), 4 * n_heads * D * T
-
-
-def times(operations, linear, attention):
-    return operations[0] * linear + operations[1] * attention
-
-
-def message_operations(experiment, T, fast, n_frozen):
-    """(frozen part, one prediction, one training pass) of a message with T tokens in this path.
-
-    A training pass is the forward one, the gradients with respect to the weights that are trained, and those with
-    respect to the inputs wherever something before them is trained.
-    """
-    cfg = experiment.config
-    D, L = cfg.emb_dim, cfg.n_layers
-    layers = experiment.trainable_layers
-    first_trained = {"last_layer": L, "last_block": L - 1, "last_two_blocks": L - 2}.get(layers, 0)
-    one_query = fast and not experiment.average_embeddings
-    frozen = predicted = trained = 0
-    for number in range(L):
-        last = number == L - 1
-        if last and one_query and first_trained == L - 1:
-            operations = keyless_block_operations(D, T, cfg.n_heads)
-        else:
-            # The plain path scores every pair, and masks afterwards.
-            operations = block_operations(D, T, cfg.causal and fast, 1 if last and one_query else None)
-        forward = times(operations, 1, 1)
-        if fast and number < n_frozen:
-            frozen += forward
-            continue
-        predicted += forward
-        if number < first_trained:
-            trained += forward
-        elif layers.startswith("lora"):
-            rank = 2 * experiment.lora_rank * D * T * 18  # A and B of six layers: in + out is 18 D together
-            predicted += rank
-            trained += times(operations, 2, 3) + 3 * rank
-        else:
-            trained += times(operations, 2 if number == first_trained and number > 0 else 3, 3)
-    return frozen, predicted, trained
-
-
-def operations(experiment, messages, token_lists, max_tokens, n_frozen):
-    """Of a whole run: (what the fast path needs, what the plain path does)."""
-    predicted, trained, _ = counts(experiment, messages)
-    lengths = [length for part in messages.values() for length in part.lengths.tolist()]
-    needed = sum(message_operations(experiment, length, True, n_frozen)[0] for length in lengths)
-    plainly, n = 0, len(token_lists)
-    # The training messages stand for all that are predicted.
-    for length, tokens in zip(messages["train"].lengths.tolist(), token_lists, strict=True):
-        _, predict, train = message_operations(experiment, length, True, n_frozen)
-        needed += (predicted * predict + trained * train) / n
-        T = min(len(tokens), max_tokens) if experiment.no_padding else max_tokens
-        _, predict, train = message_operations(experiment, T, False, 0)
-        plainly += (predicted * predict + trained * train) / n
-    return needed, plainly
 
 
 # --- the two paths ---
@@ -239,6 +166,7 @@ def take(messages, n):
 
 
 def measure(number, arguments):
+    """Print the line of a row: seconds of the plain and of the fast path."""
     options = ["--row", str(number), "--weights", "random", "--features", arguments.features]
     options += ["--device", arguments.device, "--precision", arguments.precision, "--data_dir", arguments.data_dir]
     if arguments.model_size:
@@ -247,7 +175,7 @@ def measure(number, arguments):
     experiment, *_ = ae.parse_args(options)
     if arguments.dataset == "sample":
         experiment = replace(experiment, dataset="sample")
-    device = resolve_device(experiment.device)
+    device, _ = resolve_device(experiment.device)
     set_precision(experiment.precision, device)
     splits, _ = datasets.load_splits(experiment.data_dir, experiment.dataset)
     tokenizer = ae.load_vocabulary()
@@ -259,26 +187,12 @@ def measure(number, arguments):
     slow = time_plain(classifier, replace(experiment, precision="fp32"), token_lists, max_tokens, messages, device)
     classifier = ae.build_classifier(experiment, n_classes=2).to(device)
     ae.optimize_frozen_blocks(classifier)
-    known_above = reset_peak_memory(device)
-    fast = time_fast(classifier, experiment, messages, arguments.fast_steps)
-
-    needed, plainly = operations(experiment, messages, token_lists, max_tokens, classifier.n_frozen_blocks)
-    return {
-        "row": number,
-        "options": arguments.options,
-        "model": experiment.model_size,
-        "device": describe_device(device),
-        "precision": experiment.precision,
-        "plain_seconds": slow,
-        "fast_seconds": fast,
-        "fast_extrapolated": arguments.fast_steps is not None,
-        "ratio": slow / fast,
-        "plain_tflop": plainly / 1e12,
-        "fast_tflop": needed / 1e12,
-        "peak_gflops": peak / 1e9,
-        "share_of_peak": needed / fast / peak,
-        "peak_memory_gb": (peak_memory(device, known_above) or float("nan")) / 1e9,
-    }
+    fast, about = time_fast(classifier, experiment, messages, arguments.fast_steps), "~" * bool(arguments.fast_steps)
+    print(
+        f"| {number} | {experiment.model_size}, {experiment.precision} | ~{slow:.0f} | {about}{fast:.0f} "
+        f"| {slow / fast:.2f} | {peak / 1e9:.0f} |",
+        flush=True,
+    )
 
 
 # --- a trained classifier ---
@@ -294,7 +208,7 @@ def classify(arguments):
     splits, _ = datasets.load_splits(experiment.data_dir, arguments.dataset)
     texts = [text for frame in splits.values() for text in frame["Text"]]
     experiment = replace(experiment, context_length=120)
-    device = resolve_device(experiment.device)
+    device, _ = resolve_device(experiment.device)
     print(f"{experiment.model_size}, {len(texts):,} messages\n| | messages/s | peak GFLOP/s |\n| --- | --- | --- |")
 
     with tempfile.TemporaryDirectory() as folder:
@@ -334,7 +248,7 @@ def sitting(rows, arguments):
     totals = [0.0, 0.0]
     with tempfile.TemporaryDirectory() as cache:
         for number, caches in [*((row, ("", cache)) for row in rows), (rows[0], (cache,))]:
-            peak = product_peak(resolve_device(arguments.device), arguments.precision)
+            peak = product_peak(resolve_device(arguments.device)[0], arguments.precision)
             taken = []
             for folder in caches:
                 start = time.perf_counter()
@@ -362,43 +276,16 @@ def main():
     parser.add_argument("--fast_steps", type=int, help="extrapolate the fast path too, from this many training steps")
     parser.add_argument("--sitting", action="store_true", help="whole commands, without and with a cache of features")
     parser.add_argument("--classify", action="store_true", help="messages a second, with those of transformers")
-    parser.add_argument("--json", type=Path, help="write the figures to this file as well")
     arguments = parser.parse_args()
+    rows = [int(number) for number in arguments.rows.split(",")]
     if arguments.classify:
         classify(arguments)
-        return
-    if arguments.sitting:
-        sitting([int(number) for number in arguments.rows.split(",")], arguments)
-        return
-
-    columns = [
-        "row",
-        "model",
-        "plain s",
-        "fast s",
-        "ratio",
-        "plain TFLOP",
-        "fast TFLOP",
-        "peak GFLOP/s",
-        "share",
-        "memory",
-    ]
-    print("| " + " | ".join(columns) + " |")
-    print("| --- " * len(columns) + "|")
-    records = []
-    for number in map(int, arguments.rows.split(",")):
-        record = measure(number, arguments)
-        records.append(record)
-        about = "~" if record["fast_extrapolated"] else ""
-        print(
-            f"| {number} | {record['model']}, {record['precision']} | ~{record['plain_seconds']:.0f} "
-            f"| {about}{record['fast_seconds']:.0f} | {record['ratio']:.2f} | {record['plain_tflop']:.1f} "
-            f"| {record['fast_tflop']:.1f} | {record['peak_gflops']:.0f} | {record['share_of_peak']:.0%} "
-            f"| {record['peak_memory_gb']:.2f} GB |",
-            flush=True,
-        )
-        if arguments.json:
-            arguments.json.write_text(json.dumps(records, indent=1) + "\n")
+    elif arguments.sitting:
+        sitting(rows, arguments)
+    else:
+        print("| row | model | plain s | fast s | ratio | peak GFLOP/s |\n| --- | --- | --- | --- | --- | --- |")
+        for number in rows:
+            measure(number, arguments)
 
 
 if __name__ == "__main__":
