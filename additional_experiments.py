@@ -517,13 +517,24 @@ def train(classifier, messages, experiment, state, checkpoint, console):
     `messages` maps each split to its Messages. After each update and its evaluation the state may be saved to
     `checkpoint`, from which training continues as if it had not stopped. Raises Interrupted.
     """
-    loaders = make_loaders(messages, experiment.batch_size)
-    evaluator = Evaluator(classifier, messages, loaders, experiment.ignore_index, state.history, console)
+    loaders, history = make_loaders(messages, experiment.batch_size), state.history
+
+    def of_first_messages(measure):
+        """What `measure` makes of the Predictions of the first training and the first validation messages."""
+        splits = ("train", "validation")
+        return [measure(predict_batches(classifier, messages[s], loaders[s], EVALUATE_BATCHES)) for s in splits]
+
+    def evaluate_losses(steps):
+        for step in steps:
+            if step % EVALUATE_EVERY == 0:
+                losses = of_first_messages(lambda predictions: mean_loss(predictions, experiment.ignore_index))
+                console.info(history.add_losses(epoch, step, *losses))
+
     per_epoch = len(loaders["train"])
     classifier.train()
     progress = console.progress("training", experiment.num_epochs * per_epoch, "batch", state.batches_done)
     with checkpoint.signals_noted(), progress as bar:
-        for epoch in range(len(state.history.train_accuracies) + 1, experiment.num_epochs + 1):
+        for epoch in range(len(history.train_accuracies) + 1, experiment.num_epochs + 1):
             done = state.batches_done - (epoch - 1) * per_epoch
             if done == 0:
                 state.order = torch.cat(list(loaders["train"]))
@@ -531,43 +542,18 @@ def train(classifier, messages, experiment, state, checkpoint, console):
             for window in windows(batches, experiment.accumulation_steps):
                 accumulate_gradients(classifier, messages["train"], window, experiment)
                 last_step = state.batches_done + len(window) - 1
-                evaluator.evaluate_losses(epoch, range(state.batches_done, last_step))  # before the update
+                evaluate_losses(range(state.batches_done, last_step))  # before the update
                 state.optimizer.step()
                 state.optimizer.zero_grad()
                 state.batches_done = last_step + 1
-                evaluator.evaluate_losses(epoch, [last_step])
+                evaluate_losses([last_step])
                 checkpoint.save_if_due(state)
                 bar.update(len(window))
-            evaluator.evaluate_accuracies()
+            console.info(history.add_accuracies(*of_first_messages(accuracy)))
             checkpoint.save_if_due(state, is_end_of_epoch=True)
 
 
 # --- evaluation ---
-
-
-class Evaluator:
-    """Losses and accuracies during training, on the first batches of the training and the validation messages."""
-
-    def __init__(self, classifier, messages, loaders, ignore_index, history, console):
-        self.classifier, self.messages, self.loaders = classifier, messages, loaders
-        self.ignore_index, self.history, self.console = ignore_index, history, console
-
-    def predict_first(self, split):
-        """The Predictions of the first batches of a split."""
-        return predict_batches(self.classifier, self.messages[split], self.loaders[split], EVALUATE_BATCHES)
-
-    def evaluate_losses(self, epoch, steps):
-        """Add to the history the losses at those of `steps` at which an evaluation is due."""
-        for step in steps:
-            if step % EVALUATE_EVERY == 0:
-                train_loss = mean_loss(self.predict_first("train"), self.ignore_index)
-                val_loss = mean_loss(self.predict_first("validation"), self.ignore_index)
-                self.console.info(self.history.add_losses(epoch, step, train_loss, val_loss))
-
-    def evaluate_accuracies(self):
-        """Add to the history the accuracies after an epoch."""
-        train, validation = accuracy(self.predict_first("train")), accuracy(self.predict_first("validation"))
-        self.console.info(self.history.add_accuracies(train, validation))
 
 
 def predict(classifier, messages, indices):
