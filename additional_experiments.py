@@ -220,13 +220,6 @@ class LinearWithLoRA(nn.Module):
         out.view(-1, out.shape[-1]).addmm_(low_rank.flatten(0, -2), self.B.to(low_rank.dtype), alpha=self.alpha)
         return out
 
-    @torch.no_grad()
-    def merged(self):
-        """One nn.Linear of the same function: its weight plus the product, worked out in float64."""
-        product = self.alpha * (self.A.double() @ self.B.double())
-        self.linear.weight.data = (self.linear.weight.double() + product.T).to(self.linear.weight.dtype)
-        return self.linear
-
 
 class LinearWithMergedLoRA(LinearWithLoRA):
     """The same function, with the product added to the weight before x is multiplied."""
@@ -244,11 +237,14 @@ def add_lora(module, lora, rank, alpha):
             add_lora(child, lora, rank, alpha)
 
 
+@torch.no_grad()
 def merge_lora(module):
     """The inverse of `add_lora`, which keeps the function: every LinearWithLoRA becomes one nn.Linear."""
     for name, child in module.named_children():
         if isinstance(child, LinearWithLoRA):
-            setattr(module, name, child.merged())
+            product = child.alpha * (child.A.double() @ child.B.double())
+            child.linear.weight.data = (child.linear.weight.double() + product.T).to(child.linear.weight.dtype)
+            setattr(module, name, child.linear)
         else:
             merge_lora(child)
 
