@@ -80,25 +80,20 @@ def no_download(monkeypatch):
     monkeypatch.setattr(gpt_download, "fetch_collection", lambda *_: pytest.fail("the collection was asked for"))
 
 
-ADVICE = "make an empty folder to have the collection downloaded into it, or put train.csv, validation.csv"
-
-
 @pytest.mark.parametrize("folder", ["missing", "link", "other files"])
 def test_a_folder_from_which_somebody_expects_other_data(no_download, tmp_path, folder):
     """Nobody is to train on the collection because of a mistyped name."""
-    path = tmp_path / "data"
-    if folder == "link":
-        path.symlink_to(tmp_path / "nowhere")
-    if folder == "other files":
-        path.mkdir()
-        (path / "train.csv.gz").touch()
-    with pytest.raises(UserError, match=f"^--data_dir {path} .*; {ADVICE} and test.csv there, not compressed$"):
+    path = tmp_path / folder
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "other files" / "train.csv.gz").mkdir(parents=True)
+    advice = "make an empty folder to have the collection downloaded into it, or put train.csv, validation.csv"
+    with pytest.raises(UserError, match=f"^--data_dir {path} .*; {advice} and test.csv there, not compressed$"):
         datasets.load_splits(path, "uci")
 
 
-def test_files_that_cannot_be_read_are_no_reason_for_a_download(nano, no_download, data_dir, capsys):
+def test_links_that_lead_nowhere_are_no_reason_for_a_download(nano, no_download, data_dir, capsys):
     for split in datasets.SPLITS:
-        (data_dir / f"{split}.csv").unlink()
+        (data_dir / f"{split}.csv").rename(data_dir / split)
         (data_dir / f"{split}.csv").symlink_to(data_dir / "nowhere")
     assert main(nano) != 0
     assert f"No such file or directory: '{data_dir}/train.csv'\n" in capsys.readouterr().err
@@ -209,54 +204,45 @@ def test_sample_is_split_70_10_20_and_balanced(sample_splits):
 
 
 @pytest.fixture
-def collection(tmp_path, monkeypatch):
-    """The sample in place of the collection, alone in a folder."""
-    path = tmp_path / "SMSSpamCollection"
-    path.write_bytes(gpt_download.SAMPLE.read_bytes())
+def sums(tmp_path, monkeypatch):
+    """SHA-256 of the splits of the sample, which is in place of the collection, alone in a folder."""
+    (tmp_path / "SMSSpamCollection").write_bytes(gpt_download.SAMPLE.read_bytes())
     monkeypatch.setattr(gpt_download, "COLLECTION_SHA256", gpt_download.SAMPLE_SHA256)
-    return path
-
-
-@pytest.fixture
-def sums(collection, monkeypatch):
-    contents = {s: frame.to_csv(index=None).encode() for s, frame in gpt_download.balanced_splits(collection).items()}
-    sums = {split: hashlib.sha256(content).hexdigest() for split, content in contents.items()}
+    splits = gpt_download.balanced_splits(gpt_download.SAMPLE)
+    sums = {split: hashlib.sha256(frame.to_csv(index=None).encode()).hexdigest() for split, frame in splits.items()}
     monkeypatch.setattr(gpt_download, "UCI_SPLITS_SHA256", sums)
     return sums
 
 
-def test_other_splits_than_the_published_ones_are_refused(collection, tmp_path):
-    with pytest.raises(UserError, match="splits the collection differently"):
-        datasets.load_splits(tmp_path, "uci")
-    assert list(tmp_path.iterdir()) == [collection]
-
-
-def test_collection_is_split_and_written_once(collection, sums, tmp_path):
-    """A run that was killed between two files is completed."""
+def test_collection_is_split_and_written_once(sums, tmp_path):
+    """A run that was killed between two files is completed. The user's own files are left alone."""
     first, name = datasets.load_splits(tmp_path, "uci")
     assert name == "uci" and {split: sha256_of(tmp_path / f"{split}.csv") for split in sums} == sums
     (tmp_path / "test.csv").unlink()
     assert datasets.load_splits(tmp_path, "uci")[1] == "uci" and sha256_of(tmp_path / "test.csv") == sums["test"]
-    collection.unlink()  # not looked at any more
+    (tmp_path / "SMSSpamCollection").rename(tmp_path / "other")  # not looked at any more
     again, name = datasets.load_splits(tmp_path, "uci")
     assert name == "uci" and datasets.sha256_of_splits(again) == datasets.sha256_of_splits(first)
+    (tmp_path / "other").rename(tmp_path / "SMSSpamCollection")
+    (tmp_path / "test.csv").write_text("my own")
+    gpt_download.make_uci_splits(tmp_path)
+    assert (tmp_path / "test.csv").read_text() == "my own"
 
 
-def test_a_folder_that_cannot_be_written_to(collection, sums, tmp_path, monkeypatch):
+def test_a_folder_that_cannot_be_written_to(sums, tmp_path, monkeypatch):
     def refuse(*_):
         raise PermissionError
 
     monkeypatch.setattr(os, "replace", refuse)
     splits, name = datasets.load_splits(tmp_path, "uci")
-    assert name == "uci" and len(splits["train"]) == 840 and list(tmp_path.iterdir()) == [collection]
+    assert name == "uci" and len(splits["train"]) == 840 and len(list(tmp_path.iterdir())) == 1
 
 
 def test_folders_that_the_collection_is_downloaded_into(monkeypatch):
     monkeypatch.setattr(gpt_download, "fetch_collection", lambda *_: gpt_download.SAMPLE)
     with pytest.raises(UserError, match="splits the collection differently"):
         datasets.load_splits(datasets.DEFAULT_DATA_DIR, "uci")
-    Path(datasets.DEFAULT_DATA_DIR).mkdir()
-    Path(datasets.DEFAULT_DATA_DIR, "notes.txt").touch()
+    Path(datasets.DEFAULT_DATA_DIR, "notes").mkdir(parents=True)
     Path("other", datasets.FEATURES).mkdir(parents=True)
     for folder in (datasets.DEFAULT_DATA_DIR, "other"):
         with pytest.raises(UserError, match="splits the collection differently"):

@@ -158,8 +158,7 @@ class FrozenFeatures:
         choice, size = self.experiment.features, feature_bytes(classifier, messages)
         if choice in ("disk", "off"):
             return choice
-        fits_on_disk = self.files and 4 * math.prod(shape_of_states(classifier, messages)) <= self.files.max_bytes
-        placement = "host" if choice == "memory" else "disk" if fits_on_disk else "off"
+        placement = "host" if choice == "memory" else "disk" if self.files else "off"
         for memory, holder in (("host", CPU), ("device", device)):
             if size <= (free_for_each(holder) - (reserved if holder == device else 0)) / 2:
                 placement = memory
