@@ -359,7 +359,8 @@ def main(argv=None):
 
     def fetch():
         os.makedirs(args.data_dir, exist_ok=True)
-        make_uci_splits(args.data_dir)
+        if not all(Path(args.data_dir, f"{split}.csv").exists() for split in SPLITS):
+            make_uci_splits(args.data_dir)
         print(args.data_dir)
         for size in args.model_size:
             print(fetch_weights(size))

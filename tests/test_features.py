@@ -16,12 +16,11 @@ import pytest
 import torch
 from conftest import TINY, TINY_SIZE
 from filelock import FileLock
-from helpers import CPU, finish_together, no_file_above, processes, save_random_weights
+from helpers import CPU, QUIET, finish_together, no_file_above, processes, save_random_weights
 
 import additional_experiments as ae
 from gpt_download import Weights, find_weights
 from previous_chapters import GPT_SIZES, TransformerBlock
-from runner.console import Console
 from runner.data import features
 from runner.data.feature_files import FeatureFiles
 from runner.data.features import FrozenFeatures
@@ -51,26 +50,17 @@ def made_for(experiment, sample_splits):
     return classifier, ae.encode(ae.load_vocabulary(), splits, experiment)[0]
 
 
-class Told(Console):
-    """A console that keeps its lines and warnings."""
-
-    def __init__(self):
-        super().__init__(quiet=True)
-        self.lines, self.warnings = [], []
-
-    def info(self, line):
-        self.lines.append(line)
-
-    def warning(self, line):
-        self.warnings.append(line)
+def console_of(info, warning):
+    """A console that passes its lines and warnings to these functions."""
+    return SimpleNamespace(info=info, warning=warning, progress=QUIET.progress)
 
 
-def make(experiment, classifier, messages, cache, **run_options):
+def make(experiment, classifier, messages, cache, weights=Weights(TINY, "random"), **run_options):
     """(features, what was told, warnings) of a FrozenFeatures of its own."""
-    console, weights = Told(), run_options.pop("weights", Weights(TINY, "random"))
+    lines, warnings = [], []
+    console = console_of(lines.append, warnings.append)
     frozen = FrozenFeatures(experiment, ae.RunOptions(feature_cache=str(cache), **run_options), weights, console)
-    made = frozen.of(classifier, messages, experiment.seed)
-    return made, told(console.lines[-1]), console.warnings
+    return frozen.of(classifier, messages, experiment.seed), told(lines[-1]), warnings
 
 
 def told(text):
@@ -168,7 +158,7 @@ def test_seconds_are_those_of_the_first_computation(tiny, tmp_path, monkeypatch)
     found = []
     for n_frozen in (2, 3, 3):
         monkeypatch.setattr(classifier, "n_frozen_blocks", n_frozen)
-        frozen = FrozenFeatures(experiment, ae.RunOptions(feature_cache=str(tmp_path)), Weights(TINY, "random"), Told())
+        frozen = FrozenFeatures(experiment, ae.RunOptions(feature_cache=str(tmp_path)), Weights(TINY, "random"), QUIET)
         frozen.of(classifier, messages, experiment.seed)
         found.append(frozen.seconds)
     assert found == [9.0, 13.5, 13.5]  # three passes, one for each split, through two blocks, and then one more
@@ -291,23 +281,25 @@ def start(folder):
     return process
 
 
-def test_who_waits_says_so_and_reads_what_was_written_meanwhile(tiny, tmp_path, monkeypatch):
+def test_who_waits_says_so_and_reads_what_was_written_meanwhile(tiny, tmp_path):
+    experiment, classifier, messages = tiny
     make(*tiny, tmp_path / "kept")
     [path] = (tmp_path / "kept").iterdir()
     path.rename(tmp_path / path.name)
     lock, lines = FileLock(re.sub(r"-[\d.]+s\.npy", ".lock", str(path))), []
     lock.acquire()
 
-    def end_waiting(self, line):
-        self.lines.append(line)
-        if "waiting" in line:
-            lines.append(line)
+    def end_waiting(line):
+        lines.append(line)
+        if len(lines) == 1:
             (tmp_path / path.name).rename(path)
             lock.release()
 
-    monkeypatch.setattr(Told, "info", end_waiting)
-    assert make(*tiny, tmp_path / "kept")[1].startswith("read from ")
-    assert lines == ["Frozen features: waiting for another run, which computes them"]
+    console = console_of(end_waiting, lines.append)
+    run_options = ae.RunOptions(feature_cache=str(tmp_path / "kept"))
+    FrozenFeatures(experiment, run_options, Weights(TINY, "random"), console).of(classifier, messages, 123)
+    assert lines[0] == "Frozen features: waiting for another run, which computes them"
+    assert told(lines[1]).startswith("read from ")
 
 
 @pytest.mark.parametrize("is_killed", [False, True])
@@ -394,9 +386,10 @@ def test_memory_is_counted_for_each_process(tiny, monkeypatch):
     with torch.device("meta"):
         classifier = ae.build_classifier(experiment, 2)
     for shard, needed, parts in (False, "0.12", ("0.03", "0.03", "0.06")), (True, "0.06", ("0.01", "0.01", "0.03")):
-        frozen = FrozenFeatures(experiment, ae.RunOptions(shard=shard), Weights(TINY, "random"), console := Told())
+        console = console_of(None, (warnings := []).append)
+        frozen = FrozenFeatures(experiment, ae.RunOptions(shard=shard), None, console)
         frozen.warn_if_memory_is_short(classifier, tiny[2], CPU)
-        [warning] = console.warnings
+        [warning] = warnings
         assert warning.startswith(f"each process needs {needed} GB and 0.01 GB are free: weights ")
         assert tuple(re.findall(r"(?:weights|gradients|optimizer) (\S+) GB", warning)) == parts
 

@@ -52,10 +52,7 @@ class FeatureFiles:
 
     @contextmanager
     def turn(self, part, console):
-        """Within it no other process writes to the file `part`, and after it nothing is there. Raises OSError.
-
-        Waits for a process that does, and says so.
-        """
+        """Within it no other process writes to `part`: waits for one that does. After it nothing is there."""
         self.folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(part.with_suffix(".lock"))
         try:
@@ -73,11 +70,8 @@ class FeatureFiles:
             lock.release()
 
     def create(self, part, shape):
-        """A new file for a matrix (n, D), as a tensor to be filled. Raises OSError where the disk is full.
-
-        The file is filled with zeros now: if the disk were full later, writing to the map would kill the process.
-        """
-        row = bytes(4 * shape[1])
+        """A new file for a matrix (n, D), as a tensor to be filled. Raises OSError where the disk is full."""
+        row = bytes(4 * shape[1])  # if the disk were full later, writing to the map would kill the process
         self.make_room(shape[0] * len(row))
         with open(part, "wb") as file:
             np.lib.format.write_array_header_1_0(file, dict(descr="<f4", fortran_order=False, shape=shape))
