@@ -86,8 +86,7 @@ def test_a_folder_from_which_somebody_expects_other_data(no_download, tmp_path, 
     path = tmp_path / folder
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     (tmp_path / "other files" / "train.csv.gz").mkdir(parents=True)
-    advice = "make an empty folder to have the collection downloaded into it, or put train.csv, validation.csv"
-    with pytest.raises(UserError, match=f"^--data_dir {path} .*; {advice} and test.csv there, not compressed$"):
+    with pytest.raises(UserError, match=f"^--data_dir {path} does not exist, or holds other files than train.csv"):
         datasets.load_splits(path, "uci")
 
 

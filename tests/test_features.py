@@ -398,23 +398,25 @@ def test_memory_is_counted_for_each_process(tiny, monkeypatch):
 
 
 def fill(files, number, age):
-    """A file of 1000 float32 numbers, last used `age` seconds ago."""
+    """A file of 10,000 float32 numbers, for which the disk had room from the start, last used `age` seconds ago."""
     part = files.folder / f"{number:016x}-03-blocks.part"
-    files.create(part, (10, 100))[:] = number
+    rows = files.create(part, (100, 100))
+    assert getattr(part.stat(), "st_blocks", 100) * 512 >= 40_000  # unknown on Windows
+    rows[:] = number
     path = files.publish(part, seconds=1.0)
     os.utime(path, (time.time() - age,) * 2)
     return path
 
 
 def test_the_least_recently_used_files_of_this_program_are_removed(tiny, tmp_path):
-    files = FeatureFiles(tmp_path, 3.5 * (4000 + 128))
+    files = FeatureFiles(tmp_path, 3.5 * (40_000 + 128))
     killed, other = tmp_path / f"{0xA:016x}-11-blocks.part", tmp_path / "weights.npy"
     for path in (killed, other):
         path.write_bytes(bytes(1_000_000))
         os.utime(path, (0, 0))
     paths = [fill(files, number, age) for number, age in enumerate((10, 30, 20))]
     assert not killed.exists()
-    files.open(paths[1], {"train": replace(tiny[2]["train"], x=torch.zeros(10))})  # the oldest is used again
+    files.open(paths[1], {"train": replace(tiny[2]["train"], x=torch.zeros(100))})  # the oldest is used again
     fill(files, 3, 0)
     assert [path.exists() for path in paths] == [True, True, False]
     fill(files, 4, 0)

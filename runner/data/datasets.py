@@ -69,14 +69,13 @@ def load_splits(data_dir, dataset):
     if not is_uci:
         found = " and ".join(path.name for path in present.values())
         raise UserError(f"--data_dir {data_dir} holds {found} alone; your own data needs all three files")
-    if str(data_dir) != DEFAULT_DATA_DIR:  # which is made, whatever else is in it
-        problem = None if os.path.isdir(data_dir) else "does not exist"
-        names = [] if problem else [name for name in os.listdir(data_dir) if name[0] != "." and name != FEATURES]
-        if names and not present and not set(names) & set(gpt_download.COLLECTION_NAMES):
-            problem = f"holds {min(names)}, but no data of this program"
-        if problem:
-            advice = "make an empty folder to have the collection downloaded into it, or put train.csv, validation.csv"
-            raise UserError(f"--data_dir {data_dir} {problem}; {advice} and test.csv there, not compressed")
+    if not present and str(data_dir) != DEFAULT_DATA_DIR:  # which is made, and may hold other files
+        names = set(os.listdir(data_dir)) - {FEATURES} if os.path.isdir(data_dir) else {"no folder"}
+        if {name for name in names if name[0] != "."} and names.isdisjoint(gpt_download.COLLECTION_NAMES):
+            problem = (
+                "does not exist, or holds other files than train.csv, validation.csv and test.csv (not compressed)"
+            )
+            raise UserError(f"--data_dir {data_dir} {problem}; the collection is downloaded into an empty folder")
     return gpt_download.make_uci_splits(data_dir), "uci"
 
 
