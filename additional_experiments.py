@@ -34,7 +34,7 @@ from runner import options
 from runner.console import Console, describe_model, describe_setup, exit_status, prepare_streams
 from runner.data import datasets
 from runner.data.datasets import DEFAULT_DATA_DIR, SPLITS
-from runner.data.features import FrozenFeatures, compute_features, in_memory
+from runner.data.features import FrozenFeatures, compute_features
 from runner.data.messages import Messages, Stage, cut_and_pad, split_into_passes, tokenize
 from runner.files import NonFiniteError, UserError
 from runner.machine import processes
@@ -854,7 +854,7 @@ def predict_texts(classifier, experiment, texts):
     frame = pd.DataFrame(dict(Text=texts, Label=0))
     messages = encode(load_vocabulary(), {"texts": frame}, experiment)[0]["texts"]
     if classifier.n_frozen_blocks > 0:
-        messages = compute_features(classifier, messages, classifier.frozen_part, in_memory(classifier.device))
+        messages = compute_features(classifier, messages, classifier.frozen_part, classifier.device)
     return predict(classifier, messages, torch.arange(len(messages)))
 
 

@@ -20,6 +20,7 @@ from functools import cache
 from pathlib import Path
 
 import huggingface_hub
+import pandas as pd
 import requests
 import tiktoken
 import torch
@@ -269,6 +270,53 @@ def find_weights(source, model_size):
     return Weights(model_size, source, sha256_of(source), tensors, Path(source), stat)
 
 
+# --- the collection ---
+
+SPLITS = {"train": "Training", "validation": "Validation", "test": "Test"}
+DEFAULT_DATA_DIR = "sms_spam_collection"
+
+# Of the splits of the collection as they are written to --data_dir; other files are the user's own data.
+UCI_SPLITS_SHA256 = {
+    "train": "ec2895b026553ce06475815818c52cf44828af0605b07b257935a194e611195a",
+    "validation": "f92996ef2ae2ed6d6937e96bc7a3f739f2bae59b07d1babd7f3725e473f2d2bd",
+    "test": "f82216f37a6d785b52f99a84a3552dcc9835316018758c2117b2ca133e6c1409",
+}
+
+
+def make_uci_splits(data_dir):
+    """The splits of the collection, which is fetched if need be: {split: DataFrame with columns Label and Text}.
+
+    They are written to the folder `data_dir` where that is possible, but in place of no other file. Raises UserError.
+    """
+    splits = balanced_splits(fetch_collection(data_dir))
+    contents = {split: frame.to_csv(index=None, lineterminator="\n").encode() for split, frame in splits.items()}
+    if {split: hashlib.sha256(content).hexdigest() for split, content in contents.items()} != UCI_SPLITS_SHA256:
+        raise UserError(f"pandas {pd.__version__} splits the collection differently; see requirements.txt")
+    with suppress(OSError):  # a folder that cannot be written to serves as it is: they are made again in a second
+        for split, content in contents.items():
+            if not os.path.lexists(path := Path(data_dir, f"{split}.csv")):
+                write_bytes(path, content)
+    return splits
+
+
+def balanced_splits(path):
+    """70% / 10% / 20% of the spam and as much ham from the collection at `path` (lines of label, tab, text).
+
+    Seed and order of the shuffles are those of the public original. So is the reading: quotes are taken as CSV
+    takes them, and a few messages that begin with one run together with their neighbours.
+    """
+    messages = pd.read_csv(path, sep="\t", header=None, names=["Label", "Text"])
+    spam, ham = (messages[messages["Label"] == label] for label in ("spam", "ham"))
+    balanced = pd.concat([ham.sample(len(spam), random_state=123), spam])
+    for _ in range(2):
+        balanced = balanced.sample(frac=1, random_state=123).reset_index(drop=True)
+    balanced["Label"] = balanced["Label"].map({"ham": 0, "spam": 1})
+    train_end = int(0.7 * len(balanced))
+    validation_end = train_end + int(0.1 * len(balanced))
+    parts = balanced[:train_end], balanced[train_end:validation_end], balanced[validation_end:]
+    return dict(zip(SPLITS, parts))
+
+
 # --- the vocabulary and the sample ---
 
 
@@ -300,8 +348,6 @@ def sample_path():
 
 def main(argv=None):
     """Fetch and check what runs need, and print where it is. Returns the exit status."""
-    from runner.data.datasets import DEFAULT_DATA_DIR, load_splits
-
     sizes = {name.split(" ")[0].removeprefix("gpt2-"): name for name in PRETRAINED}
     parser = argparse.ArgumentParser(description="Fetch and check what runs need, and do nothing else.")
     parser.add_argument("--model_size", nargs="+", choices=sizes, default=["small"], help="default: %(default)s")
@@ -309,7 +355,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     try:
         os.makedirs(args.data_dir, exist_ok=True)
-        load_splits(args.data_dir, "uci")
+        if not all(Path(args.data_dir, f"{split}.csv").exists() for split in SPLITS):
+            make_uci_splits(args.data_dir)
         print(args.data_dir)
         for size in args.model_size:
             print(fetch_weights(sizes[size]))

@@ -134,7 +134,7 @@ def time_fast(classifier, experiment, messages, fast_steps):
 
     predicted, _, steps = counts(experiment, messages)
     n = fast_steps * experiment.batch_size
-    part = {split: take(whole, n if split == "train" else 1) for split, whole in messages.items()}
+    part = {split: whole.select(torch.arange(n if split == "train" else 1)) for split, whole in messages.items()}
     tokens = [sum(int(split.lengths.sum()) for split in splits.values()) for splits in (messages, part)]
     synchronize(device)
     start = time.perf_counter()
@@ -151,18 +151,6 @@ def time_fast(classifier, experiment, messages, fast_steps):
     evaluated = 2 * (min(n, ae.EVALUATE_BATCHES * experiment.batch_size) + 1)  # at step 0 and after the epoch
     evaluated += fast_steps // ae.EVALUATE_EVERY * evaluated // 2
     return feature_seconds + (training - evaluated * per_message) / fast_steps * steps + per_message * predicted
-
-
-def take(messages, n):
-    """The first n of the Messages, as Messages of their own."""
-    lengths = messages.lengths[:n]
-    return replace(
-        messages,
-        x=messages.x[: lengths.sum()],
-        lengths=lengths,
-        positions=messages.positions[:n],
-        labels=messages.labels[:n],
-    )
 
 
 def measure(number, arguments):

@@ -11,7 +11,6 @@ import pytest
 
 import gpt_download
 from previous_chapters import GPT_SIZES
-from runner.data import datasets
 
 # A shell script starts what it puts into the background with Ctrl-C ignored, and children inherit that: without this
 # line the tests of Ctrl-C would fail where the whole suite runs so.
@@ -28,7 +27,7 @@ def tiny_size(monkeypatch):
 
 @pytest.fixture(scope="session")
 def sample_splits():
-    return datasets.balanced_splits(gpt_download.SAMPLE)
+    return gpt_download.balanced_splits(gpt_download.SAMPLE)
 
 
 @pytest.fixture

@@ -189,8 +189,8 @@ def test_memory_that_cannot_be_enough_is_told_item_by_item(nano, monkeypatch, ca
     monkeypatch.setattr(features, "free_for_each", lambda device: 50_000_000)
     assert ae.main([*nano, "--trainable_layers", "all"]) == 0
     assert capfd.readouterr().err == (
-        "warning: this run needs 0.12 GB and 0.05 GB are free: weights 0.03 GB, gradients 0.03 GB, optimizer 0.06 GB, "
-        "frozen features 0.00 GB\n"
+        "warning: each process needs 0.12 GB and 0.05 GB are free: weights 0.03 GB, gradients 0.03 GB, "
+        "optimizer 0.06 GB, frozen features 0.00 GB\n"
     )
 
 

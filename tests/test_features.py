@@ -3,7 +3,6 @@
 import os
 import random
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -17,17 +16,16 @@ import pytest
 import torch
 from conftest import TINY, TINY_SIZE
 from filelock import FileLock
-from helpers import encoded, finish_together, no_file_above, processes, save_random_weights
-from safetensors.torch import load_file
+from helpers import CPU, QUIET, finish_together, no_file_above, processes, save_random_weights
 
 import additional_experiments as ae
 from gpt_download import Weights, find_weights
 from previous_chapters import GPT_SIZES, TransformerBlock
-from runner.console import Console
-from runner.data import feature_files, features
+from runner.data import features
 from runner.data.feature_files import FeatureFiles
 from runner.data.features import FrozenFeatures
 from runner.data.messages import Stage, split_into_passes
+from runner.files import UserError
 
 
 @pytest.fixture(autouse=True)
@@ -35,16 +33,34 @@ def keep_what_took_no_time(monkeypatch):
     monkeypatch.setattr(features, "MIN_SECONDS", 0)
 
 
-@pytest.fixture
-def block_calls(monkeypatch):
-    """Grows by one with each forward pass of a block; on frozen features a trained last block has another one."""
-    calls, forward = [], TransformerBlock.forward
-    monkeypatch.setattr(TransformerBlock, "forward", lambda self, *rest: calls.append(self) or forward(self, *rest))
-    return calls
+@pytest.fixture(scope="module")
+def tiny(sample_splits):
+    """(experiment, classifier, messages) of three frozen blocks, in messages of different lengths."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(GPT_SIZES, TINY, TINY_SIZE)
+        experiment = ae.Experiment(model_size=TINY, weights="random", device="cpu", no_padding=True)
+        yield experiment, *made_for(experiment, sample_splits)
 
 
-def files_in(folder):
-    return sorted(path.name for path in Path(folder).iterdir())
+def made_for(experiment, sample_splits):
+    """(classifier, messages) of an experiment: 80 messages of at most 30 letters."""
+    splits = {split: frame.head(n) for (split, frame), n in zip(sample_splits.items(), (50, 10, 20))}
+    splits = {split: frame.assign(Text=frame["Text"].str[:30]) for split, frame in splits.items()}
+    classifier = ae.optimize_frozen_blocks(ae.build_classifier(experiment, 2))
+    return classifier, ae.encode(ae.load_vocabulary(), splits, experiment)[0]
+
+
+def console_of(info, warning):
+    """A console that passes its lines and warnings to these functions."""
+    return SimpleNamespace(info=info, warning=warning, progress=QUIET.progress)
+
+
+def make(experiment, classifier, messages, cache, weights=Weights(TINY, "random"), **run_options):
+    """(features, what was told, warnings) of a FrozenFeatures of its own."""
+    lines, warnings = [], []
+    console = console_of(lines.append, warnings.append)
+    frozen = FrozenFeatures(experiment, ae.RunOptions(feature_cache=str(cache), **run_options), weights, console)
+    return frozen.of(classifier, messages, experiment.seed), told(lines[-1]), warnings
 
 
 def told(text):
@@ -57,29 +73,8 @@ def numbers(text):
     return [line for line in text.splitlines() if " loss " in line or " accuracy: " in line]
 
 
-class Told(Console):
-    """A console that keeps its lines and warnings."""
-
-    def __init__(self):
-        super().__init__(quiet=True)
-        self.lines, self.warnings = [], []
-        self.info, self.warning = self.lines.append, self.warnings.append
-
-
-def make(classifier, messages, experiment, cache, choice="auto", weights=None):
-    """(features, what was told, warnings) of a FrozenFeatures of its own."""
-    console, weights = Told(), weights or Weights(experiment.model_size, "random")
-    run_options = ae.RunOptions(feature_cache=str(cache))
-    frozen = FrozenFeatures(replace(experiment, features=choice), run_options, weights, console)
-    made = frozen.of(classifier, messages, experiment.seed)
-    return made, told(console.lines[-1]), console.warnings
-
-
-@pytest.fixture
-def tiny(options):
-    """(experiment, classifier, messages) of three frozen blocks, in messages of different lengths."""
-    experiment, *_ = ae.parse_args([*options, "--no_padding"])
-    return experiment, ae.optimize_frozen_blocks(ae.build_classifier(experiment, 2)), encoded(experiment)
+def files_in(folder):
+    return sorted(path.name for path in Path(folder).iterdir())
 
 
 # --- to the bit ---
@@ -87,86 +82,72 @@ def tiny(options):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("layers", ["last_layer", "last_block", "last_two_blocks"])
-def test_read_continued_and_computed_features_are_the_same_to_the_bit(options, tmp_path, layers, precision):
-    """For positions, masks, padding and pooling; on disk, what is made of them is the same."""
-    experiment, *_ = ae.parse_args([*options, "--trainable_layers", layers, "--precision", precision])
-    for position, switch in (("last", ""), ("first", ""), ("flexible", "no_padding"), ("last", "disable_causal_mask")):
-        changed = replace(experiment, trainable_token_pos=position, average_embeddings=switch == "disable_causal_mask")
-        changed = replace(changed, **{switch: True} if switch else {})
-        messages = encoded(changed)
-        classifier = ae.optimize_frozen_blocks(ae.build_classifier(changed, 2))
-        expected, how, _ = make(classifier, messages, changed, "")
-        assert how.startswith("computed in 0 s; ")
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(no_padding=False),
+        dict(no_padding=False, trainable_token_pos="first"),
+        dict(trainable_token_pos="flexible"),
+        dict(no_padding=False, disable_causal_mask=True, average_embeddings=True),
+    ],
+)
+def test_read_continued_and_computed_features_are_the_same(tiny, sample_splits, tmp_path, layers, precision, changes):
+    """On disk, what is made of them is the same."""
+    experiment = replace(tiny[0], trainable_layers=layers, precision=precision, **changes)
+    classifier, messages = made_for(experiment, sample_splits)
+    expected, how, _ = make(experiment, classifier, messages, "")
+    assert how.startswith("computed in 0 s; ")
 
-        cache = tmp_path / f"{position} {switch}"
-        n_frozen, n_full = classifier.n_frozen_blocks, classifier.n_full_blocks
-        classifier.n_frozen_blocks = n_full - 1  # so that less is kept than is needed
-        make(classifier, messages, changed, cache)
-        classifier.n_frozen_blocks = n_frozen
-        for begin in (f"continued from {n_full - 1} blocks in 0 s and kept in", "read from "):
-            found, how, warnings = make(classifier, messages, changed, cache)
-            assert how.startswith(begin) and warnings == []
-            for split, part in expected.items():
-                assert found[split].stage is part.stage and found[split].lengths.equal(part.lengths)
-                assert found[split].x.dtype == part.x.dtype and found[split].x.equal(part.x)
-                assert part.residual is None or found[split].residual.equal(part.residual)
-
-        on_disk, how, _ = make(classifier, messages, changed, cache, "disk")
-        assert how.endswith(" on disk") == (on_disk["train"].stage is Stage.HIDDEN_STATES) == (layers != "last_layer")
+    n_frozen, n_full = classifier.n_frozen_blocks, classifier.n_full_blocks
+    classifier.n_frozen_blocks = n_full - 1  # so that less is kept than is needed
+    make(experiment, classifier, messages, tmp_path)
+    classifier.n_frozen_blocks = n_frozen
+    for begin in (f"continued from {n_full - 1} blocks in 0 s and kept in", "read from "):
+        found, how, warnings = make(experiment, classifier, messages, tmp_path)
+        assert how.startswith(begin) and warnings == []
         for split, part in expected.items():
-            everything = torch.arange(len(part))
-            assert ae.predict(classifier, on_disk[split], everything).equal(ae.predict(classifier, part, everything))
+            assert found[split].stage is part.stage and found[split].lengths.equal(part.lengths)
+            assert found[split].x.dtype == part.x.dtype and found[split].x.equal(part.x)
+            assert part.residual is None or found[split].residual.equal(part.residual)
+
+    on_disk, how, _ = make(replace(experiment, features="disk"), classifier, messages, tmp_path)
+    assert how.endswith(" on disk") == (on_disk["train"].stage is Stage.HIDDEN_STATES) == (layers != "last_layer")
+    for split, part in expected.items():
+        everything = torch.arange(len(part))
+        assert ae.predict(classifier, on_disk[split], everything).equal(ae.predict(classifier, part, everything))
 
 
-@pytest.mark.parametrize("changes", ["", "--trainable_layers last_two_blocks --precision bf16 --no_padding"])
-def test_whole_runs_are_the_same_to_the_bit(options, capfd, changes):
-    """Losses, accuracies and classifier of runs without kept features, that write them, and that read them."""
-    ways = ("", "cache", "cache", "cache --features disk", "cache --features off")
-    runs = []
-    for number, way in enumerate(ways):
-        further = f"--num_epochs 1 --save_model {number}.safetensors --feature_cache"
-        assert ae.main([*options, *changes.split(), *further.split(), *(way.split() or [""])]) == 0
-        out, err = capfd.readouterr()
-        assert err == ""
-        runs.append((told(out).split()[0], numbers(out), load_file(f"{number}.safetensors")))
-    assert [how for how, *_ in runs] == ["computed", "computed", "read", "read", "recomputed"]
-    for _, lines, tensors in runs[1:4]:
-        assert lines == runs[0][1]
-        assert all(tensors[name].equal(tensor) for name, tensor in runs[0][2].items())
-
-
-def test_rows_share_what_they_have_in_common(options, tmp_path, capfd, block_calls):
+def test_rows_share_what_they_have_in_common(options, tmp_path, monkeypatch, capfd):
     """After row 4: row 1 computes one block, then rows 3, 18, 19 and other settings none but for the test of a pass."""
-    weights = save_random_weights(tmp_path / "weights", emb_dim=16)
-    options[options.index("random")] = weights
+    calls, forward = [], TransformerBlock.forward  # of a trained last block, on frozen features, it is another one
+    monkeypatch.setattr(TransformerBlock, "forward", lambda self, *rest: calls.append(self) or forward(self, *rest))
+    options[options.index("random")] = save_random_weights(tmp_path / "weights", emb_dim=16)
 
     def run(*further):
-        block_calls.clear()
+        calls.clear()
         assert ae.main([*options, "--num_epochs", "1", *further]) == 0
         return told(capfd.readouterr().out)
 
     assert run("--trainable_layers", "last_two_blocks").startswith("computed in 0 s and kept in ")
     assert run().startswith("continued from 2 blocks in 0 s and kept in ")
-    assert len(block_calls) == 6  # one pass of two blocks, one to foresee the time, one for each split
-    for further in ("--ignore_index 50256", "--learning_rate 1e-3", "--seed 7", "--batch_size 3", "--weight_decay 0"):
-        assert run(*further.split()).startswith("read from ") and len(block_calls) == 3
+    assert len(calls) == 6  # one pass of two blocks, one to foresee the time, one for each split
+    further = "--ignore_index 50256 --learning_rate 1e-3 --seed 7 --batch_size 3 --weight_decay 0"
+    assert run(*further.split()).startswith("read from ") and len(calls) == 3
     assert "-03-blocks-" in run("--trainable_layers", "last_layer")
     assert run("--average_embeddings").startswith("read from ")
     assert "-02-blocks-" in run("--trainable_layers", "last_two_blocks")
     assert len(files_in(tmp_path / "features")) == 2
 
 
-def test_features_that_took_less_than_five_seconds_are_not_kept(options, tmp_path, monkeypatch, capfd):
+def test_features_that_took_less_than_five_seconds_are_not_kept(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(features, "MIN_SECONDS", 5)
-    assert ae.main(options) == 0
-    assert told(capfd.readouterr().out) == "computed in 0 s; 0.00 GB in cpu memory"
-    assert not (tmp_path / "features").exists()  # nothing is left where nothing is kept
+    assert make(*tiny, tmp_path / "features")[1] == "computed in 0 s; 0.00 GB in cpu memory"
+    assert not (tmp_path / "features").exists()
 
 
 def test_seconds_are_those_of_the_first_computation(tiny, tmp_path, monkeypatch):
     experiment, classifier, messages = tiny
-    clock = [0.0]
-    forward = TransformerBlock.forward
+    clock, forward = [0.0], TransformerBlock.forward
     monkeypatch.setattr(features, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
 
     def slow(self, *rest):
@@ -176,19 +157,14 @@ def test_seconds_are_those_of_the_first_computation(tiny, tmp_path, monkeypatch)
     monkeypatch.setattr(TransformerBlock, "forward", slow)
     found = []
     for n_frozen in (2, 3, 3):
-        classifier.n_frozen_blocks = n_frozen
-        frozen = FrozenFeatures(experiment, ae.RunOptions(feature_cache=str(tmp_path)), Weights(TINY, "random"), Told())
+        monkeypatch.setattr(classifier, "n_frozen_blocks", n_frozen)
+        frozen = FrozenFeatures(experiment, ae.RunOptions(feature_cache=str(tmp_path)), Weights(TINY, "random"), QUIET)
         frozen.of(classifier, messages, experiment.seed)
         found.append(frozen.seconds)
     assert found == [9.0, 13.5, 13.5]  # three passes, one for each split, through two blocks, and then one more
 
 
 # --- what is kept is used only where it is what would be computed ---
-
-
-def change_token(messages):
-    messages["test"].x[-1] += 1
-    return messages
 
 
 def change_boundary(messages):
@@ -198,36 +174,35 @@ def change_boundary(messages):
     return messages | {"train": replace(messages["train"], lengths=lengths, positions=lengths - 1)}
 
 
-CIRCUMSTANCES = {
-    "seed": dict(seed=124),
-    "model size": dict(model_size="gpt2-other"),
-    "causal mask": dict(disable_causal_mask=True),
-    "precision": dict(precision="bf16"),
-    "token": change_token,
-    "boundary": change_boundary,
-    "device": (features, "describe_device", lambda device: "other"),
-    "processor": (torch.backends.cpu, "get_cpu_capability", lambda: "other"),
-    "threads": (torch, "get_num_threads", lambda: 77),
-    "PyTorch": (torch, "__version__", "2.99.0"),
-}
-
-
-@pytest.mark.parametrize("name", CIRCUMSTANCES)
-def test_other_circumstances_find_nothing(tiny, tmp_path, monkeypatch, name):
-    monkeypatch.setitem(GPT_SIZES, "gpt2-other", TINY_SIZE)
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(seed=124),
+        dict(model_size="gpt2-other"),
+        dict(disable_causal_mask=True),
+        dict(precision="bf16"),
+        lambda messages: messages | {"test": replace(messages["test"], x=messages["test"].x + 1)},
+        change_boundary,
+        (features, "describe_device", lambda device: "other"),
+        (torch.backends.cpu, "get_cpu_capability", lambda: "other"),
+        (torch, "get_num_threads", lambda: 77),
+        (torch, "__version__", "2.99.0"),
+    ],
+)
+def test_other_circumstances_find_nothing(tiny, sample_splits, tmp_path, monkeypatch, change):
+    monkeypatch.setitem(GPT_SIZES, "gpt2-other", TINY_SIZE | dict(n_heads=2))
     experiment, classifier, messages = tiny
-    make(classifier, messages, experiment, tmp_path / "kept")
-    match CIRCUMSTANCES[name]:
-        case dict(changes):
-            experiment = replace(experiment, **changes)
-            classifier, messages = ae.optimize_frozen_blocks(ae.build_classifier(experiment, 2)), encoded(experiment)
-        case tuple(patched):
-            monkeypatch.setattr(*patched)
-        case change:
-            messages = change(messages)
+    make(*tiny, tmp_path)
+    if isinstance(change, dict):
+        experiment = replace(experiment, **change)
+        classifier, messages = made_for(experiment, sample_splits)
+    elif isinstance(change, tuple):
+        monkeypatch.setattr(*change)
+    else:
+        messages = change(messages)
     for how in ("computed in 0 s and kept in ", "read from "):
-        assert make(classifier, messages, experiment, tmp_path / "kept")[1].startswith(how)
-    assert len(files_in(tmp_path / "kept")) == 2
+        assert make(experiment, classifier, messages, tmp_path)[1].startswith(how)
+    assert len(files_in(tmp_path)) == 2
 
 
 def test_the_key_counts_all_code_that_computes(tiny, monkeypatch):
@@ -238,49 +213,16 @@ def test_the_key_counts_all_code_that_computes(tiny, monkeypatch):
 
 
 def test_a_weights_file_is_known_by_its_content(tiny, tmp_path):
-    experiment, classifier, messages = tiny
+    """Where it changes meanwhile, the run ends and nothing is kept."""
     path = Path(save_random_weights(tmp_path / "weights", emb_dim=16))
     weights = find_weights(str(path), TINY)
+    assert make(*tiny, tmp_path / "kept", weights=weights)[1].startswith("computed in ")
     moved = find_weights(str(path.rename(tmp_path / "moved.safetensors")), TINY)
-    weights.path, other = None, replace(moved, sha256="other")  # nothing is to ask whether the file was changed
-    for given, how in (weights, "computed in "), (moved, "read from "), (other, "computed in "):
-        assert make(classifier, messages, experiment, tmp_path / "kept", weights=given)[1].startswith(how)
-
-
-def test_a_weights_file_that_changes_meanwhile_ends_the_run(options, tmp_path, monkeypatch, capfd):
-    path = Path(save_random_weights(tmp_path / "weights", emb_dim=16))
-    options[options.index("random")] = str(path)
-    capfd.readouterr()
-    compute = features.compute_features
-
-    def compute_and_change(*rest):
-        content = bytearray(path.read_bytes())
-        content[-1] ^= 1
-        path.write_bytes(content)
-        return compute(*rest)
-
-    monkeypatch.setattr(features, "compute_features", compute_and_change)
-    assert ae.main(options) == 1
-    assert capfd.readouterr().err == f"error: the weights file {path} was changed while this run used it\n"
-    assert files_in(tmp_path / "features") == []
-
-
-def test_a_value_that_differs_is_found_wherever_it_is_in_the_pass(tiny, tmp_path, monkeypatch):
-    """In the last bit, as what products give in another environment, of which the key knows nothing."""
-    monkeypatch.setattr(features.secrets, "choice", lambda passes: [one for one in passes if one[0] == "train"][-1])
-    experiment, classifier, messages = tiny
-    *_, indices = split_into_passes(messages["train"].lengths, torch.device("cpu"))
-    rows, is_real = messages["train"].token_indices(indices)
-    rows = rows[is_real].tolist()
-    expected, *_ = make(classifier, messages, experiment, tmp_path)
-    for row, column in (min(rows), 0), (max(rows), 15), (random.choice(rows), 7):
-        path = max(tmp_path.glob("*.npy"), key=os.path.getmtime)
-        array = np.lib.format.open_memmap(path, mode="r+")
-        array.view(np.int32)[row, column] ^= 1
-        found, how, [warning] = make(classifier, messages, experiment, tmp_path)
-        assert warning == f"frozen features: {path} does not hold what is computed here; they are computed again"
-        assert " and kept in " in how and found["train"].x.equal(expected["train"].x)
-    assert make(classifier, messages, experiment, tmp_path)[1].startswith("read from ")
+    assert make(*tiny, tmp_path / "kept", weights=moved)[1].startswith("read from ")
+    os.utime(moved.path, (0, 0))
+    with pytest.raises(UserError, match=f"^the weights file {moved.path} was changed while this run used it$"):
+        make(*tiny, tmp_path / "kept", weights=replace(moved, sha256="other"))
+    assert len(files_in(tmp_path / "kept")) == 1
 
 
 def test_the_pass_is_chosen_at_random_and_draws_nothing_from_the_run(tiny):
@@ -291,114 +233,117 @@ def test_the_pass_is_chosen_at_random_and_draws_nothing_from_the_run(tiny):
     assert torch.get_rng_state().equal(states[0]) and random.getstate() == states[1]
 
 
+def flip(path, row, column):
+    """Change a value in its last bit, as products do in another environment, of which the key knows nothing."""
+    np.lib.format.open_memmap(path, mode="r+").view(np.int32)[row, column] ^= 1
+
+
 @pytest.mark.parametrize(
     "damage, message",
     [
-        (lambda path: os.truncate(path, path.stat().st_size - 1), "mmap length is greater than file ?size"),
-        (lambda path: path.write_bytes(b""), "EOF"),
-        (lambda path: path.write_text("x" * 1000), "magic string is not correct"),
+        (lambda path, rows: os.truncate(path, path.stat().st_size - 1), "mmap length is greater than file ?size"),
+        (lambda path, rows: path.write_bytes(b""), "EOF"),
+        (lambda path, rows: path.write_text("x" * 1000), "magic string is not correct"),
+        (lambda path, rows: flip(path, min(rows), 0), "npy does not hold what is computed here"),
+        (lambda path, rows: flip(path, random.choice(rows), 7), "npy does not hold what is computed here"),
+        (lambda path, rows: flip(path, max(rows), 15), "npy does not hold what is computed here"),
     ],
 )
-def test_a_file_that_is_no_use_is_told_and_replaced(tiny, tmp_path, damage, message):
-    experiment, classifier, messages = tiny
-    expected, *_ = make(classifier, messages, experiment, tmp_path)
-    damage(next(tmp_path.glob("*.npy")))
-    found, how, [warning] = make(classifier, messages, experiment, tmp_path)
-    assert re.search(message, warning) and warning.endswith("; they are computed again") and " and kept in " in how
+def test_a_file_that_is_no_use_is_told_and_replaced(tiny, tmp_path, monkeypatch, damage, message):
+    monkeypatch.setattr(features.secrets, "choice", lambda passes: [one for one in passes if one[0] == "train"][-1])
+    *_, indices = split_into_passes(tiny[2]["train"].lengths, CPU)
+    rows, is_real = tiny[2]["train"].token_indices(indices)
+    expected, *_ = make(*tiny, tmp_path)
+    damage(next(tmp_path.glob("*.npy")), rows[is_real].tolist())
+    found, how, [warning] = make(*tiny, tmp_path)
+    assert re.search(f"{message}.*; they are computed again$", warning) and " and kept in " in how
     assert found["train"].x.equal(expected["train"].x)
-    assert make(classifier, messages, experiment, tmp_path)[1].startswith("read from ")
+    assert make(*tiny, tmp_path)[1].startswith("read from ")
 
 
 # --- several runs at once ---
 
-SOME_TIME = "--dataset sample --context_length 40 --trainable_layers last_layer --num_epochs 1 --model_size gpt2-nano"
-SOME_TIME += " --weights random --device cpu --feature_cache ../cache"
 
-
-def run_in_folder(folder, options):
-    """A run in a process of its own, which prints into files of its folder."""
-    folder.mkdir(exist_ok=True)
+def run_in_folder(folder):
+    """A run in a process of its own, which takes some time and prints into a file of its folder."""
+    folder.mkdir()
     os.chdir(folder)
     features.MIN_SECONDS = 0
-    GPT_SIZES[TINY] = TINY_SIZE
-    with open("out.txt", "w") as out, open("err.txt", "w") as err, redirect_stdout(out), redirect_stderr(err):
-        sys.exit(ae.main(options))
+    options = "--dataset sample --context_length 40 --trainable_layers last_layer --num_epochs 1 --device cpu"
+    options += " --model_size gpt2-nano --weights random --feature_cache ../cache"
+    with open("out.txt", "w") as out, redirect_stdout(out), redirect_stderr(out):
+        sys.exit(ae.main(options.split()))
 
 
-def start(folder, options=SOME_TIME):
-    process = processes().Process(target=run_in_folder, args=(folder, options.split()))
+def start(folder):
+    process = processes().Process(target=run_in_folder, args=(folder,))
     process.start()
     return process
 
 
-def test_runs_at_the_same_time_compute_once(tmp_path):
-    folders = [tmp_path / str(number) for number in range(2)]
-    started = [start(folder) for folder in folders]
-    for process in started:
-        process.join()
-    assert [process.exitcode for process in started] == [0, 0]
-    outs = [(folder / "out.txt").read_text() for folder in folders]
-    assert sorted("read from" in told(out) for out in outs) == [False, True]
-    assert all((folder / "err.txt").read_text() == "" for folder in folders)
-    assert len({str(numbers(out)) for out in outs}) == 1
-    assert len(files_in(tmp_path / "cache")) == 1  # no lock, nothing half-written
-
-
-def test_who_waits_says_so(options, tmp_path):
-    """And reads what was written meanwhile."""
-    assert ae.main([*options, "--feature_cache", str(tmp_path / "cache")]) == 0
-    [path] = (tmp_path / "cache").iterdir()
+def test_who_waits_says_so_and_reads_what_was_written_meanwhile(tiny, tmp_path):
+    experiment, classifier, messages = tiny
+    make(*tiny, tmp_path / "kept")
+    [path] = (tmp_path / "kept").iterdir()
     path.rename(tmp_path / path.name)
-    with FileLock(tmp_path / "cache" / re.sub(r"-[\d.]+s\.npy", ".lock", path.name)):
-        process = start(tmp_path / "waiting", " ".join([*options, "--feature_cache", str(tmp_path / "cache")]))
-        out = tmp_path / "waiting" / "out.txt"
-        while not out.exists() or "Frozen features: waiting for another run, which" not in out.read_text():
-            assert process.is_alive()
-            time.sleep(0.01)
-        (tmp_path / path.name).rename(path)
-    process.join()
-    assert process.exitcode == 0 and told(out.read_text()).startswith("read from")
+    lock, lines = FileLock(re.sub(r"-[\d.]+s\.npy", ".lock", str(path))), []
+    lock.acquire()
+
+    def end_waiting(line):
+        lines.append(line)
+        if len(lines) == 1:
+            (tmp_path / path.name).rename(path)
+            lock.release()
+
+    console = console_of(end_waiting, lines.append)
+    run_options = ae.RunOptions(feature_cache=str(tmp_path / "kept"))
+    FrozenFeatures(experiment, run_options, Weights(TINY, "random"), console).of(classifier, messages, 123)
+    assert lines[0] == "Frozen features: waiting for another run, which computes them"
+    assert told(lines[1]).startswith("read from ")
 
 
-@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="there is no SIGKILL on Windows")
-def test_a_run_that_is_killed_is_taken_over(tmp_path):
-    """At a random moment; a second run waits meanwhile."""
-    cache = tmp_path / "cache"
+@pytest.mark.parametrize("is_killed", [False, True])
+def test_two_runs_at_once(tmp_path, is_killed):
+    """One computes, the other reads. Where the first is killed, at a random moment, the second takes over."""
     first = start(tmp_path / "first")
-    while not list(cache.glob("*.part")) and first.is_alive():
+    while not list(tmp_path.glob("cache/*.part")) and first.is_alive():
         time.sleep(0.01)
     second = start(tmp_path / "second")
-    time.sleep(random.uniform(0, 1))
-    first.kill()
+    if is_killed:
+        time.sleep(random.uniform(0, 1))
+        first.kill()
     first.join()
     second.join()
-    assert second.exitcode == 0 and (tmp_path / "second" / "err.txt").read_text() == ""
-    [name] = files_in(cache)
+    out = (tmp_path / "second" / "out.txt").read_text()
+    assert second.exitcode == 0 and "warning" not in out
+    if not is_killed:
+        assert numbers(out) == numbers((tmp_path / "first" / "out.txt").read_text()) != []
+        assert told(out).startswith("read from ")
+    [name] = files_in(tmp_path / "cache")  # no lock, nothing half-written
     assert name.endswith("s.npy")
 
 
-def test_ctrl_c_leaves_nothing(options, tmp_path, monkeypatch):
+def test_ctrl_c_leaves_nothing(tiny, tmp_path, monkeypatch):
     run_blocks = ae.Classifier.run_blocks
 
     def interrupting(*arguments):
-        if (tmp_path / "features").exists():
-            assert len(files_in(tmp_path / "features")) == 2  # a lock, and what is being written
+        if files_in(tmp_path):
+            assert len(files_in(tmp_path)) == 2  # a lock, and what is being written
             raise KeyboardInterrupt
         return run_blocks(*arguments)
 
     monkeypatch.setattr(ae.Classifier, "run_blocks", interrupting)
-    assert ae.main(options) == 130
-    assert files_in(tmp_path / "features") == []
+    with pytest.raises(KeyboardInterrupt):
+        make(*tiny, tmp_path)
+    assert files_in(tmp_path) == []
 
 
 # --- several processes of one run ---
 
 
 def in_two_processes(wrong, elsewhere, options):
-    """A run in which process 1 has another folder or another processor, or in which there is no room for a file."""
+    """A run in which process 1 has another folder or another processor."""
     GPT_SIZES[TINY], features.MIN_SECONDS = TINY_SIZE, 0
-    if wrong == "disk":
-        feature_files.reserve = full
     if os.environ["RANK"] == "1":
         os.chdir(elsewhere if wrong == "folder" else ".")
         if wrong == "processor":
@@ -406,17 +351,12 @@ def in_two_processes(wrong, elsewhere, options):
     return ae.main(options)
 
 
-def full(*_):
-    raise OSError(28, "No space left on device")
-
-
 @pytest.mark.parametrize(
     "wrong, how, warning",
     [
-        ("", r"computed in 0 s and kept in kept/.* GB in cpu memory", ""),
-        ("processor", "computed in 0 s; .*", "the processes of this run differ in processor"),
-        ("disk", "computed in 0 s; .*", r"\[Errno 28\] No space left on device"),
-        ("folder", "computed in 0 s; .*", r"\[Errno 2\] No such file or directory: 'kept/.*part'"),
+        ("", r"computed in 0 s and kept in kept/.* GB in cpu memory", []),
+        ("processor", "computed in 0 s; .*", ["the processes of this run differ in processor"]),
+        ("folder", "computed in 0 s; .*", ["[Errno 2] No such file or directory: 'kept/"]),
     ],
 )
 def test_several_processes_compute_together(options, tmp_path, monkeypatch, capfd, wrong, how, warning):
@@ -427,7 +367,7 @@ def test_several_processes_compute_together(options, tmp_path, monkeypatch, capf
     out = finish_together(2, here, in_two_processes, wrong, elsewhere, options)
     assert re.fullmatch(how, told(out))
     warnings = re.findall("warning: frozen features are not kept: (.*)", out)
-    assert [bool(re.fullmatch(warning, one)) for one in warnings] == [True] * bool(warning)
+    assert [line[: len(start)] for line, start in zip(warnings, warning, strict=True)] == warning
     assert files_in(elsewhere) == []
     assert len(list(here.glob("kept/*"))) == (wrong == "")
     if not wrong:
@@ -437,19 +377,20 @@ def test_several_processes_compute_together(options, tmp_path, monkeypatch, capf
         assert told(capfd.readouterr().out).startswith("read from kept/")
 
 
-def test_memory_is_counted_for_each_process(nano, monkeypatch):
+def test_memory_is_counted_for_each_process(tiny, monkeypatch):
     for name, value in dict(TORCHELASTIC_RUN_ID="", RANK="0", WORLD_SIZE="2", LOCAL_WORLD_SIZE="2").items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(features.processes, "from_main", lambda value: value)
     monkeypatch.setattr(features, "free_memory", lambda device: 20_000_000)
-    experiment, *_ = ae.parse_args([*nano, "--trainable_layers", "all"])
+    experiment = replace(tiny[0], model_size="gpt2-nano (7M)", trainable_layers="all")
     with torch.device("meta"):
         classifier = ae.build_classifier(experiment, 2)
     for shard, needed, parts in (False, "0.12", ("0.03", "0.03", "0.06")), (True, "0.06", ("0.01", "0.01", "0.03")):
-        frozen = FrozenFeatures(experiment, ae.RunOptions(shard=shard), Weights(TINY, "random"), console := Told())
-        frozen.warn_if_memory_is_short(classifier, encoded(experiment), torch.device("cpu"))
-        [warning] = console.warnings
-        assert warning.startswith(f"each process of this run needs {needed} GB and 0.01 GB are free: weights ")
+        console = console_of(None, (warnings := []).append)
+        frozen = FrozenFeatures(experiment, ae.RunOptions(shard=shard), None, console)
+        frozen.warn_if_memory_is_short(classifier, tiny[2], CPU)
+        [warning] = warnings
+        assert warning.startswith(f"each process needs {needed} GB and 0.01 GB are free: weights ")
         assert tuple(re.findall(r"(?:weights|gradients|optimizer) (\S+) GB", warning)) == parts
 
 
@@ -457,89 +398,68 @@ def test_memory_is_counted_for_each_process(nano, monkeypatch):
 
 
 def fill(files, number, age):
-    """A file of 1000 float32 numbers, last used `age` seconds ago."""
-    part = files.part(f"{number:016x}", 3)
-    files.create(part, (10, 100))[:] = number
+    """A file of 10,000 float32 numbers, for which the disk had room from the start, last used `age` seconds ago."""
+    part = files.folder / f"{number:016x}-03-blocks.part"
+    rows = files.create(part, (100, 100))
+    assert getattr(part.stat(), "st_blocks", 100) * 512 >= 40_000  # unknown on Windows
+    rows[:] = number
     path = files.publish(part, seconds=1.0)
     os.utime(path, (time.time() - age,) * 2)
     return path
 
 
-@pytest.fixture
-def files(tmp_path):
-    (tmp_path / "kept").mkdir()
-    return FeatureFiles(tmp_path / "kept", 3.5 * (4000 + 128))
-
-
-def test_the_least_recently_used_go_first(files):
+def test_the_least_recently_used_files_of_this_program_are_removed(tiny, tmp_path):
+    files = FeatureFiles(tmp_path, 3.5 * (40_000 + 128))
+    killed, other = tmp_path / f"{0xA:016x}-11-blocks.part", tmp_path / "weights.npy"
+    for path in (killed, other):
+        path.write_bytes(bytes(1_000_000))
+        os.utime(path, (0, 0))
     paths = [fill(files, number, age) for number, age in enumerate((10, 30, 20))]
-    files.open(paths[1])  # the oldest is used again
+    assert not killed.exists()
+    files.open(paths[1], {"train": replace(tiny[2]["train"], x=torch.zeros(100))})  # the oldest is used again
     fill(files, 3, 0)
     assert [path.exists() for path in paths] == [True, True, False]
     fill(files, 4, 0)
-    assert [path.exists() for path in paths] == [False, True, False]
-
-
-def test_only_files_of_this_program_are_removed(files):
-    old = files.part(f"{0xA:016x}", 11)  # left by a process that was killed
-    for path in (old, other := files.folder / "weights.npy"):
-        path.write_bytes(bytes(1_000_000))
-        os.utime(path, (0, 0))
-    fill(files, 1, 0)
-    assert not old.exists() and other.exists()
-
-
-def test_features_larger_than_the_folder_may_be_are_not_kept(options, tmp_path, capfd):
-    for choice, how in (("auto", "computed in 0 s; 0.00 GB in cpu memory"), ("disk", "recomputed each time")):
-        assert ae.main([*options, "--feature_cache_gb", "1e-6", "--features", choice]) == 0
-        out, err = capfd.readouterr()
-        assert err == "warning: frozen features are not kept: they would take more than --feature_cache_gb\n"
-        assert told(out).startswith(how)
-    assert not (tmp_path / "features").exists()
+    assert [path.exists() for path in paths] == [False, True, False] and other.exists()
 
 
 # --- what cannot be written or read ---
 
 
-@pytest.mark.parametrize("falls_short_of", ["reserved", "written"])
-def test_a_full_disk_costs_one_warning(options, tmp_path, monkeypatch, capfd, falls_short_of):
-    """With a system that reserves space and with one on which the file is filled with zeros first."""
-    if falls_short_of == "written":
-        monkeypatch.delattr(os, "posix_fallocate", raising=False)
-    assert ae.main([*options, "--feature_cache", ""]) == 0
-    expected = numbers(capfd.readouterr().out)
-    for choice, how in (("auto", "computed in "), ("disk", "recomputed each time (")):
-        with no_file_above(40_000):
-            assert ae.main([*options, "--features", choice]) == 0
-        out, err = capfd.readouterr()
-        assert err == "warning: frozen features are not kept: [Errno 27] File too large\n"
-        assert told(out).startswith(how)
-        if choice == "auto":
-            assert numbers(out) == expected
-        assert files_in(tmp_path / "features") == []
-    monkeypatch.undo()
-
-
-def test_a_folder_that_cannot_be_made_costs_one_warning(tiny, tmp_path):
+@pytest.mark.parametrize("choice, how", [("auto", "computed in "), ("disk", "recomputed each time (")])
+@pytest.mark.parametrize(
+    "folder, room, reason",
+    [
+        ("full", 5, r"\[Errno 27\] File too large"),
+        ("small", 1e-6, "they would take more than --feature_cache_gb"),
+        ("file/features", 5, r"\[Errno \d+\] .*"),
+        ("circle", 5, r"\[Errno \d+\] .*"),
+        ("x" * 300, 5, r"\[Errno \d+\] .*"),
+    ],
+)
+def test_what_cannot_be_kept_costs_one_warning(tiny, tmp_path, choice, how, folder, room, reason):
+    experiment, classifier, messages = tiny
     (tmp_path / "file").write_text("")
     (tmp_path / "circle").symlink_to(tmp_path / "circle")
-    experiment, classifier, messages = tiny
-    for folder in ("file/features", "circle", "x" * 300):
-        *_, [warning] = make(classifier, messages, experiment, tmp_path / folder)
-        assert re.match(r"frozen features are not kept: \[Errno \d+\] ", warning)
+    expected, *_ = make(*tiny, "")
+    changed = replace(experiment, features=choice)
+    with no_file_above(10_000 if folder == "full" else 10**9):
+        found, line, [warning] = make(changed, classifier, messages, tmp_path / folder, feature_cache_gb=room)
+    assert re.fullmatch(f"frozen features are not kept: {reason}", warning) and line.startswith(how)
+    assert choice == "disk" or found["train"].x.equal(expected["train"].x)
+    assert list(tmp_path.glob("*/*")) == []
 
 
 def test_a_read_only_folder_is_read_from(tiny, tmp_path, monkeypatch):
     def refuse(path, *rest, **keywords):
         raise PermissionError(13, "Permission denied")
 
-    experiment, classifier, messages = tiny
-    make(classifier, messages, experiment, tmp_path)
-    monkeypatch.setattr(feature_files.FileLock, "acquire", refuse)
+    make(*tiny, tmp_path)
+    monkeypatch.setattr(FileLock, "acquire", refuse)
     monkeypatch.setattr(os, "utime", refuse)
-    _, how, warnings = make(classifier, messages, experiment, tmp_path)
+    _, how, warnings = make(*tiny, tmp_path)
     assert how.startswith("read from ") and warnings == []
-    *_, [warning] = make(classifier, messages, replace(experiment, seed=124), tmp_path)
+    *_, [warning] = make(replace(tiny[0], seed=124), *tiny[1:], tmp_path)
     assert warning == "frozen features are not kept: [Errno 13] Permission denied"
 
 
@@ -549,42 +469,39 @@ def test_the_disk_needs_a_folder(options, capfd):
 
 
 def test_auto_takes_the_disk_where_memory_is_short(tiny, tmp_path, monkeypatch):
-    experiment, classifier, messages = tiny
     monkeypatch.setattr(features, "free_memory", lambda device: 0)
     for choice, cache, ends in (
         ("auto", "", "recomputed each time (they would take 0.00 GB)"),
         ("auto", tmp_path, " on disk"),
         ("memory", tmp_path, " in cpu memory"),
     ):
-        assert make(classifier, messages, experiment, cache, choice)[1].endswith(ends)
+        assert make(replace(tiny[0], features=choice), *tiny[1:], cache)[1].endswith(ends)
 
 
 # --- larger than memory ---
 
-LIMITED = """
-import re, resource, sys
-sys.path[:0] = {path!r}
-import torch
-import additional_experiments as ae
-from runner.data import features
 
-make = features.FrozenFeatures.of
-def limited(self, *arguments):  # when model and messages are there, before there are features
-    torch.randn(256, 256) @ torch.randn(256, 256)  # threads and buffers that products need anyway
-    private = 1024 * int(re.search(r"VmData:\\s+(\\d+)", open("/proc/self/status").read())[1])
-    resource.setrlimit(resource.RLIMIT_DATA, (private + {allowed},) * 2)
-    return make(self, *arguments)
-if {allowed}:
-    features.FrozenFeatures.of = limited
-sys.exit(ae.main(sys.argv[1:]))
-"""
+def limited(allowed, options):
+    """A run that, once model and messages are there, may take `allowed` bytes more of memory that is no file's."""
+    import resource
+
+    make = FrozenFeatures.of
+
+    def of(*arguments):
+        torch.randn(256, 256) @ torch.randn(256, 256)  # threads and buffers that products need anyway
+        private = 1024 * int(re.search(r"VmData:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+        resource.setrlimit(resource.RLIMIT_DATA, (private + allowed,) * 2)
+        return make(*arguments)
+
+    FrozenFeatures.of = of if allowed else make
+    sys.exit(ae.main(options))
 
 
-def run_limited(folder, allowed, *options):
-    """(exit status, what was printed) of a run that may take `allowed` bytes more of memory that is no file's."""
+def run_limited(allowed, *options):
+    """(exit status, what was printed) of `limited` in a process of its own."""
     environment = os.environ | dict(OMP_NUM_THREADS="1", MALLOC_ARENA_MAX="1")
-    program = LIMITED.format(path=sys.path, allowed=allowed)
-    command = [sys.executable, "-c", program, *options, "--data_dir", str(folder)]
+    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), environment["PYTHONPATH"]])
+    command = [sys.executable, "-c", f"import test_features; test_features.limited({allowed}, {options!r})"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     return done.returncode, done.stdout + done.stderr
 
@@ -595,14 +512,15 @@ def test_features_may_be_larger_than_memory(tmp_path, sample_splits):
     """Of 77 MB of hidden states, a run that may take 45 MB more gives the same numbers as one in memory."""
     for split, frame in sample_splits.items():
         frame.head(240).to_csv(tmp_path / f"{split}.csv", index=None)
-    options = "--model_size gpt2-nano --weights random --device cpu --num_epochs 1 --context_length 250".split()
-    in_memory = [*options, "--features", "memory", "--feature_cache", ""]
-    status, expected = run_limited(tmp_path, 0, *in_memory)
+    options = f"--model_size gpt2-nano --weights random --device cpu --num_epochs 1 --data_dir {tmp_path}".split()
+    on_disk = [*options, "--context_length", "250", "--features", "disk"]
+    in_memory = [*on_disk, "--features", "memory", "--feature_cache", ""]
+    status, expected = run_limited(0, *in_memory)
     assert status == 0, expected
-    status, out = run_limited(tmp_path, 45_000_000, *options, "--features", "disk")
+    status, out = run_limited(45_000_000, *on_disk)
     assert status == 0 and numbers(out) == numbers(expected) != [], out
     assert sum(path.stat().st_size for path in (tmp_path / "features").iterdir()) > 70_000_000
-    status, out = run_limited(tmp_path, 45_000_000, *in_memory)
+    status, out = run_limited(45_000_000, *in_memory)
     assert status == 1 and "error: out of memory" in out
-    status, out = run_limited(tmp_path, 45_000_000, *options, "--features", "disk", "--trainable_layers", "last_layer")
+    status, out = run_limited(45_000_000, *on_disk, "--trainable_layers", "last_layer", "--average_embeddings")
     assert status == 0 and "continued from 3 blocks" in out, out

@@ -26,7 +26,6 @@ from transformers import GPT2Config, GPT2Model
 import additional_experiments
 import gpt_download
 from gpt_download import HubFile, fetch_collection, fetch_weights, load_vocabulary, open_weights
-from runner.data import datasets
 from runner.files import UserError
 
 # --- a server that does as it is told ---
@@ -395,9 +394,9 @@ def everything(collection, hub, server, tmp_path, monkeypatch):
     server.files[f"/nobody/nano/resolve/{REVISION}/model.safetensors"] = weights
     monkeypatch.setitem(gpt_download.PRETRAINED, "gpt2-nano (7M)", HubFile("nobody/nano", REVISION, sha256(weights)))
     (tmp_path / "collection.tsv").write_bytes(MESSAGES)
-    splits = datasets.balanced_splits(tmp_path / "collection.tsv")
+    splits = gpt_download.balanced_splits(tmp_path / "collection.tsv")
     sums = {split: sha256(frame.to_csv(index=None).encode()) for split, frame in splits.items()}
-    monkeypatch.setattr(datasets, "UCI_SPLITS_SHA256", sums)
+    monkeypatch.setattr(gpt_download, "UCI_SPLITS_SHA256", sums)
     (tmp_path / "data").mkdir()
     command = ["--model_size", "gpt2-nano (7M)", "--num_epochs", "1", "--device", "cpu"]
     return [*command, "--data_dir", str(tmp_path / "data")]

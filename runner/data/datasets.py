@@ -1,8 +1,7 @@
-"""The labelled messages: the splits of the collection and of the sample, and the user's own CSV files."""
+"""The labelled messages: which data, the user's own CSV files, labels, messages that are repeated."""
 
 import codecs
 import csv
-import hashlib
 import io
 import os
 import re
@@ -15,9 +14,8 @@ from pathlib import Path
 import pandas as pd
 
 import gpt_download
-from runner.files import UserError, sha256_of, sha256_of_json, write_bytes
-
-SPLITS = {"train": "Training", "validation": "Validation", "test": "Test"}
+from gpt_download import DEFAULT_DATA_DIR, SPLITS
+from runner.files import UserError, sha256_of, sha256_of_json
 
 DATASET_NAMES = {
     "uci": "SMS Spam Collection",
@@ -25,15 +23,7 @@ DATASET_NAMES = {
     "own": "your own data (numbers do not compare with the table)",
 }
 
-DEFAULT_DATA_DIR = "sms_spam_collection"
-FEATURES = "features"  # in that folder: what earlier runs have kept
-
-# Of the splits of the collection as they are written to --data_dir; other files are the user's own data.
-UCI_SPLITS_SHA256 = {
-    "train": "ec2895b026553ce06475815818c52cf44828af0605b07b257935a194e611195a",
-    "validation": "f92996ef2ae2ed6d6937e96bc7a3f739f2bae59b07d1babd7f3725e473f2d2bd",
-    "test": "f82216f37a6d785b52f99a84a3552dcc9835316018758c2117b2ca133e6c1409",
-}
+FEATURES = "features"  # in the folder of the data: what earlier runs have kept
 
 
 @dataclass
@@ -59,7 +49,7 @@ def load(data_dir, dataset, ignore_index):
     return Dataset(name, names, sha256, test_texts, find_repeats(splits), warnings), splits
 
 
-# --- splits ---
+# --- which data ---
 
 
 def load_splits(data_dir, dataset):
@@ -67,70 +57,31 @@ def load_splits(data_dir, dataset):
 
     Returns ({split: DataFrame with columns Label and Text (str)}, name). Label is an int, or the name of a class where
     the user's own labels are names: see `number_labels`. Downloads the collection if need be. Raises UserError for
-    files that cannot be used and for a download that failed.
+    files that cannot be used, for a folder that was probably meant to hold other data, and for a download that failed.
     """
     if dataset == "sample":
-        return balanced_splits(gpt_download.sample_path()), "sample"
+        return gpt_download.balanced_splits(gpt_download.sample_path()), "sample"
     paths = {split: Path(data_dir, f"{split}.csv") for split in SPLITS}
     present = {split: path for split, path in paths.items() if os.path.lexists(path)}  # also a link that leads nowhere
-    is_uci = all(sha256_of(path) == UCI_SPLITS_SHA256[split] for split, path in present.items())
+    is_uci = all(sha256_of(path) == gpt_download.UCI_SPLITS_SHA256[split] for split, path in present.items())
     if len(present) == len(SPLITS):
         return {split: read_labelled_csv(path) for split, path in paths.items()}, "uci" if is_uci else "own"
     if not is_uci:
         found = " and ".join(path.name for path in present.values())
         raise UserError(f"--data_dir {data_dir} holds {found} alone; your own data needs all three files")
-    if not present:
-        check_folder(data_dir)
-    return make_uci_splits(data_dir, paths), "uci"
+    if not present and str(data_dir) != DEFAULT_DATA_DIR:  # which is made, and may hold other files
+        names = set(os.listdir(data_dir)) - {FEATURES} if os.path.isdir(data_dir) else {"no folder"}
+        if {name for name in names if name[0] != "."} and names.isdisjoint(gpt_download.COLLECTION_NAMES):
+            problem = (
+                "does not exist, or holds other files than train.csv, validation.csv and test.csv (not compressed)"
+            )
+            raise UserError(f"--data_dir {data_dir} {problem}; the collection is downloaded into an empty folder")
+    return gpt_download.make_uci_splits(data_dir), "uci"
 
 
-def check_folder(data_dir):
-    """Raises UserError for a folder that was probably meant to hold other data: a missing one, or one with other files.
-
-    The collection is downloaded into the default folder, which is made, or into an empty one.
-    """
-    if str(data_dir) == DEFAULT_DATA_DIR:
-        return
-    advice = "make an empty folder to have the collection downloaded into it, or put train.csv, validation.csv and "
-    advice += "test.csv there, not compressed"
-    if not os.path.isdir(data_dir):
-        raise UserError(f"--data_dir {data_dir} does not exist; {advice}")
-    names = {name for name in os.listdir(data_dir) if not name.startswith(".") and name != FEATURES}
-    if names and names.isdisjoint(gpt_download.COLLECTION_NAMES):
-        raise UserError(f"--data_dir {data_dir} holds {min(names)}, but no data of this program; {advice}")
-
-
-def make_uci_splits(data_dir, paths):
-    """The splits of the collection, which is fetched if need be; written to `paths` where that is possible."""
-    splits = balanced_splits(gpt_download.fetch_collection(data_dir))
-    contents = {split: frame.to_csv(index=None, lineterminator="\n").encode() for split, frame in splits.items()}
-    if {split: hashlib.sha256(content).hexdigest() for split, content in contents.items()} != UCI_SPLITS_SHA256:
-        raise UserError(f"pandas {pd.__version__} splits the collection differently; see requirements.txt")
-    with suppress(OSError):  # a folder that cannot be written to serves as it is: they are made again in a second
-        for split, content in contents.items():
-            write_bytes(paths[split], content)
-    return splits
-
-
-def balanced_splits(path):
-    """70% / 10% / 20% of the spam and as much ham from the collection at `path` (lines of label, tab, text).
-
-    Seed and order of the shuffles are those of the public original. So is the reading: quotes are taken as CSV
-    takes them, and a few messages that begin with one run together with their neighbours.
-    """
-    messages = pd.read_csv(path, sep="\t", header=None, names=["Label", "Text"])
-    spam, ham = (messages[messages["Label"] == label] for label in ("spam", "ham"))
-    balanced = pd.concat([ham.sample(len(spam), random_state=123), spam])
-    for _ in range(2):
-        balanced = balanced.sample(frac=1, random_state=123).reset_index(drop=True)
-    balanced["Label"] = balanced["Label"].map({"ham": 0, "spam": 1})
-    train_end = int(0.7 * len(balanced))
-    validation_end = train_end + int(0.1 * len(balanced))
-    return {
-        "train": balanced[:train_end],
-        "validation": balanced[train_end:validation_end],
-        "test": balanced[validation_end:],
-    }
+def sha256_of_splits(splits):
+    """SHA-256 of the labels and texts of all splits."""
+    return sha256_of_json([[splits[split][column].tolist() for column in ("Label", "Text")] for split in SPLITS])
 
 
 # --- the user's own CSV files ---
@@ -140,36 +91,34 @@ def read_labelled_csv(path):
     """The messages of a CSV file: a DataFrame with columns Label, Text, and line, the one on which a row begins.
 
     UTF-8, or UTF-16 with its byte order mark; the separator is a comma, semicolon or tab. Raises UserError that names
-    file and line. (Not pandas: it takes a message "NA" for a missing one, and knows no line numbers.)
+    file and line. (Not pandas: it knows no line numbers.)
     """
     rows, line, content = [], 1, path.read_bytes()
-    csv.field_size_limit(2**31 - 1)
     try:
         encoding = "utf-16" if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
         file = io.StringIO(content.decode(encoding), newline="")
         separator, columns = parse_header(file.readline())
-        reader = csv.reader(file, delimiter=separator, strict=True)
-        line = 2
+        reader, line = csv.reader(file, delimiter=separator, strict=True), 2
         for fields in reader:
             if fields:  # not an empty line
                 row = dict(zip(columns, fields))
                 if len(fields) > len(columns) or not {"label", "text"} <= row.keys():
                     problem = f"{len(fields)} instead of {len(columns)} fields"
                     raise ValueError(f"{problem}; a text that contains {separator!r} needs quotes")
-                if not row["text"].strip():
-                    raise ValueError("the text is empty")
+                if not (row["label"].strip() and row["text"].strip()):
+                    raise ValueError("the label or the text is empty")
                 rows.append((parse_label(row["label"]), row["text"], line))
             line = reader.line_num + 2  # the next row's; the header is a line too
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise UserError(f"{path}, line {line}: not text ({error}); save it as CSV UTF-8, not compressed") from None
-    except csv.Error as error:
-        problem = "a quote that opens here is not closed, or is closed too early; a quote in a quoted text is doubled"
-        raise UserError(f"{path}, line {line}: {problem} ({error}, line {reader.line_num + 1})") from None
-    except ValueError as error:
-        raise UserError(f"{path}, line {line}: {error}") from None
-    if not rows:
-        raise UserError(f"{path}: no messages below the header")
+        if not rows:
+            raise ValueError("no messages below the header")
+    except (csv.Error, ValueError) as error:
+        problem = error
+        if isinstance(error, UnicodeDecodeError):
+            line = error.object[: error.start].count(b"\n") + 1
+            problem = f"not text ({error}); save it as CSV UTF-8, not compressed"
+        elif isinstance(error, csv.Error):
+            problem = f"a quote that opens here is not closed, or is closed too early ({error})"
+        raise UserError(f"{path}, line {line}: {problem}") from None
     return pd.DataFrame(rows, columns=["Label", "Text", "line"])
 
 
@@ -183,17 +132,11 @@ def parse_header(header):
 
 
 def parse_label(text):
-    """A label as an int, from "1.0" too, or as a name. Raises ValueError."""
-    name = " ".join(text.split())
-    if not name:
-        raise ValueError("the label is empty (where labels are numbers, --ignore_index stands for none)")
-    try:
-        number = float(name)
-    except ValueError:
-        return name
-    if not number.is_integer():
-        raise ValueError(f'label "{name[:50]}" is neither a whole number nor a name')
-    return int(number)
+    """A label as an int, from "1.0" too, or as a name."""
+    with suppress(ValueError):
+        if (number := float(text)).is_integer():
+            return int(number)
+    return " ".join(text.split())
 
 
 # --- labels ---
@@ -211,44 +154,35 @@ def number_labels(splits, name, data_dir, ignore_index):
     unlabelled = [ignore_index] if ignore_index < 0 else []
     found = set(splits["train"]["Label"]).difference(unlabelled)
     if len(found) < 2:
-        problem = f"every label is {found.pop()}" if found else "no message has a label"
-        raise UserError(f"{data_dir}/train.csv: {problem}; a classifier needs two classes or more")
+        raise UserError(f"{data_dir}/train.csv: a classifier needs two classes or more; there is {found or 'none'}")
     if all(isinstance(label, str) for label in found):
         classes, unlabelled = sorted(found), []
     else:
         classes = list(takewhile(found.__contains__, count()))
     numbers = {label: number for number, label in enumerate(classes)} | {label: label for label in unlabelled}
     for split, frame in splits.items():
-        unknown = frame[~frame["Label"].isin(numbers)]
-        if not unknown.empty:
+        if len(unknown := frame[~frame["Label"].isin(numbers)]):
             label, line = str(unknown["Label"].iloc[0])[:50], unknown["line"].iloc[0]
-            problem = "all labels of train.csv must be names, or 0, 1, 2 and so on, none left out"
-            if split != "train":
-                known = textwrap.shorten(", ".join(map(str, classes)), 100)
-                problem = f"the labels of the training messages are {known}"
-            raise UserError(f"{data_dir}/{split}.csv, line {line}: label {label}, but {problem}")
-    warnings = warnings_about({split: frame[~frame["Label"].isin(unlabelled)] for split, frame in splits.items()})
+            problem = f"label {label} is none of the classes {textwrap.shorten(', '.join(map(str, classes)), 100)}"
+            advice = "the labels of train.csv must be names, or 0, 1, 2 and so on"
+            raise UserError(f"{data_dir}/{split}.csv, line {line}: {problem}; {advice}")
+    labelled = {split: frame[~frame["Label"].isin(unlabelled)] for split, frame in splits.items()}
     splits = {split: frame.assign(Label=frame["Label"].map(numbers)) for split, frame in splits.items()}
-    return splits, [str(label) for label in classes], warnings
+    return splits, [str(label) for label in classes], warnings_about(labelled)
 
 
 def warnings_about(labelled):
     """What is probably not meant in the messages that have a label, {split: DataFrame}: a list of lines."""
     none = [split for split, frame in labelled.items() if frame.empty]
     warnings = [f"no message of {split}.csv has a label: loss and accuracy on it are not known" for split in none]
-    messages = pd.concat(labelled.values())[["Label", "Text"]]
-    texts = messages.drop_duplicates()["Text"]
+    texts = pd.concat(labelled.values())[["Label", "Text"]].drop_duplicates()["Text"]
     if len(contradictory := texts[texts.duplicated()].unique()):
-        labels = messages["Label"][messages["Text"] == contradictory[0]].value_counts(sort=False)
-        labels = " and ".join(f"{label} ({n} times)" for label, n in labels.items())
-        text = textwrap.shorten(contradictory[0], 60)
-        warnings.append(f'texts with contradictory labels: {len(contradictory):,}, among them "{text}": {labels}')
+        example = textwrap.shorten(contradictory[0], 60)
+        warnings.append(f'texts with contradictory labels: {len(contradictory):,}, among them "{example}"')
     return warnings
 
 
-def sha256_of_splits(splits):
-    """SHA-256 of the labels and texts of all splits."""
-    return sha256_of_json([[splits[split][column].tolist() for column in ("Label", "Text")] for split in SPLITS])
+# --- messages that are repeated ---
 
 
 @dataclass(frozen=True)
@@ -271,6 +205,11 @@ def find_repeats(splits):
     return found
 
 
+def letters_of(text):
+    """A text without case, digits and punctuation."""
+    return re.sub(r"[^\w\s]|[\d_]", "", text.lower()).strip()
+
+
 def describe_repeats(data):
     """A line on the repeated messages of a Dataset, if it has any: a list."""
     counts = [
@@ -280,8 +219,3 @@ def describe_repeats(data):
         if found.similar
     ]
     return [f"Also among the training messages: {'; '.join(counts)}"] if counts else []
-
-
-def letters_of(text):
-    """A text without case, digits and punctuation."""
-    return re.sub(r"[^\w\s]|[\d_]", "", text.lower()).strip()

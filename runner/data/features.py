@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from runner.data.datasets import FEATURES
-from runner.data.feature_files import FeatureFiles, KeptStates
+from runner.data.feature_files import FeatureFiles, States
 from runner.data.messages import Stage, split_into_passes
 from runner.files import UserError, sha256_of, sha256_of_json, sha256_of_tensors
 from runner.machine import processes
@@ -30,33 +30,29 @@ MIN_SECONDS = 5  # features that take less are not kept between runs
 # --- computing ---
 
 
-def in_memory(device):
-    """Makes the tensors of `compute_features`: on `device`."""
-    return lambda n_rows, like: torch.empty(n_rows, like.shape[-1], dtype=like.dtype, device=device)
-
-
-def compute_features(classifier, messages, compute, allocate, progress_bar=None):
+@torch.no_grad()
+def compute_features(classifier, messages, compute, out, progress_bar=None):
     """The Messages of a split with what `compute` makes of them, a Batch to a Batch, in place of what they hold.
 
-    Each message runs once, together with others of similar length. `allocate(n_rows, like)` makes what the result is
-    to be written to: a matrix (n_rows, D) of the type and the D of the tensor `like` (..., D), in memory or in a file.
+    Each message runs once, together with others of similar length. `out` is the device on which the result is kept, or
+    a matrix (N, D) to which it is written.
     """
     features = None
 
-    @torch.no_grad()
     def run(indices):
-        """What there is to keep of a pass: x of its tokens (N, D), and perhaps the residual (B, D)."""
+        """What is kept of a pass: x of its tokens (N, D), and perhaps the residual (B, 1, D)."""
         nonlocal features
         batch = classifier(messages.batch(indices, classifier.device), compute)
         if features is None:
             lengths = torch.ones_like(messages.lengths) if batch.stage is Stage.HEAD_INPUT else messages.lengths
-            x = allocate(int(lengths.sum()), batch.x)
+            shape = int(lengths.sum()), batch.x.shape[-1]
+            x = batch.x.new_empty(shape, device=out) if isinstance(out, torch.device) else out
             features = replace(messages, stage=batch.stage, n_blocks=batch.n_blocks, x=x, lengths=lengths)
             if batch.residual is not None:
-                features.residual = in_memory(x.device)(len(messages), batch.residual)
+                features.residual = batch.residual.new_empty(len(messages), shape[1], device=x.device)
         _, is_real = features.token_indices(indices)
         x = batch.x[is_real.to(classifier.device)]
-        return [x] if batch.residual is None else [x, batch.residual.squeeze(1)]
+        return [x] if batch.residual is None else [x, batch.residual]
 
     was_training = classifier.training
     classifier.eval()
@@ -65,7 +61,7 @@ def compute_features(classifier, messages, compute, allocate, progress_bar=None)
         device = features.x.device
         features.x[tokens[is_real].to(device)] = x.to(device)
         if residual:
-            features.residual[indices.to(device)] = residual[0].to(device)
+            features.residual[indices.to(device)] = residual[0].squeeze(1).to(device)
         if progress_bar is not None:
             progress_bar.update(len(indices))
     classifier.train(was_training)
@@ -81,20 +77,18 @@ def compute_random_pass(classifier, messages, n_blocks):
     passes = [(split, own) for split, part in messages.items() for own in split_into_passes(part.lengths, device)]
     split, indices = processes.from_main(secrets.choice(passes))
     part = messages[split].select(indices)
-    computed = compute_features(classifier, part, lambda batch: classifier.run_blocks(batch, n_blocks), in_memory(CPU))
-    return split, indices, computed.x
+    return split, indices, compute_features(classifier, part, lambda b: classifier.run_blocks(b, n_blocks), CPU).x
 
 
-def expected_seconds(classifier, messages):
-    """How long the full blocks will take, from one pass."""
-    start, (n_tokens, _) = time.perf_counter(), shape_of_states(classifier, messages)
+def takes_long(classifier, messages):
+    """Whether the full blocks will take MIN_SECONDS, judged from one pass."""
+    start = time.perf_counter()
     *_, x = compute_random_pass(classifier, messages, classifier.n_full_blocks)
-    return (time.perf_counter() - start) / len(x) * n_tokens / processes.world_size()
+    per_token = (time.perf_counter() - start) / len(x) / processes.world_size()
+    return processes.from_main(per_token * shape_of_states(classifier, messages)[0] >= MIN_SECONDS)
 
 
-# --- what they take, and where they go ---
-#
-# Of a classifier only sizes are read here: it may be on the meta device.
+# --- what they take: of a classifier only sizes are read here, it may be on the meta device ---
 
 
 def shape_of_states(classifier, messages):
@@ -119,59 +113,24 @@ def free_for_each(holder):
     return free_memory(holder) // (processes.local_world_size() if holder == CPU else 1)
 
 
-def choose_placement(choice, size, device, reserved=0, fits_on_disk=False):
-    """Where `size` bytes of features go: "device", "host", "disk", or "off", recomputed each time.
-
-    `choice` is the value of --features. `reserved` bytes of `device` will be needed for something else.
-    """
-    if choice in ("disk", "off"):
-        return choice
-    for placement, holder in (("device", device), ("host", CPU)):
-        if size <= (free_for_each(holder) - (reserved if holder == device else 0)) / 2:
-            return placement
-    return "host" if choice == "memory" else "disk" if fits_on_disk else "off"
-
-
-# --- kept between runs ---
+# --- of a run ---
 
 
 def circumstances(classifier, messages, seed, experiment, weights):
-    """What the hidden states after frozen blocks depend on, but for the number of blocks: as much as is cheap to name.
-
-    The rest is found when a pass is computed anew.
-    """
-    tensors = {f"{split}/x": part.x for split, part in messages.items()}
-    tensors |= {f"{split}/lengths": part.lengths for split, part in messages.items()}
-    code = {inspect.getfile(one) for one in (classifier.run_blocks, classifier.gpt.blocks, compute_features, Stage)}
+    """What the hidden states depend on, but for the number of blocks: what is cheap to name. A pass finds the rest."""
+    tensors = {f"{split} {name}": getattr(part, name) for split, part in messages.items() for name in ("x", "lengths")}
+    code = {__file__, *map(inspect.getfile, (classifier.run_blocks, classifier.gpt.blocks, Stage))}
     return {
         "weights": weights.sha256 or f"random, seed {seed}",
-        "model size": experiment.model_size,
-        "causal mask": classifier.gpt.cfg.causal,
+        "model": repr(classifier.gpt.cfg),  # sizes and mask
         "token ids": sha256_of_tensors(tensors),
         "precision": experiment.precision,
-        "device": f"{classifier.device.type}: {describe_device(classifier.device)}",  # of a CPU the threads too
-        "processor": [platform.machine(), platform.processor(), torch.backends.cpu.get_cpu_capability()],
+        "device": describe_device(classifier.device),  # of a CPU the threads too
+        "processor": [platform.machine(), torch.backends.cpu.get_cpu_capability()],
         "shards": processes.is_divided(classifier.gpt.final_norm.weight),  # their blocks are not fused
         "PyTorch": torch.__version__,
         "code": sorted(map(sha256_of, code)),
     }
-
-
-def in_all(call):
-    """What `call()` gives in this process; an OSError of any process is raised in all of them."""
-    value = problem = None
-    try:
-        value = call()
-    except OSError as error:
-        problem = str(error)
-    if problem := processes.from_any(problem):
-        raise OSError(problem)
-    return value
-
-
-def in_main(call):
-    """What `call()` gives in process 0, the only one that calls it, for all; an OSError is raised in all of them."""
-    return processes.from_main(in_all(lambda: call() if processes.rank() == 0 else None))
 
 
 class FrozenFeatures:
@@ -185,28 +144,28 @@ class FrozenFeatures:
         self.experiment, self.weights, self.console = experiment, weights, console
         self.n_shards = processes.world_size() if run_options.shard else 1
         self.features, self.seconds, self.files = None, 0.0, None
-        folder = run_options.feature_cache
-        if folder is None:
-            folder = Path(experiment.data_dir, FEATURES)
-        if folder != "":
+        if run_options.feature_cache != "":
+            folder = run_options.feature_cache or Path(experiment.data_dir, FEATURES)
             self.files = FeatureFiles(folder, run_options.feature_cache_gb * 1e9)
         elif experiment.features == "disk":
             raise UserError('--features disk needs a --feature_cache; "" is none')
 
-    def may_be_kept(self, classifier, messages):
-        """Whether the folder of kept files, if there is one, may hold those of these messages."""
-        return self.files is not None and 4 * math.prod(shape_of_states(classifier, messages)) <= self.files.max_bytes
-
     def placement(self, classifier, messages, device, reserved=0):
-        """`choose_placement` for these messages, the same for all processes."""
-        size, fits_on_disk = feature_bytes(classifier, messages), self.may_be_kept(classifier, messages)
-        return processes.from_main(choose_placement(self.experiment.features, size, device, reserved, fits_on_disk))
+        """Where the features go, the same for all processes: "device", "host", "disk", or "off", recomputed each time.
+
+        `reserved` bytes of `device` will be needed for something else.
+        """
+        choice, size = self.experiment.features, feature_bytes(classifier, messages)
+        if choice in ("disk", "off"):
+            return choice
+        placement = "host" if choice == "memory" else "disk" if self.files else "off"
+        for memory, holder in (("host", CPU), ("device", device)):
+            if size <= (free_for_each(holder) - (reserved if holder == device else 0)) / 2:
+                placement = memory
+        return processes.from_main(placement)
 
     def warn_if_memory_is_short(self, sizes, messages, device):
-        """Warn before a run whose needs, but for activations, exceed what is free on its device.
-
-        `sizes` is the classifier, perhaps on the meta device.
-        """
+        """Warn if what a run needs, but for activations, is not free. `sizes` is the classifier, perhaps on meta."""
         weights = sum(p.nbytes for p in sizes.parameters()) // self.n_shards
         trained = sum(p.nbytes for p in sizes.parameters() if p.requires_grad) // self.n_shards
         needs = {"weights": weights, "gradients": trained, "optimizer": 2 * trained}  # AdamW's two moments
@@ -214,119 +173,109 @@ class FrozenFeatures:
         if placement == "device" or placement == "host" and device == CPU:
             needs["frozen features"] = feature_bytes(sizes, messages)
         if (needed := sum(needs.values())) > free:
-            who = "each process of this run" if processes.world_size() > 1 else "this run"
             listed = ", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in needs.items())
-            self.console.warning(f"{who} needs {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free: {listed}")
+            self.console.warning(f"each process needs {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free: {listed}")
 
     def of(self, classifier, messages, seed):
         """{split: Messages} with their features, if there are frozen blocks and there is room for what they give.
 
-        Those of an earlier seed are returned again, unless the weights change with the seed. Raises UserError where the
-        weights file was changed.
+        Those of an earlier seed are returned again, unless the weights change with the seed. A line on the console says
+        where they are and how they came there. Raises UserError where the weights file was changed.
         """
         if classifier.feature_stage is Stage.TOKEN_IDS:
             return messages
-        if self.features is None or self.weights.is_random:
-            self.features = None  # there may be no room for those of two seeds
-            self.features = self.make(classifier, messages, seed)
-        return self.features
-
-    def make(self, classifier, messages, seed):
-        """What `of` returns; a line on the console says where they are and how they came there."""
-        placement = self.placement(classifier, messages, classifier.device)
-        start, states, begun, kept, where = time.perf_counter(), KeptStates(), "computed", "", "on disk"
+        if self.features is not None and not self.weights.is_random:
+            return self.features
+        self.features = None  # there may be no room for those of two seeds
+        placement, where = self.placement(classifier, messages, classifier.device), "on disk"
+        start, states, n_read = time.perf_counter(), States(messages), 0
         if placement != "off" and self.files is not None:
             try:
-                states, begun, kept = self.hidden_states(classifier, messages, placement, seed)
+                states, n_read = self.hidden_states(classifier, messages, seed, placement == "disk")
             except OSError as error:
                 self.console.warning(f"frozen features are not kept: {error}")
-        features, continued = states.continue_from(messages), time.perf_counter()
-        is_small = classifier.feature_stage is Stage.HEAD_INPUT
-        if placement in ("device", "host") or placement == "disk" and is_small:
+        features, continued = states.messages, time.perf_counter()
+        if placement in ("device", "host") or placement == "disk" and classifier.feature_stage is Stage.HEAD_INPUT:
             holder = CPU if placement == "host" else classifier.device
             where = f"in {holder.type} memory"
-            features = self.run(classifier, features, classifier.frozen_part, in_memory(holder))
+            features = self.run(classifier, features, classifier.frozen_part, dict.fromkeys(messages, holder))
         now, size = time.perf_counter(), feature_bytes(classifier, messages) / 1e9
         self.seconds, outcome = 0.0, f"recomputed each time (they would take {size:.2f} GB)"
         if features is not messages:
             self.seconds = states.seconds + now - continued
+            begun = f"continued from {n_read} blocks" if n_read else "computed"
+            begun = f"read from {states.path}" if n_read == classifier.n_full_blocks else begun
+            kept = f" and kept in {states.path}" if n_read < states.n_blocks else ""
             outcome = f"{begun} in {now - start:.0f} s{kept}; {size:.2f} GB {where}"
         blocks = f"{classifier.n_frozen_blocks} of {len(classifier.gpt.trf_blocks)} blocks"
         counts = f"{sum(map(len, messages.values())):,} messages, {shape_of_states(classifier, messages)[0]:,} tokens"
         self.console.info(f"Frozen features: {blocks}, {counts}, {outcome}")
+        self.features = features
         return features
 
-    def hidden_states(self, classifier, messages, placement, seed):
-        """The KeptStates after all full blocks, read, or written if they take long; else the deepest there are.
+    def hidden_states(self, classifier, messages, seed, is_kept):
+        """The deepest States in the folder, of all full blocks if they take long or `is_kept`, and how many were read.
 
-        And how they came about, in words for before and after the time. Raises OSError, in all processes, where they
-        cannot be kept.
+        Raises OSError, in all processes, where they cannot be kept.
         """
-        if not self.may_be_kept(classifier, messages):
-            raise OSError("they would take more than --feature_cache_gb")
         facts = circumstances(classifier, messages, seed, self.experiment, self.weights)
-        of_main = processes.from_main(facts)
-        differ = ", ".join(name for name in facts if facts[name] != of_main[name])
-        if differ := processes.from_any(differ or None):
-            raise OSError(f"the processes of this run differ in {differ}")
+        of_all = processes.gather(facts)
+        if differ := [name for name in facts if any(other[name] != of_all[0][name] for other in of_all)]:
+            raise OSError(f"the processes of this run differ in {', '.join(differ)}")
+        key, depth = sha256_of_json(facts)[:16], classifier.n_full_blocks
+        found = self.read(classifier, messages, key, States(messages))
+        if found.n_blocks == depth or not (is_kept or takes_long(classifier, found.messages)):
+            return found, found.n_blocks
+        part = self.files.folder / f"{key}-{depth:02}-blocks.part"
+        with ExitStack() as stack:
+            processes.in_main(stack.enter_context, self.files.turn(part, self.console))
+            found = self.read(classifier, messages, key, found)  # what another run has written meanwhile
+            states = found if found.n_blocks == depth else self.write(classifier, found, part)
+            return states, found.n_blocks
 
-        key, depth, kept = sha256_of_json(facts)[:16], classifier.n_full_blocks, ""
-        path = in_main(lambda: self.files.deepest(key, depth))
-        found = states = self.find(path, classifier, messages)
-        if found.n_blocks < depth:
-            is_slow = expected_seconds(classifier, found.continue_from(messages)) >= MIN_SECONDS
-            if placement == "disk" or processes.from_main(is_slow):
-                part = self.files.part(key, depth)
-                with ExitStack() as stack:
-                    in_main(lambda: stack.enter_context(self.files.turn(part, self.console)))
-                    if (newer := in_main(lambda: self.files.deepest(key, depth))) != path:  # written meanwhile
-                        found = states = self.find(newer, classifier, messages)
-                    if found.n_blocks < depth:
-                        states = self.write(classifier, messages, found, part)
-                        kept = f" and kept in {states.path}"
-        if found.n_blocks == depth:
-            return states, f"read from {states.path}", ""
-        return states, f"continued from {found.n_blocks} blocks" if found.n_blocks else "computed", kept
+    def read(self, classifier, messages, key, known):
+        """The deepest States in the folder, if that is not the file of `known`, and if one pass computed anew is equal.
 
-    def find(self, path, classifier, messages):
-        """The KeptStates in a file; none if a process cannot read it, or if a pass computed anew is not the same."""
-        if path is None:
-            return KeptStates()
+        If it is not, or if a process cannot read the file, a warning and the messages alone.
+        """
+        path = processes.in_main(self.files.deepest, key, classifier.n_full_blocks)
+        if path in (None, known.path):
+            return known
         try:
-            states = in_all(lambda: self.files.open(path))
+            with processes.agreed():
+                states = self.files.open(path, messages)
             split, indices, computed = compute_random_pass(classifier, messages, states.n_blocks)
-            kept = states.continue_from(messages)[split].select(indices).x
-            if processes.from_any(None if kept.equal(computed) else "differs"):
-                raise OSError(f"{path} does not hold what is computed here")
+            with processes.agreed():
+                if not states.messages[split].select(indices).x.equal(computed):
+                    raise OSError(f"{path} does not hold what is computed here")
             return states
         except OSError as error:
             self.console.warning(f"frozen features: {error}; they are computed again")
-            return KeptStates()
+            return States(messages, path=path)
 
-    def write(self, classifier, messages, states, part):
-        """From these KeptStates to those after all full blocks, in a new file: all compute, process 0 writes to `part`.
+    def write(self, classifier, states, part):
+        """From these States to those after all full blocks, in a new file: all compute, process 0 writes to `part`.
 
-        Raises OSError in all processes, and UserError where the weights file was changed.
+        Raises OSError, and UserError where the weights file was changed, in all processes.
         """
-        start = time.perf_counter()
-        self.fill(classifier, states.continue_from(messages), part)
-        self.weights.require_unchanged()
-        seconds = states.seconds + time.perf_counter() - start
-        path = in_main(lambda: self.files.publish(part, seconds))
-        return in_all(lambda: self.files.open(path))
+        start, depth = time.perf_counter(), classifier.n_full_blocks
+        shape = shape_of_states(classifier, states.messages)
+        with processes.agreed():  # what process 0 writes, the others forget
+            rows = self.files.create(part, shape) if processes.rank() == 0 else torch.empty(shape, device="meta")
+        with processes.agreed():
+            part.stat()  # all see the folder of process 0
+        outs = dict(zip(states.messages, rows.split([len(one.x) for one in states.messages.values()])))
+        self.run(classifier, states.messages, lambda batch: classifier.run_blocks(batch, depth), outs)
+        del rows, outs  # a file that is mapped cannot be renamed everywhere
+        with processes.agreed():
+            self.weights.require_unchanged()
+        path = processes.in_main(self.files.publish, part, states.seconds + time.perf_counter() - start)
+        with processes.agreed():
+            return self.files.open(path, states.messages)
 
-    def fill(self, classifier, messages, part):
-        """Write the hidden states after all full blocks to a new file. When this returns it is no longer mapped."""
-        shape, depth = shape_of_states(classifier, messages), classifier.n_full_blocks
-        nothing = torch.empty(shape, device="meta")  # what process 0 writes, the others forget
-        rows = in_all(lambda: self.files.create(part, shape) if processes.rank() == 0 else nothing)
-        in_all(part.stat)  # all see the folder of process 0
-        of_splits = iter(rows.split([len(split.x) for split in messages.values()]))
-        self.run(classifier, messages, lambda batch: classifier.run_blocks(batch, depth), lambda *_: next(of_splits))
-
-    def run(self, classifier, messages, compute, allocate):
-        """`compute_features` for each split."""
+    def run(self, classifier, messages, compute, outs):
+        """`compute_features` for each split; `outs` is {split: out}."""
         with self.console.progress("features", sum(map(len, messages.values())), "message") as bar:
             return {
-                split: compute_features(classifier, part, compute, allocate, bar) for split, part in messages.items()
+                split: compute_features(classifier, part, compute, outs[split], bar) for split, part in messages.items()
             }

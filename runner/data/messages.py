@@ -61,8 +61,8 @@ class Messages:
     def select(self, indices):
         """The messages `indices` (B,) as Messages, without a residual."""
         tokens, is_real = self.token_indices(indices)
-        own = dict(x=self.x[tokens[is_real]], lengths=self.lengths[indices], residual=None)
-        return replace(self, **own, positions=self.positions[indices], labels=self.labels[indices])
+        parts = {name: getattr(self, name)[indices] for name in ("lengths", "positions", "labels")}
+        return replace(self, x=self.x[tokens[is_real]], residual=None, **parts)
 
     def batch(self, indices, device):
         """The messages `indices` (B,) as a Batch on `device`."""

@@ -98,14 +98,21 @@ def from_any(value):
 
 @contextmanager
 def agreed():
-    """A UserError that one process raises within is raised by all: process 0 prints it, and they end together."""
+    """A UserError or OSError that one process raises within is raised by all: they go on, or end, together."""
     problem = None
     try:
         yield
-    except UserError as error:
+    except (UserError, OSError) as error:
         problem = error
     if problem := from_any(problem):
         raise problem
+
+
+def in_main(call, *arguments):
+    """What `call(*arguments)` gives in process 0, the only one that calls it, for all; errors as with `agreed`."""
+    with agreed():
+        value = call(*arguments) if rank() == 0 else None
+    return from_main(value)
 
 
 @contextmanager
