@@ -1,4 +1,4 @@
-"""Errors that a user sees, checksums, atomic writes.
+"""Errors that a user sees, checksums, files that are whole or absent.
 
 The lowest module of the project: it imports no other.
 """
@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import secrets
+import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -31,7 +32,16 @@ class NonFiniteError(UserError):
         super().__init__(message, status=1)
 
 
-# --- checksums and values ---
+def require_finite(tensors, what):
+    """Raises NonFiniteError that names the first of the tensors, {name: tensor}, that holds an infinity or a NaN."""
+    for name, tensor in tensors.items():
+        # Unlike isfinite, aminmax makes no copy. A NaN is passed on, and an infinity is one of the ends.
+        is_checked = tensor.is_floating_point() and tensor.numel() > 0
+        if is_checked and not all(end.isfinite() for end in tensor.aminmax()):
+            raise NonFiniteError(f"{what} {name} has values that are infinite or not a number")
+
+
+# --- checksums ---
 
 
 def sha256_of(path):
@@ -54,16 +64,7 @@ def sha256_of_tensors(tensors):
     return sha256.hexdigest()
 
 
-def require_finite(tensors, what):
-    """Raises NonFiniteError that names the first of the tensors, {name: tensor}, that holds an infinity or a NaN."""
-    for name, tensor in tensors.items():
-        # Unlike isfinite, aminmax makes no copy. A NaN is passed on, and an infinity is one of the ends.
-        is_checked = tensor.is_floating_point() and tensor.numel() > 0
-        if is_checked and not all(end.isfinite() for end in tensor.float().aminmax()):
-            raise NonFiniteError(f"{what} {name} has values that are infinite or not a number")
-
-
-# --- whole or not at all ---
+# --- whole or absent ---
 
 
 def resolve(path):
@@ -99,3 +100,12 @@ def write_bytes(path, content):
     """Write `content` (bytes) to `path`, whole or not at all. Raises OSError."""
     with atomic_write(path) as temporary:
         temporary.write_bytes(content)
+
+
+def check_writable(name, path, folder):
+    """Raises UserError where no file can be written into a folder: it is missing, read-only, or its disk is full."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(4096))
+    except OSError as error:
+        raise UserError(f"--{name} {path} cannot be written: {folder}: {error.strerror or error}") from None

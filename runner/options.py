@@ -5,14 +5,13 @@ import difflib
 import math
 import re
 import sys
-import tempfile
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from gpt_download import COLLECTION_NAMES
 from previous_chapters import GPT_SIZES, GPTConfig
 from runner.data.datasets import SPLITS
-from runner.files import UserError, resolve
+from runner.files import UserError, check_writable, resolve
 from runner.machine import processes
 from runner.rows import DEMO, ROWS
 from runner.saved.export import check_experiment, check_folder
@@ -256,15 +255,6 @@ def resolve_output(name, path):
         return resolve(path)
     except OSError as error:
         raise UserError(f"--{name} {path}: {error.strerror}") from None
-
-
-def check_writable(name, path, folder):
-    """Raises UserError where no file can be written into a folder: it is missing, read-only, or its disk is full."""
-    try:
-        with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(bytes(4096))
-    except OSError as error:
-        raise UserError(f"--{name} {path} cannot be written: {folder}: {error.strerror or error}") from None
 
 
 def as_one_file(path):

@@ -38,7 +38,7 @@ from gpt_download import Weights
 from runner.console import Console
 from runner.data import datasets
 from runner.data.features import FrozenFeatures
-from runner.machine.devices import describe_device, peak_memory, reset_peak_memory, resolve_device, set_precision
+from runner.machine.devices import describe_device, peak_memory, resolve_device, set_precision
 from runner.saved.checkpoints import Checkpoint
 from runner.saved.classifiers import SavedClassifier
 
@@ -256,11 +256,11 @@ def measure(number, arguments):
 
     peak = product_peak(device, experiment.precision)
     classifier = ae.build_classifier(experiment, n_classes=2).to(device)
-    slow = time_plain(classifier, replace(experiment, precision="fp32"), token_lists, max_tokens, messages, device)
-    classifier = ae.build_classifier(experiment, n_classes=2).to(device)
     ae.optimize_frozen_blocks(classifier)
-    known_above = reset_peak_memory(device)
     fast = time_fast(classifier, experiment, messages, arguments.fast_steps)
+    peak_memory_gb = peak_memory(device) / 1e9  # of the process so far, which is why the plain path comes later
+    classifier = ae.build_classifier(experiment, n_classes=2).to(device)
+    slow = time_plain(classifier, replace(experiment, precision="fp32"), token_lists, max_tokens, messages, device)
 
     needed, plainly = operations(experiment, messages, token_lists, max_tokens, classifier.n_frozen_blocks)
     return {
@@ -277,7 +277,7 @@ def measure(number, arguments):
         "fast_tflop": needed / 1e12,
         "peak_gflops": peak / 1e9,
         "share_of_peak": needed / fast / peak,
-        "peak_memory_gb": (peak_memory(device, known_above) or float("nan")) / 1e9,
+        "peak_memory_gb": peak_memory_gb,
     }
 
 
@@ -299,8 +299,7 @@ def classify(arguments):
 
     with tempfile.TemporaryDirectory() as folder:
         classifier = ae.build_classifier(experiment, 2)
-        record = dict.fromkeys(("data_sha256", "device_name", "date", "python", "torch", "tiktoken"), "")
-        record |= dict(data="sample", minutes=0, history=dict(lines=["Training completed"]))
+        record = dict(data="sample", history=dict(lines=[]))
         saved = SavedClassifier(asdict(experiment), 120, ["ham", "spam"], "", record)
         ae.export_classifier(f"{folder}/out", classifier, saved)
         ae.optimize_frozen_blocks(classifier.to(device)).eval()

@@ -7,6 +7,7 @@ writes. Without torchrun there is one process, and nothing here does anything.
 import os
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from functools import partial
 from itertools import islice
 
 import torch
@@ -27,24 +28,15 @@ def is_launched():
     return dist.is_torchelastic_launched()
 
 
-def rank():
-    """The number of this process, 0 for the one that prints and writes."""
-    return int(os.environ["RANK"]) if is_launched() else 0
+def told(name, alone):
+    """The number that torchrun has put into an environment variable; `alone` for the only process."""
+    return int(os.environ[name]) if is_launched() else alone
 
 
-def world_size():
-    """How many processes there are."""
-    return int(os.environ["WORLD_SIZE"]) if is_launched() else 1
-
-
-def local_rank():
-    """The number of this process among those of its host."""
-    return int(os.environ["LOCAL_RANK"]) if is_launched() else 0
-
-
-def local_world_size():
-    """How many processes there are on this host."""
-    return int(os.environ["LOCAL_WORLD_SIZE"]) if is_launched() else 1
+# Functions of no argument: the number of this process, of which 0 prints and writes, and how many there are; the same
+# among those of this host.
+rank, world_size = partial(told, "RANK", 0), partial(told, "WORLD_SIZE", 1)
+local_rank, local_world_size = partial(told, "LOCAL_RANK", 0), partial(told, "LOCAL_WORLD_SIZE", 1)
 
 
 @contextmanager
