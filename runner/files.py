@@ -3,7 +3,6 @@
 The lowest module of the project: it imports no other.
 """
 
-import errno
 import hashlib
 import json
 import os
@@ -36,7 +35,7 @@ def require_finite(tensors, what):
     """Raises NonFiniteError that names the first of the tensors, {name: tensor}, that holds an infinity or a NaN."""
     for name, tensor in tensors.items():
         # Unlike isfinite, aminmax makes no copy. A NaN is passed on, and an infinity is one of the ends.
-        is_checked = tensor.is_floating_point() and tensor.numel() > 0
+        is_checked = tensor.is_floating_point() and tensor.numel()
         if is_checked and not all(end.isfinite() for end in tensor.aminmax()):
             raise NonFiniteError(f"{what} {name} has values that are infinite or not a number")
 
@@ -67,21 +66,13 @@ def sha256_of_tensors(tensors):
 # --- whole or absent ---
 
 
-def resolve(path):
-    """The Path that `path` leads to, through whatever links. Raises OSError for a link that leads back to itself."""
-    path = Path(os.path.realpath(path))
-    if path.is_symlink():
-        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
-    return path
-
-
 @contextmanager
 def atomic_write(path):
     """A temporary path to write to; at the end its file, flushed to disk, replaces `path`. After an error it does not.
 
     Where `path` is a link, the file that it leads to is replaced. Raises OSError.
     """
-    path = resolve(path)
+    path = Path(os.path.realpath(path))
     # Short, as `path` may be as long as the file system allows; with its suffix, which tells matplotlib the format.
     temporary = path.with_name(f".{secrets.token_hex(4)}.part{path.suffix[:8]}")
     try:

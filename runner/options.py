@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import math
+import os
 import re
 import sys
 from dataclasses import dataclass, field, fields
@@ -11,7 +12,7 @@ from pathlib import Path
 from gpt_download import COLLECTION_NAMES
 from previous_chapters import GPT_SIZES, GPTConfig
 from runner.data.datasets import SPLITS
-from runner.files import UserError, check_writable, resolve
+from runner.files import UserError, check_writable
 from runner.machine import processes
 from runner.rows import DEMO, ROWS
 from runner.saved.export import check_experiment, check_folder
@@ -251,10 +252,10 @@ def check_files(run_options, inputs):
 
 def resolve_output(name, path):
     """The Path to which the value of an option leads. Raises UserError for a link that leads back to itself."""
-    try:
-        return resolve(path)
-    except OSError as error:
-        raise UserError(f"--{name} {path}: {error.strerror}") from None
+    target = Path(os.path.realpath(path))
+    if target.is_symlink():
+        raise UserError(f"--{name} {path} is a link that leads back to itself")
+    return target
 
 
 def as_one_file(path):

@@ -172,7 +172,6 @@ def pretended_device(monkeypatch, kind, falsify=None):
         monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)
         answers = dict(is_available=True, device_count=1, get_device_name="Pretended A100", is_bf16_supported=True)
         answers |= dict(mem_get_info=(40 * 10**9, 40 * 10**9), max_memory_allocated=10**9, synchronize=None)
-        answers |= dict(reset_peak_memory_stats=None)
     answers |= dict(get_rng_state=state, set_rng_state=None, empty_cache=None)
     for name, answer in answers.items():
         monkeypatch.setattr(getattr(torch, kind), name, lambda *_, answer=answer, **__: answer)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from additional_experiments import Experiment, main, parse_args
-from runner import options
+from runner import files, options
 from runner.files import UserError
 from runner.options import RunOptions
 from runner.rows import ROWS
@@ -203,14 +203,14 @@ def test_names_that_differ_in_case_are_one_file_where_the_system_says_so(monkeyp
 
 def read_only(monkeypatch, folder):
     """Refuse files in a folder, also to root."""
-    temporary_file = options.tempfile.TemporaryFile
+    temporary_file = files.tempfile.TemporaryFile
 
     def refuse(dir):
         if Path(dir).resolve() == folder.resolve():
             raise PermissionError(13, "Permission denied")
         return temporary_file(dir=dir)
 
-    monkeypatch.setattr(options.tempfile, "TemporaryFile", refuse)
+    monkeypatch.setattr(files.tempfile, "TemporaryFile", refuse)
 
 
 @pytest.mark.parametrize("option", ["--results", "--checkpoint", "--save_model", "--plot", "--write"])

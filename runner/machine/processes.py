@@ -33,8 +33,7 @@ def told(name, alone):
     return int(os.environ[name]) if is_launched() else alone
 
 
-# Functions of no argument: the number of this process, of which 0 prints and writes, and how many there are; the same
-# among those of this host.
+# The number of this process, 0 for the one that prints and writes, and how many there are; the same on this host.
 rank, world_size = partial(told, "RANK", 0), partial(told, "WORLD_SIZE", 1)
 local_rank, local_world_size = partial(told, "LOCAL_RANK", 0), partial(told, "LOCAL_WORLD_SIZE", 1)
 
@@ -143,8 +142,7 @@ def in_turns(passes, compute):
     """
     passes = iter(passes)
     while turn := list(islice(passes, world_size())):
-        # Whoever is left without a pass computes another's, which costs no time: where shards are gathered, all have to
-        # take part.
+        # Who is left without a pass computes another's: where shards are gathered, all have to take part.
         own = compute(turn[min(rank(), len(turn) - 1)])
         for owner, one in enumerate(turn):
             yield one, [broadcast(tensor, owner) for tensor in own]

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 
-from runner.files import UserError, atomic_write, require_finite, resolve
+from runner.files import UserError, atomic_write, require_finite
 from runner.machine import processes
 from runner.machine.devices import peak_memory, random_states, set_random_states
 
@@ -103,7 +103,7 @@ class Checkpoint:
         if self.path is None:
             yield
             return
-        path = resolve(self.path)
+        path = Path(self.path).resolve()
         # A soft lock would outlast a killed run.
         lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=0, fallback_to_soft=False)
         try:
@@ -204,6 +204,7 @@ class Checkpoint:
                 with atomic_write(self.path) as temporary, open(temporary, "wb") as file:
                     torch.save(content, file)
         except (OSError, RuntimeError) as error:  # PyTorch's own hides that of the file, for example of a full disk
-            self.console.warning(f"the checkpoint {self.path} could not be written: {error.__context__ or error}")
+            reason = error.__context__ if isinstance(error, RuntimeError) else error
+            self.console.warning(f"the checkpoint {self.path} could not be written: {reason or error}")
         self.saved_at = time.monotonic()
         processes.barrier()  # torchrun ends process 0, which may still be writing, when another process has ended
