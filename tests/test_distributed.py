@@ -290,7 +290,10 @@ def measure_shards(path):
         peak = max(*held, memory_of_its_own()) - held[0]
         state = ae.make_training_state(classifier, experiment)
         batch = Batch(Stage.TOKEN_IDS, torch.ones(2, 5, dtype=torch.int32), torch.tensor([4, 4]), None)
-        classifier(batch).square().sum().backward()
+        logits = classifier(batch)
+        logits.square().sum().backward()
+        of_bias = classifier.out_head.bias.grad.full_tensor()  # AdamW would not tell a sum from a mean
+        torch.testing.assert_close(of_bias, processes.world_size() * 2 * logits.sum(0))
         state.optimizer.step()
         parameters = list(classifier.parameters())
         moments = [moment for kept in state.optimizer.state.values() for moment in kept.values() if moment.ndim]
