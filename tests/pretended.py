@@ -10,7 +10,6 @@ it, and questions for a value. A fault can be planted: `falsify(name, args, resu
 import errno
 import os
 import signal
-import sys
 from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
@@ -79,11 +78,7 @@ class PretendedTensor(torch.Tensor):
 
 
 def count(what):
-    """Count a copy or a question, by the line of the program that is the cause."""
-    frame = sys._getframe(1)
-    while "/tests/" in frame.f_code.co_filename or "/torch/" in frame.f_code.co_filename:
-        frame = frame.f_back
-    PretendedTensor.counts[what, frame.f_code.co_name] += 1
+    PretendedTensor.counts[what] += 1
 
 
 def unwrap(value):

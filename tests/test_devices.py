@@ -183,8 +183,7 @@ def test_what_an_update_waits_for(tiny_size, data_dir, monkeypatch, layers, copi
         def counted(*arguments):
             before = counts.copy()
             result = accumulate_gradients(*arguments)
-            for (what, _), n in (counts - before).items():
-                in_updates[what] += n
+            in_updates.update(counts - before)
             in_updates["updates"] += 1
             return result
 
