@@ -16,6 +16,7 @@ In the shapes B is messages in a batch, T tokens in a message, D the embedding w
 import json
 import math
 import sys
+import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from itertools import islice, takewhile
@@ -53,7 +54,7 @@ from runner.results.pictures import plot_histories
 from runner.results.records import History, Record
 from runner.results.table import print_row
 from runner.saved import classifiers, export
-from runner.saved.checkpoints import Checkpoint, TrainingState, Usage, run_identity
+from runner.saved.checkpoints import Checkpoint, TrainingState, run_identity
 from runner.saved.classifiers import SavedClassifier, load_parameters
 
 # --- the settings of an experiment ---
@@ -498,13 +499,13 @@ def accumulate_gradients(classifier, messages, window, experiment):
     return outputs, loss
 
 
-def make_training_state(classifier, experiment, usage=None):
-    """The TrainingState before the first step. `usage` counts from the start of the run, by default from now."""
+def make_training_state(classifier, experiment, started=None):
+    """The TrainingState before the first step; `started` is when the run did, by default now."""
     trained = [parameter for parameter in classifier.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(
         trained, lr=experiment.learning_rate, weight_decay=experiment.weight_decay, fused=True
     )
-    return TrainingState(classifier, optimizer, History(), usage or Usage(classifier.device))
+    return TrainingState(classifier, optimizer, History(), started)
 
 
 def train(classifier, messages, experiment, state, checkpoint, console):
@@ -744,7 +745,7 @@ def find_record(run, experiment):
 
 def run_seed(run, experiment):
     """One seed of a Run, from its weights to all that is asked for: its Record."""
-    console, data, usage = run.console, run.data, Usage(run.device)
+    console, data, started = run.console, run.data, time.perf_counter()
     classifier = build_classifier(experiment, len(data.class_names), run.weights.tensors)
     classifier.gpt.activation_checkpointing = run.options.activation_checkpointing
     place(classifier, run.device, run.options.shard)
@@ -754,7 +755,7 @@ def run_seed(run, experiment):
     environment = dict(device=describe_devices(run.device), PyTorch=str(torch.__version__), features=kept)
     run.checkpoint.note_environment(environment)
 
-    state = make_training_state(classifier, experiment, usage)
+    state = make_training_state(classifier, experiment, started)
     confusions, minutes = fine_tune(classifier, inputs, experiment, state, run.checkpoint, console)
     for line in describe_test(confusions["test"], data):
         console.info(state.history.add_line(line))
@@ -774,9 +775,8 @@ def fine_tune(classifier, messages, experiment, state, checkpoint, console):
             console.info(line)
     confusions = {}
     try:
-        state.usage.start_training()
         train(classifier, messages, experiment, state, checkpoint, console)
-        minutes = state.usage.so_far()["training"] / 60
+        minutes = state.usage()["training"] / 60
         console.info(state.history.add_line(f"Training completed in {minutes:.2f} minutes."))
         for split, loader in make_loaders(messages, experiment.batch_size).items():
             confusions[split] = confusion(predict_batches(classifier, messages[split], loader))

@@ -1,9 +1,8 @@
-"""Errors that a user sees, checksums, atomic writes.
+"""Errors that a user sees, checksums, files that are whole or absent.
 
 The lowest module of the project: it imports no other.
 """
 
-import errno
 import hashlib
 import json
 import os
@@ -31,7 +30,16 @@ class NonFiniteError(UserError):
         super().__init__(message, status=1)
 
 
-# --- checksums and values ---
+def require_finite(tensors, what):
+    """Raises NonFiniteError that names the first of the tensors, {name: tensor}, that holds an infinity or a NaN."""
+    for name, tensor in tensors.items():
+        # Unlike isfinite, aminmax makes no copy. A NaN is passed on, and an infinity is one of the ends.
+        is_checked = tensor.is_floating_point() and tensor.numel()
+        if is_checked and not all(end.isfinite() for end in tensor.aminmax()):
+            raise NonFiniteError(f"{what} {name} has values that are infinite or not a number")
+
+
+# --- checksums ---
 
 
 def sha256_of(path):
@@ -54,24 +62,7 @@ def sha256_of_tensors(tensors):
     return sha256.hexdigest()
 
 
-def require_finite(tensors, what):
-    """Raises NonFiniteError that names the first of the tensors, {name: tensor}, that holds an infinity or a NaN."""
-    for name, tensor in tensors.items():
-        # Unlike isfinite, aminmax makes no copy. A NaN is passed on, and an infinity is one of the ends.
-        is_checked = tensor.is_floating_point() and tensor.numel() > 0
-        if is_checked and not all(end.isfinite() for end in tensor.float().aminmax()):
-            raise NonFiniteError(f"{what} {name} has values that are infinite or not a number")
-
-
-# --- whole or not at all ---
-
-
-def resolve(path):
-    """The Path that `path` leads to, through whatever links. Raises OSError for a link that leads back to itself."""
-    path = Path(os.path.realpath(path))
-    if path.is_symlink():
-        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
-    return path
+# --- whole or absent ---
 
 
 @contextmanager
@@ -80,7 +71,7 @@ def atomic_write(path):
 
     Where `path` is a link, the file that it leads to is replaced. Raises OSError.
     """
-    path = resolve(path)
+    path = Path(os.path.realpath(path))
     # Short, as `path` may be as long as the file system allows; with its suffix, which tells matplotlib the format.
     temporary = path.with_name(f".{secrets.token_hex(4)}.part{path.suffix[:8]}")
     try:

@@ -13,7 +13,7 @@ from pathlib import Path
 from gpt_download import COLLECTION_NAMES
 from previous_chapters import GPT_SIZES, GPTConfig
 from runner.data.datasets import SPLITS
-from runner.files import UserError, resolve
+from runner.files import UserError
 from runner.machine import processes
 from runner.rows import DEMO, ROWS
 from runner.saved.export import check_experiment, check_folder
@@ -174,22 +174,22 @@ def check_files(run_options, inputs):
     """Raises UserError where an output cannot be written, or would overwrite another one or what is read, `inputs`."""
     if run_options.export is not None:
         check_folder(run_options.export)
-    outputs = [(name, getattr(run_options, name)) for name in ("checkpoint", "save_model", "plot")]
+    outputs = [(name, getattr(run_options, name)) for name in ("checkpoint", "save_model", "plot", "export")]
     outputs += [("write", path) for path in run_options.write]
     if run_options.results and run_options.report is None:
         outputs.append(("results", run_options.results))
     taken = {os.path.realpath(path).casefold(): what for path, what in inputs.items()}
     for name, path in outputs:
         if path is not None:
+            target, is_folder = Path(os.path.realpath(path)), name in ("export", "results")
             try:
-                target = resolve(path)
-                folder = target if name == "results" and target.exists() else target.parent
-                with tempfile.TemporaryFile(dir=folder) as file:
+                with tempfile.TemporaryFile(dir=target if is_folder and target.exists() else target.parent) as file:
                     file.write(bytes(4096))  # the disk is not full
             except OSError as error:
                 raise UserError(f"--{name} {path} cannot be written: {error.strerror or error}") from None
-            if name != "results" and target.exists() and not target.is_file():
-                raise UserError(f"--{name} {path} is not a regular file")
+            is_right = target.is_dir() if is_folder else target.is_file()
+            if target.is_symlink() or target.exists() and not is_right:  # a link that leads back to itself stays one
+                raise UserError(f"--{name} {path} is not a {'folder' if is_folder else 'regular file'}")
             file_name = str(target).casefold()  # as on macOS and Windows
             if what := taken.get(file_name):
                 raise UserError(f"--{name} {path} would overwrite {what}")

@@ -20,12 +20,6 @@ from runner.saved import export
 from runner.saved.classifiers import SavedClassifier
 
 FILES = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md"}
-RECORD = dict(data="sample", data_sha256="0123", minutes=1.5, device_name="CPU", date="2026-11-24")
-RECORD |= dict(python="3", torch="2", tiktoken="0", history=dict(lines=["Training completed in 1.50 minutes."]))
-
-
-def saved(experiment, names, base_sha256=""):
-    return SavedClassifier(asdict(experiment), 40, names, base_sha256, RECORD)
 
 
 @pytest.fixture(scope="module")
@@ -37,10 +31,9 @@ def tokenizer(tmp_path_factory):
 
 
 @pytest.mark.parametrize("layers", ["last_layer", "last_block", "last_two_blocks", "all", "lora", "lora_alternative"])
-@pytest.mark.parametrize("position, n_classes", [("flexible", 3), ("no padding", 7)])
-def test_transformers_computes_the_same(tiny_size, tmp_path, sample_splits, tokenizer, layers, position, n_classes):
+def test_transformers_computes_the_same(tiny_size, tmp_path, sample_splits, tokenizer, layers):
     texts = [*sample_splits["train"]["Text"][:198], "the end <|endoftext|> is not", "é" * 2000]  # some are cut
-    how = dict(trainable_token_pos="flexible") if position == "flexible" else dict(no_padding=True)
+    how, n_classes = (dict(no_padding=True), 7) if layers == "last_block" else (dict(trainable_token_pos="flexible"), 3)
     size = dict(model_size="gpt2-tiny (1M)", weights="random", context_length=40)
     experiment = ae.Experiment(device="cpu", trainable_layers=layers, **how, **size)
     classifier = ae.build_classifier(experiment, n_classes)
@@ -71,12 +64,9 @@ def test_any_text_has_the_same_tokens(tokenizer, text):
 
 def test_messages_and_all_tokens_are_the_same(tokenizer, sample_splits):
     vocabulary = load_vocabulary()
+    tokens = [vocabulary.decode_single_token_bytes(number) for number in range(vocabulary.eot_token)]
     texts = [text for frame in sample_splits.values() for text in frame["Text"]]
-    for number in range(vocabulary.eot_token):
-        try:
-            texts.append(vocabulary.decode_single_token_bytes(number).decode())
-        except UnicodeDecodeError:  # a part of a character
-            continue
+    texts += [token.decode(errors="ignore") for token in tokens]  # some are a part of a character
     texts += ["a<|endoftext|>b", "<|endoftext|>", "aaa" * 99, "  \t\n \u00a0\u2028 x", "I'LL we'll 東京 ½½ 12345"]
     for text, found in zip(texts, tokenizer(texts)["input_ids"], strict=True):
         assert found == vocabulary.encode_ordinary(text), text
@@ -91,9 +81,7 @@ def flexible(options):
     return [*options, "--trainable_token_pos", "flexible", "--learning_rate", "1e-3"]
 
 
-@pytest.mark.parametrize(
-    "further", ["", "--trainable_layers lora --precision bf16", "--no_padding --trainable_layers all"]
-)
+@pytest.mark.parametrize("further", ["--trainable_layers lora --precision bf16", "--no_padding --trainable_layers all"])
 def test_an_export_answers_as_the_program_does(flexible, capfd, further):
     """As training wrote it, and as it is written from what --save_model wrote."""
     assert ae.main([*flexible, *further.split(), "--save_model", "trained", "--export", "out"]) == 0
@@ -113,6 +101,11 @@ def test_an_export_answers_as_the_program_does(flexible, capfd, further):
     for answer, found in zip(answers, classify(["You have won", "ok"]), strict=True):
         assert answer[0] == found["label"] and float(answer[1]) == pytest.approx(found["score"], abs=tolerance)
 
+    tensors = load_file("out/model.safetensors")  # without the head they are base weights again
+    del tensors["score.weight"]
+    save_file(tensors, "base.safetensors")
+    assert len(find_weights("base.safetensors", "gpt2-tiny (1M)").tensors) == len(tensors)
+
 
 def test_the_model_card(flexible, data_dir, capfd):
     """What the run printed: also the accuracy without repeated messages, and F1, as there are few messages of spam."""
@@ -128,26 +121,14 @@ def test_the_model_card(flexible, data_dir, capfd):
     for beginning in printed:
         assert [line for line in lines if line.startswith(beginning)][-1] in card
     assert not any(line.startswith(("Most confident", "Ep 1")) for line in card)  # the first precedes messages
-    assert "- Base weights: random ones, drawn with seed 123" in card
-    data = next(line for line in card if line.startswith("- Data: "))
-    assert data.startswith("- Data: your own data, SHA-256 of labels and texts `")
+    assert "- Base weights: random" in card and "- Data: your own data" in card
 
-
-def test_the_licence_on_the_model_card():
     experiment = ae.Experiment(trainable_token_pos="flexible", learning_rate=1e-3)
-    published = ae.PRETRAINED["gpt2-small (124M)"].sha256
-    card = export.model_card(Path("out"), saved(experiment, ["ham", "spam"], published), ae.DEFAULTS)
-    assert "license: mit\n" in card and "those of openai-community/gpt2, " in card
+    record = dict(data="sample", history=dict(lines=[]))
+    published = SavedClassifier(asdict(experiment), 40, [0, 1], ae.PRETRAINED["gpt2-small (124M)"].sha256, record)
+    card = export.model_card(Path("out"), published, ae.DEFAULTS)
+    assert "- Base weights: openai-community/gpt2, under OpenAI's MIT License" in card and "CC BY 4.0" in card
     assert "`python additional_experiments.py --trainable_token_pos flexible --learning_rate 0.001`" in card
-    assert "license" not in export.model_card(Path("out"), saved(experiment, ["ham", "spam"], "0123"), ae.DEFAULTS)
-
-
-def test_weights_without_the_head_are_base_weights_again(flexible):
-    assert ae.main([*flexible, "--export", "out"]) == 0
-    tensors = load_file("out/model.safetensors")
-    del tensors["score.weight"]
-    save_file(tensors, "base.safetensors")
-    assert len(find_weights("base.safetensors", "gpt2-tiny (1M)").tensors) == len(tensors)
 
 
 # --- what is refused, and what is never overwritten ---
@@ -172,18 +153,21 @@ def test_more_classes_than_the_model_is_wide(flexible, data_dir, capfd):
     assert capfd.readouterr().err == "error: --export takes 16 classes at most, the width of the model; there are 17\n"
 
 
-def test_folders_that_are_not_new_or_empty(flexible, capfd):
+@pytest.mark.parametrize(
+    "path, message",
+    [
+        ("mine", " is not a new or empty folder"),
+        ("mine/notes.txt", " is not a new or empty folder"),
+        ("itself", " is not a new or empty folder"),
+        ("nowhere/out", " cannot be written: "),
+    ],
+)
+def test_folders_that_are_not_new_or_empty(flexible, capfd, path, message):
     Path("mine").mkdir()
     Path("mine/notes.txt").write_text("a")
     Path("itself").symlink_to("itself")
-    for path, message in {
-        "mine": "--export mine is not a new or empty folder",
-        "mine/notes.txt": "--export mine/notes.txt is not a new or empty folder",
-        "itself": "--export itself is not a new or empty folder",
-        "nowhere/out": f"--export nowhere/out: nothing can be written into {Path('nowhere').absolute()}",
-    }.items():
-        assert ae.main([*flexible, "--export", path]) == 2
-        assert capfd.readouterr().err == f"error: {message}\n"
+    assert ae.main([*flexible, "--export", path]) == 2
+    assert capfd.readouterr().err.startswith(f"error: --export {path}{message}")
     assert Path("mine/notes.txt").read_text() == "a"
 
 

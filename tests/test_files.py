@@ -54,11 +54,8 @@ def test_a_link_keeps_leading_to_its_file(tmp_path):
 def test_a_link_that_leads_back_to_itself(nano, tmp_path, capfd, option):
     path = tmp_path / "loop.png"
     path.symlink_to(path)
-    with pytest.raises(OSError, match="symbolic links"):
-        files.write_bytes(path, b"content")
-    assert ae.main([*nano, f"--{option}", str(path)]) in (1, 2)
-    err = capfd.readouterr().err
-    assert err.startswith("error: ") and err.count("\n") == 1 and str(path) in err and path.is_symlink()
+    assert ae.main([*nano, f"--{option}", str(path)]) == 2
+    assert capfd.readouterr().err == f"error: --{option} {path} is a link that leads back to itself\n"
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no such pipes")

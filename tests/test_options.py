@@ -1,13 +1,13 @@
 """The command line: what options mean, what bad ones are told, and --help."""
 
 import math
+import tempfile
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 from additional_experiments import Experiment, main, parse_args
-from runner import options
 from runner.files import UserError
 from runner.options import RunOptions
 from runner.rows import ROWS
@@ -159,14 +159,14 @@ def test_settings_of_a_command_line_and_of_python_are_the_same():
 
 def read_only(monkeypatch, folder):
     """Refuse files in a folder, also to root."""
-    temporary_file = options.tempfile.TemporaryFile
+    temporary_file = tempfile.TemporaryFile
 
     def refuse(dir):
         if Path(dir).resolve() == folder.resolve():
             raise PermissionError(13, "Permission denied")
         return temporary_file(dir=dir)
 
-    monkeypatch.setattr(options.tempfile, "TemporaryFile", refuse)
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
 
 
 @pytest.mark.parametrize("option", ["--results", "--checkpoint", "--save_model", "--plot", "--write"])

@@ -17,25 +17,27 @@ from helpers import save_random_weights
 import additional_experiments as ae
 from runner.saved import classifiers
 
-LAYERS = ["last_layer", "last_block", "last_two_blocks", "all", "lora", "lora_alternative", "last_block bf16"]
-POSITIONS = {
-    **{position: f"--trainable_token_pos {position}" for position in ("last", "first", "flexible")},
-    "average": "--average_embeddings",
-    "no padding": "--no_padding",
-    "no mask": "--disable_causal_mask --context_length 9",
-}
 PREDICT_BATCHES = ae.predict_batches
 
 
-@pytest.mark.parametrize("position", POSITIONS)
-@pytest.mark.parametrize("layers", LAYERS)
-def test_a_loaded_classifier_gives_the_very_logits(options, data_dir, monkeypatch, tmp_path, layers, position):
-    # Every second one on weights of a file, and at a learning rate at which all that is trained changes.
-    if (LAYERS.index(layers) + list(POSITIONS).index(position)) % 2:
+@pytest.mark.parametrize("on_file", [False, True])
+@pytest.mark.parametrize(
+    "further",
+    [
+        "last_layer --trainable_token_pos flexible",
+        "last_block",
+        "last_block --precision bf16 --average_embeddings",
+        "last_two_blocks --trainable_token_pos first",
+        "all --disable_causal_mask --context_length 9",
+        "lora --no_padding",
+        "lora_alternative --average_embeddings --no_padding",
+    ],
+)
+def test_a_loaded_classifier_gives_the_very_logits(options, data_dir, monkeypatch, tmp_path, further, on_file):
+    if on_file:
         options[options.index("random")] = save_random_weights(tmp_path, emb_dim=16)
-    layers, *bf16 = layers.split()
-    options += ["--trainable_layers", layers, "--learning_rate", "1e-3", "--num_epochs", "1", "--batch_size", "8"]
-    options += [*POSITIONS[position].split(), *(["--precision", "bf16"] if bf16 else [])]
+    # At this learning rate all that is trained changes.
+    options += ["--learning_rate", "1e-3", "--num_epochs", "1", "--batch_size", "8"]
     given = []  # what the run's own predictions are; the last are those of the test messages
 
     def noting(*arguments):
@@ -43,7 +45,8 @@ def test_a_loaded_classifier_gives_the_very_logits(options, data_dir, monkeypatc
         return given[-1]
 
     monkeypatch.setattr(ae, "predict_batches", noting)
-    assert ae.main([*options, "--save_model", "trained.safetensors"]) == 0
+    command = [*options, "--trainable_layers", *further.split(), "--save_model", "trained.safetensors"]
+    assert ae.main(command) == 0
     classifier, experiment, saved = ae.load_classifier("trained.safetensors", {})
     texts = list(pd.read_csv(data_dir / "test.csv", keep_default_na=False)["Text"])
     assert ae.predict_texts(ae.ready_to_use(classifier, experiment), experiment, texts).equal(given[-1].logits)
@@ -63,19 +66,18 @@ def trained(tmp_path_factory, nano_weights):
 def test_classify_arguments(trained, capsys):
     path, _ = trained
     spam, ham = "URGENT! You have won a 1000 prize. Call 09061701461 now to claim", "ok, see you at home later"
-    assert ae.main(["--load_model", path, "--classify", spam, ham]) == 0
-    first, second = (line.split("\t") for line in capsys.readouterr().out.splitlines())
+    assert ae.main(["--load_model", path, "--classify", spam, ham, "-5 degrees", "--hello you"]) == 0
+    first, second, *others = (line.split("\t") for line in capsys.readouterr().out.splitlines())
     assert first[0] == "spam" and second[0] == "ham" and first[2] == spam and second[2] == ham
     assert 0.5 < float(first[1]) <= 1 and 0.5 < float(second[1]) <= 1
-    assert ae.main(["--load_model", path, "--classify", "-5 degrees", "--hello you", "--device", "cpu"]) == 0
-    assert [line.split("\t")[2] for line in capsys.readouterr().out.splitlines()] == ["-5 degrees", "--hello you"]
+    assert [text for _, _, text in others] == ["-5 degrees", "--hello you"]
 
 
-def classify(path, monkeypatch, content, status=0):
+def classify(path, monkeypatch, content, status=0, buffering=-1):
     """What `--classify -` prints for standard input with this content (bytes): a list of fields for each line."""
     Path("stdin").write_bytes(content)
     out = io.StringIO()
-    with open("stdin") as file, redirect_stdout(out), monkeypatch.context() as patch:
+    with open("stdin", buffering=buffering) as file, redirect_stdout(out), monkeypatch.context() as patch:
         patch.setattr("sys.stdin", file)
         assert ae.main(["--load_model", path, "--classify", "-"]) == status
     return [line.split("\t") for line in out.getvalue().split("\n")[:-1]]
@@ -83,34 +85,30 @@ def classify(path, monkeypatch, content, status=0):
 
 def test_standard_input_line_by_line(trained, monkeypatch, capsys):
     path, _ = trained
-    [plain] = classify(path, monkeypatch, b"ok, see you\n")
-    assert classify(path, monkeypatch, b"\xef\xbb\xbfok, see you\n") == [plain]  # a byte-order mark
-    assert classify(path, monkeypatch, b"ok, see you") == [plain]
-    first, empty, third = classify(path, monkeypatch, b"ok, see you\r\n\nok, see you\n")
-    assert first == third == plain and empty == ["", "", ""]
-    assert classify(path, monkeypatch, b"\n \n") == [["", "", ""], ["", "", " "]]
-    [[label, probability, text]] = classify(path, monkeypatch, "a\tb\\c\rd\x1b[31m\u2028é\n".encode())
+    content = (
+        b"\xef\xbb\xbfok, see you\r\n\n \n" + "a\tb\\c\rd\x1b[31m\u2028é\nok, see you".encode()
+    )  # a byte-order mark
+    plain, empty, blank, [label, probability, text], last = classify(path, monkeypatch, content)
+    assert plain == last and plain[2] == "ok, see you" and empty == ["", "", ""] and blank == ["", "", " "]
     assert text == r"a\tb\\c\rd\x1b[31m\u2028é" and label in ("ham", "spam") and 0.5 <= float(probability) <= 1
+    assert classify(path, monkeypatch, b"\n") == [empty] and classify(path, monkeypatch, b"") == []
 
     assert classify(path, monkeypatch, b"one\ntwo\n\xff\nfour\n", status=2) == []
     assert capsys.readouterr().err == "error: message 3: not UTF-8 text\n"
-    assert classify(path, monkeypatch, b"") == []
 
 
 def test_more_lines_than_one_read_takes(trained, monkeypatch):
     """Their pieces end within lines, within characters and within line ends."""
-    path, _ = trained
     texts = [f"é {number} " * (number % 5) for number in range(60)]
     content = "\r\n".join(texts).encode()
-    whole = classify(path, monkeypatch, content)
-    read = os.read
-    monkeypatch.setattr(os, "read", lambda descriptor, n: read(descriptor, 37))
-    assert classify(path, monkeypatch, content) == whole
+    whole = classify(trained[0], monkeypatch, content)
+    assert classify(trained[0], monkeypatch, content, buffering=37) == whole
     assert [fields[2] for fields in whole] == texts
 
 
-def test_what_has_arrived_is_answered_at_once(trained, monkeypatch):
-    """The next message is written only when the one before has its answer; half a line waits for its end."""
+@pytest.mark.skipif(os.name == "nt", reason="Windows sends no signals")
+def test_what_has_arrived_is_answered_at_once(trained, monkeypatch, capsys):
+    """The next message is written only when the one before has its answer; half a line waits for its end; Ctrl-C."""
     reader, writer = os.pipe()
     answers, out = os.pipe()
 
@@ -122,24 +120,17 @@ def test_what_has_arrived_is_answered_at_once(trained, monkeypatch):
                     messages.flush()
                     time.sleep(0.05)
                 found.append(answered.readline().split("\t")[2])
+            os.kill(os.getpid(), signal.SIGINT)  # while it waits for more
+            has_ended.wait(10)
 
-    found, producer = [], threading.Thread(target=produce)
+    found, has_ended, producer = [], threading.Event(), threading.Thread(target=produce)
     producer.start()
     with open(reader) as file, open(out, "w") as output, redirect_stdout(output), monkeypatch.context() as patch:
         patch.setattr("sys.stdin", file)
-        assert ae.main(["--load_model", trained[0], "--classify", "-"]) == 0
+        assert ae.main(["--load_model", trained[0], "--classify", "-"]) == 130
+        has_ended.set()
     producer.join()
     assert found == [f"half a message {number}\n" for number in range(3)]
-
-
-@pytest.mark.skipif(os.name == "nt", reason="Windows sends no signals")
-def test_ctrl_c_while_it_waits(trained, monkeypatch, capsys):
-    reader, _writer = os.pipe()
-    monkeypatch.setattr(os, "read", lambda *arguments, read=os.read: (timer.start(), read(*arguments))[1])
-    timer = threading.Timer(0.2, os.kill, [os.getpid(), signal.SIGINT])
-    with open(reader) as file, monkeypatch.context() as patch:
-        patch.setattr("sys.stdin", file)
-        assert ae.main(["--load_model", trained[0], "--classify", "-"]) == 130
     assert capsys.readouterr().err == "interrupted\n"
 
 
@@ -151,7 +142,6 @@ def test_ctrl_c_while_it_waits(trained, monkeypatch, capsys):
         (["a", "--weights", "random"], "--weights random: the classifier was trained on other weights"),
         (["a", "--weights", "nowhere"], "--weights nowhere: neither pretrained nor random, and no such file"),
         (["a", "--seed", "3"], "--seed cannot be combined with --load_model, which trains nothing"),
-        (["a", "--model_size", "small"], "--model_size cannot be combined with --load_model, which trains nothing"),
     ],
 )
 def test_classify_refuses(trained, capsys, options, message):
@@ -182,24 +172,14 @@ def test_trained_on_a_device_that_is_not_here(trained, monkeypatch, capsys):
     assert first == second
 
 
-def test_parameters_that_do_not_fit(trained):
-    classifier, *_ = ae.load_classifier(trained[0], {})
-    _, parameters = classifiers.read_classifier(trained[0])
-    bias = parameters.pop("out_head.bias")
-    for wrong in ({}, {"out_head.bias": bias[:1]}, {"out_head.bias": bias, "more": bias}):
-        with pytest.raises(RuntimeError, match="more" if "more" in wrong else "out_head.bias"):
-            classifiers.load_parameters(classifier, parameters | wrong)
-
-
 def test_weights_that_have_moved_or_changed(trained, tmp_path, capsys):
     path, weights = trained
     moved = shutil.copy(weights, tmp_path / "moved.safetensors")
-    other = save_random_weights(tmp_path / "other")
-    content = Path(other).read_bytes()
-    Path(other).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    content = Path(weights).read_bytes()
+    (tmp_path / "changed.safetensors").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     assert ae.main(["--load_model", path, "--classify", "a", "--weights", str(moved)]) == 0
-    assert ae.main(["--load_model", path, "--classify", "a", "--weights", other]) == 2
-    assert f"--weights {other}: the classifier was trained on other weights" in capsys.readouterr().err
+    assert ae.main(["--load_model", path, "--classify", "a", "--weights", str(tmp_path / "changed.safetensors")]) == 2
+    assert "changed.safetensors: the classifier was trained on other weights" in capsys.readouterr().err
 
 
 def test_random_weights_that_are_drawn_otherwise(options, monkeypatch, capsys):

@@ -4,7 +4,6 @@ import math
 import platform
 import re
 import sys
-import warnings
 from contextlib import suppress
 from pathlib import Path
 
@@ -18,53 +17,28 @@ from runner.machine import processes
 
 
 def resolve_device(name):
-    """(the torch.device that `--device` names, why `auto` passed over another one or None).
+    """(the torch.device that `--device` names, why `auto` passed over another one or None): a product is tried.
 
-    Of several processes it is this one's. Raises UserError where there is none of that kind, where PyTorch cannot use
-    it, or where there is not one for each process.
+    Of several processes it is this one's. Raises UserError where PyTorch cannot compute on a device of that kind, or
+    there is not one for each process.
     """
-    passed_over = []
-    for kind in ("cuda", "mps", "cpu") if name == "auto" else (name,):
-        is_there, problem = find(kind)
-        if is_there and problem is None:
-            return own_device(kind), "; ".join(passed_over) or None
-        if name != "auto" or (is_there and processes.is_launched()):  # all processes compute on devices of one kind
-            raise UserError(f"--device {kind}: {problem or 'PyTorch finds none here'}; use --device auto or cpu")
-        if is_there:
-            passed_over.append(f"{kind.upper()} is not used: {problem}")
-
-
-def find(kind):
-    """(whether there is a device of this kind, why PyTorch cannot compute on one or None): a product is tried."""
-    if kind == "cpu":
-        return True, None
-    with warnings.catch_warnings(record=True) as caught:  # of a driver that is too old PyTorch only warns
-        warnings.simplefilter("always")
-        is_available = torch.cuda.is_available() if kind == "cuda" else torch.backends.mps.is_available()
+    is_available = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
+    why_not = None
+    for kind in [kind for kind in is_available if is_available[kind]] if name == "auto" else [name]:
+        device = own_device(kind)
         try:
-            if is_available:
-                ones = torch.ones(2, 2, device=kind)
-                (ones @ ones).sum().item()
-                return True, None
-            if kind == "cuda":
-                torch.cuda.init()  # raises what is missing
+            ones = torch.ones(2, 2, device=device)
+            (ones @ ones).sum().item()
+            return device, why_not
         except (RuntimeError, AssertionError) as error:
-            return is_available or bool(caught), describe_failure(error)
-    return False, None
-
-
-def describe_failure(error):
-    """Why a device cannot be used, in one line, from PyTorch's error."""
-    if "no kernel image" in str(error):
-        capability = ".".join(map(str, torch.cuda.get_device_capability()))
-        supported = ", ".join(torch.cuda.get_arch_list())
-        name = torch.cuda.get_device_name()
-        return f"{name} has compute capability {capability}; PyTorch {torch.__version__} supports {supported}"
-    return str(error).splitlines()[0]
+            reason = str(error).splitlines()[0].split(". ")[0]
+            if name != "auto" or processes.is_launched():  # all processes compute on devices of one kind
+                raise UserError(f"--device {kind}: {reason}; use --device auto or cpu") from None
+            why_not = f"{kind.upper()} is not used: {reason}"
 
 
 def own_device(kind):
-    """This process's device of a kind that PyTorch can use. Raises UserError where there are fewer than processes."""
+    """This process's torch.device of a kind. Raises UserError where there are fewer than processes."""
     n_processes = processes.local_world_size()
     if kind == "mps" and n_processes > 1:
         raise UserError("--device mps is for one process; use --device cpu with several")
@@ -73,25 +47,23 @@ def own_device(kind):
     if n_processes > (n_devices := torch.cuda.device_count()):
         raise UserError(f"{n_processes} processes cannot have a CUDA device each: this host has {n_devices}")
     torch.cuda.set_device(processes.local_rank())
-    return torch.device("cuda", processes.local_rank())
+    return torch.device(kind, processes.local_rank())
 
 
 def describe_devices(device):
-    """The devices of all processes, which are alike, by name: `2 × NVIDIA A100-SXM4-40GB`, or one's name alone."""
+    """The devices of all processes, which are alike: `2 × NVIDIA A100-SXM4-40GB`, or one's name alone."""
     n_processes = processes.world_size()
     return f"{n_processes} × {describe_device(device)}" if n_processes > 1 else describe_device(device)
 
 
 def describe_device(device):
     """The device by name: `NVIDIA A100-SXM4-40GB`, `MPS, arm64`, `CPU, 8 threads`."""
-    match device.type:
-        case "cuda":
-            return torch.cuda.get_device_name(device)
-        case "mps":
-            return f"MPS, {platform.machine()}"
-        case _:
-            n_threads = torch.get_num_threads()
-            return f"CPU, {n_threads} thread{'s' if n_threads > 1 else ''}"
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "mps":
+        return f"MPS, {platform.machine()}"
+    n_threads = torch.get_num_threads()
+    return f"CPU, {n_threads} thread{'s' if n_threads > 1 else ''}"
 
 
 def describe_system(device):
@@ -111,10 +83,8 @@ def compare_results(compute, expected, precision):
 
     It is called twice: a product that changes from call to call may be right once.
     """
-    deviation, name = 0.0, ""
     try:
-        for _ in range(2):
-            deviation, name = max((deviation, name), largest_deviation(compute(), expected))
+        deviation, name = max(largest_deviation(compute(), expected) for _ in range(2))
     except (NonFiniteError, NotImplementedError) as error:
         return str(error).splitlines()[0], None
     is_wrong = deviation > TOLERANCE[precision]
@@ -129,13 +99,12 @@ def largest_deviation(found, expected):
     """
     sizes = {name: tensor.abs().max().item() for name, tensor in expected.items()}
     least = NEGLIGIBLE * max((size for name, size in sizes.items() if "gradient" in name), default=0.0)
-    worst = (0.0, next(iter(expected)))
+    deviations = []
     for name, tensor in expected.items():
         difference = (found[name].float() - tensor).abs().max().item()
-        if difference != 0:
-            deviation = difference / max(sizes[name], least, torch.finfo(torch.float32).tiny)
-            worst = max(worst, (math.inf if math.isnan(deviation) else deviation, name))
-    return worst
+        deviation = difference / max(sizes[name], least, torch.finfo(torch.float32).tiny)
+        deviations.append((math.inf if math.isnan(deviation) else deviation, name))
+    return max(deviations)
 
 
 # --- precision ---
@@ -170,57 +139,29 @@ def free_in_control_groups(groups=Path("/proc/self/cgroup"), root=Path("/sys/fs/
     """Bytes below each memory limit of this process's Linux control group (version 2) and of those above it.
 
     Page cache counts as free, since the kernel drops it before it refuses memory. `groups` says which group this is,
-    `root` is where groups are mounted. In a container the path may be that on the host, while only the container's own
-    part is mounted: what is not there is skipped. (Linux documentation, admin-guide/cgroup-v2.)
+    `root` is where groups are mounted. (Linux documentation, admin-guide/cgroup-v2.)
     """
+    free = []
     with suppress(OSError, StopIteration):
-        lines = groups.read_text().splitlines()
-        path = root / next(line for line in lines if line.startswith("0::")).removeprefix("0::").lstrip("/")
-        return [free for folder in (path, *path.parents) if folder.is_relative_to(root) for free in free_in(folder)]
-    return []
+        own = next(line for line in groups.read_text().splitlines() if line.startswith("0::"))
+        path = root / own.removeprefix("0::").lstrip("/")
+        for group in (path, *path.parents):
+            with suppress(OSError, ValueError):  # it has no limit, or, in a container, is not mounted
+                limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+                cache = re.findall(r"^(?:in)?active_file (\d+)", (group / "memory.stat").read_text(), re.M)
+                free.append(limit - max(used - sum(map(int, cache)), 0))
+    return free
 
 
-def free_in(group):
-    """[bytes below the memory limit of one control group], or [] where it has none."""
-    with suppress(OSError, ValueError):  # no such file, or "max"
-        limit = int((group / "memory.max").read_text())
-        cache = re.findall(r"^(?:in)?active_file (\d+)", (group / "memory.stat").read_text(), re.M)
-        return [limit - max(int((group / "memory.current").read_text()) - sum(map(int, cache)), 0)]
-    return []
-
-
-def reset_peak_memory(device):
-    """Reset the peak of `peak_memory`. Returns the earlier peak in bytes if it could not be reset, else 0."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        return 0
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # Linux
-        return 0
-    except OSError:
-        return 0 if device.type == "mps" else process_peak() or 0
-
-
-def peak_memory(device, known_above=0):
-    """The most memory that this process has held, in bytes: of the device, or main memory; None where unknown.
-
-    `known_above` is what `reset_peak_memory` returned: an earlier part of the process has held as much.
-    """
+def peak_memory(device):
+    """The most memory that this process has held so far, in bytes: of the device, or main memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if device.type == "mps":
         return torch.mps.driver_allocated_memory()
-    peak = process_peak()
-    return peak if peak is not None and peak > known_above else None
-
-
-def process_peak():
-    """The most main memory that this process has held, in bytes, since the last reset; None where unknown."""
-    with suppress(OSError, TypeError):  # Linux
-        return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
     if sys.platform == "win32":
         return psutil.Process().memory_info().peak_wset
-    import resource
+    import resource  # not on Windows
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 

@@ -7,6 +7,7 @@ writes. Without torchrun there is one process, and nothing here does anything.
 import os
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from functools import partial
 from itertools import islice
 
 import torch
@@ -27,24 +28,14 @@ def is_launched():
     return dist.is_torchelastic_launched()
 
 
-def rank():
-    """The number of this process, 0 for the one that prints and writes."""
-    return int(os.environ["RANK"]) if is_launched() else 0
+def told(name, alone):
+    """The number that torchrun has put into an environment variable; `alone` for the only process."""
+    return int(os.environ[name]) if is_launched() else alone
 
 
-def world_size():
-    """How many processes there are."""
-    return int(os.environ["WORLD_SIZE"]) if is_launched() else 1
-
-
-def local_rank():
-    """The number of this process among those of its host."""
-    return int(os.environ["LOCAL_RANK"]) if is_launched() else 0
-
-
-def local_world_size():
-    """How many processes there are on this host."""
-    return int(os.environ["LOCAL_WORLD_SIZE"]) if is_launched() else 1
+# The number of this process, 0 for the one that prints and writes, and how many there are; the same on this host.
+rank, world_size = partial(told, "RANK", 0), partial(told, "WORLD_SIZE", 1)
+local_rank, local_world_size = partial(told, "LOCAL_RANK", 0), partial(told, "LOCAL_WORLD_SIZE", 1)
 
 
 @contextmanager
@@ -158,8 +149,7 @@ def in_turns(passes, compute):
     """
     passes = iter(passes)
     while turn := list(islice(passes, world_size())):
-        # Whoever is left without a pass computes another's, which costs no time: where shards are gathered, all have to
-        # take part.
+        # Who is left without a pass computes another's: where shards are gathered, all have to take part.
         own = compute(turn[min(rank(), len(turn) - 1)])
         for owner, one in enumerate(turn):
             yield one, [broadcast(tensor, owner) for tensor in own]

@@ -92,7 +92,7 @@ class Record:
     seed: int | None = None
     weights_sha256: str = ""  # "" of random weights
     feature_seconds: float = 0.0  # what the frozen features took when they were first computed
-    peak_memory_gb: float | None = None  # None: not known
+    peak_memory_gb: float | None = None  # of the process up to the end of this run; None for linear models
     precision: str = "fp32"
     device: str = "cpu"  # its type
     device_name: str = "CPU"
@@ -194,7 +194,7 @@ def make_record(experiment, data, weights, confusions, state, **noted):
     `state` is its TrainingState, `confusions` are {split: Confusion}, and `noted` are the fields `minutes`,
     `feature_seconds` and `note`.
     """
-    options, usage = options_of(experiment, data, weights), state.usage.so_far()
+    options, usage = options_of(experiment, data, weights), state.usage()
     return new_record(
         data,
         confusions,
@@ -207,7 +207,7 @@ def make_record(experiment, data, weights, confusions, state, **noted):
         precision=experiment.precision,
         weights_sha256=weights.sha256 or "",
         seconds=usage["total"],
-        peak_memory_gb=usage["peak_memory"] / 1e9 or None,
+        peak_memory_gb=usage["peak_memory"] / 1e9,
         device=state.device.type,
         device_name=describe_devices(state.device),
         history=state.history,

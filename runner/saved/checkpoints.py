@@ -10,43 +10,36 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 
-from runner.files import UserError, atomic_write, require_finite, resolve
+from runner.files import UserError, atomic_write, require_finite
 from runner.machine import processes
-from runner.machine.devices import peak_memory, random_states, reset_peak_memory, set_random_states
+from runner.machine.devices import peak_memory, random_states, set_random_states
 
 FORMAT = 4
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
-# --- the state of training ---
-
-
-class Usage:
-    """Seconds and peak memory of one seed from the creation of this object on, interrupted parts included."""
-
-    def __init__(self, device):
-        self.device, self.known_above = device, reset_peak_memory(device)
-        self.started = dict(total=time.perf_counter())
-        self.before = dict(training=0.0, total=0.0, peak_memory=0)  # before the interruption
-
-    def start_training(self):
-        """Training starts now."""
-        self.started["training"] = time.perf_counter()
-
-    def so_far(self):
-        """Seconds of `training` and in `total`, and `peak_memory` in bytes, 0 where it is not known."""
-        now, peak = time.perf_counter(), peak_memory(self.device, self.known_above) or 0
-        seconds = {kind: self.before[kind] + now - started for kind, started in self.started.items()}
-        return self.before | seconds | dict(peak_memory=max(self.before["peak_memory"], peak))
-
 
 class TrainingState:
-    """All that training changes, and how far it has come: what a run needs to continue as if it had never stopped."""
+    """All that training changes, and how far it has come: what a run needs to continue as if it had never stopped.
 
-    def __init__(self, classifier, optimizer, history, usage):
+    It is made when training begins; `started` is when its seed did, by `time.perf_counter`, by default now.
+    """
+
+    def __init__(self, classifier, optimizer, history, started=None):
         self.parameters = {name: p for name, p in classifier.named_parameters() if p.requires_grad}
-        self.optimizer, self.history, self.usage, self.device = optimizer, history, usage, classifier.device
+        self.optimizer, self.history, self.device = optimizer, history, classifier.device
         self.batches_done = 0  # whose updates are made
         self.order = torch.empty(0, dtype=torch.long)  # message indices of the current epoch, batch after batch
+        now = time.perf_counter()
+        self.started, self.earlier_peak = dict(training=now, total=started or now), 0
+
+    def usage(self):
+        """Seconds of `training` and in `total`, and the `peak_memory` of the process; interrupted parts included."""
+        seconds = {kind: time.perf_counter() - start for kind, start in self.started.items()}
+        return seconds | dict(peak_memory=max(peak_memory(self.device), self.earlier_peak))
+
+    def full_parameters(self):
+        """The trained parameters, {name: tensor}; with shards as in `state_dict`."""
+        return {name: processes.full(parameter.detach()) for name, parameter in self.parameters.items()}
 
     def state_dict(self):
         """What `load_state_dict` restores: nested dicts of tensors, numbers and texts.
@@ -58,21 +51,19 @@ class TrainingState:
             batches_done=self.batches_done,
             order=self.order,
             history=self.history.to_dict(),
-            usage=self.usage.so_far(),
+            usage=self.usage(),
             random_states=random_states(self.device),
             parameters=self.full_parameters(),
             optimizer={name: {key: processes.full(t) for key, t in kept.items()} for name, kept in moments.items()},
         )
 
-    def full_parameters(self):
-        """The trained parameters, {name: tensor}; with shards as in `state_dict`."""
-        return {name: processes.full(parameter.detach()) for name, parameter in self.parameters.items()}
-
     @torch.no_grad()
     def load_state_dict(self, state):
         """Restore what `state_dict` gave."""
-        self.batches_done, self.order, self.usage.before = state["batches_done"], state["order"], state["usage"]
+        self.batches_done, self.order = state["batches_done"], state["order"]
         self.history = type(self.history).from_dict(state["history"])
+        self.started = {kind: start - state["usage"][kind] for kind, start in self.started.items()}
+        self.earlier_peak = state["usage"]["peak_memory"]
         for name, parameter in self.parameters.items():
             parameter.copy_(processes.divided_like(state["parameters"][name], parameter))
             for key, tensor in state["optimizer"][name].items():  # none of a parameter that had no gradient
@@ -86,32 +77,11 @@ class Interrupted(UserError):
     """A signal has ended the run, in a state that can be resumed if there is a checkpoint."""
 
 
-# --- the file ---
-
-
 def run_identity(experiment, data, weights, device):
     """What makes a run the same run, by name: with any other value it would give other numbers."""
     settings = asdict(experiment)
     del settings["features"], settings["data_dir"]  # without effect, and identified by their content
     return settings | dict(weights=weights.sha256 or "random", device=device.type, data=data.sha256)
-
-
-@contextmanager
-def locked(path, console):
-    """Hold the lock of a checkpoint. Raises UserError if another run has it; warns where there can be none."""
-    path = resolve(path)
-    # A soft lock would outlast a killed run.
-    lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=0, fallback_to_soft=False)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise UserError(f"another run uses the checkpoint {path}; wait for it, or use another file") from None
-    except OSError as error:
-        console.warning(f"the checkpoint is not locked ({error}); use it in one run at a time")
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 class Checkpoint:
@@ -122,48 +92,57 @@ class Checkpoint:
     """
 
     def __init__(self, options, identity=None, console=None):
-        self.path, self.minutes = options.checkpoint, options.checkpoint_minutes
-        self.identity, self.console = dict(identity or {}, format=FORMAT), console
+        self.path, self.minutes, self.console = options.checkpoint, options.checkpoint_minutes, console
+        self.identity = dict(identity or {}, format=FORMAT)
         self.records, self.state, self.environment = [], None, {}
         self.signal, self.saved_at = 0, time.monotonic()
 
     @contextmanager
     def opened(self):
-        """Read the file, if there is one; within `with`, no other run can use it. Errors: see `read` and `locked`."""
-        with ExitStack() as stack:
-            if self.path is not None:
-                with processes.main_first():
-                    if processes.rank() == 0:
-                        stack.enter_context(locked(self.path, self.console))
-                    self.read()
-                found = len(self.records), self.state and self.state["batches_done"]
-                with processes.agreed():
-                    if processes.from_main(found) != found:
-                        raise UserError(f"--checkpoint {self.path}: not all hosts have the same file there")
+        """Read the file, if there is one; within `with`, no other run can use it. Raises UserError: see `read`."""
+        if self.path is None:
             yield
+            return
+        path = Path(self.path).resolve()
+        # A soft lock would outlast a killed run.
+        lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=0, fallback_to_soft=False)
+        try:
+            with processes.main_first():
+                try:
+                    if processes.rank() == 0:
+                        lock.acquire()
+                except Timeout:
+                    raise UserError(f"another run uses the checkpoint {path}; wait, or use another file") from None
+                except OSError as error:
+                    self.console.warning(f"the checkpoint is not locked ({error}); use it in one run at a time")
+                self.read()
+            with processes.agreed():
+                found = len(self.records), self.state and self.state["batches_done"]
+                if processes.from_main(found) != found:
+                    raise UserError(f"--checkpoint {self.path}: not all hosts have the same file there")
+            yield
+        finally:
+            lock.release()
 
     def read(self):
         """Read the file, if there is one; nothing in it can run code. Raises UserError if it is not of this run."""
-        if not Path(self.path).exists():
-            return
         try:
             content = torch.load(self.path, map_location="cpu", weights_only=True)
             identity = content["identity"]
+        except FileNotFoundError:
+            return
         except Exception as error:  # of many classes
-            reason = f"{self.path} cannot be read as a checkpoint ({type(error).__name__})"
-            raise UserError(f"{reason}; delete it to start over") from None
+            raise UserError(f"{self.path} is no checkpoint ({type(error).__name__}); delete it to start over") from None
         for name, value in self.identity.items():
             if (theirs := identity.get(name)) != value:
                 raise UserError(f"{self.path} is of a run with {name} {theirs}, not {value}; delete it to start over")
         self.records, self.state, self.environment = content["records"], content["state"], content["environment"]
 
     def note_environment(self, environment):
-        """Note what may change the last digits, {name: value}; warn where a seed is resumed with another value."""
-        for name, value in environment.items() if self.state is not None else ():
-            if (before := self.environment[name]) != value:
-                self.console.warning(
-                    f"{self.path} was started with {name} {before} and is resumed with {value}: last digits may differ"
-                )
+        """Note what may change the last digits, {name: value}; warn where a seed is resumed with other values."""
+        if self.state is not None and environment != self.environment:
+            before, now = (", ".join(noted.values()) for noted in (self.environment, environment))
+            self.console.warning(f"{self.path} is resumed with {now}; before: {before}; last digits may differ")
         self.environment = environment
 
     def restore(self, state):

@@ -1,9 +1,6 @@
 """Trained classifiers on disk: what training changed, and what is needed to use it; the messages of --classify."""
 
-import codecs
 import json
-import os
-import re
 import sys
 from dataclasses import asdict, dataclass
 
@@ -27,17 +24,17 @@ class SavedClassifier:
     base_sha256: str  # of the weights file under the trained parameters, or what `frozen_sha256` gives
     record: dict  # of the run that trained it
 
+    @property
+    def needs_base(self):
+        """Whether there are weights under the trained ones, or all were trained."""
+        return self.settings["trainable_layers"] != "all"
+
     def settings_with(self, given):
         """The settings for use, with the weights and the device that `given`, {name: value}, has in place of theirs."""
         own = self.settings | dict(context_length=self.limit)
         if own["device"] != "cpu":
             own |= dict(device="auto", precision=own["precision"].replace("tf32", "fp32"))  # theirs may not be here
         return own | given | ({} if self.needs_base else dict(weights="random"))
-
-    @property
-    def needs_base(self):
-        """Whether there are weights under the trained ones, or all were trained."""
-        return self.settings["trainable_layers"] != "all"
 
     def check_base(self, weights, sha256):
         """Raises UserError if the `weights` given, with this SHA-256, are not those that it was trained on."""
@@ -81,36 +78,36 @@ def load_parameters(classifier, parameters):
 
 # --- messages and answers ---
 
+# What would end a field or a line, or change the terminal, and the backslashes of what stands for it.
+ESCAPES = {n: chr(n).encode("unicode_escape").decode() for n in (*range(32), 92, *range(127, 160), 0x2028, 0x2029)}
+
 
 def chunks_of_texts(arguments):
     """The messages of `--classify` in lists: its arguments in one, or the lines of standard input as they arrive.
 
     A message may be empty. Raises UserError for one that is not UTF-8.
     """
+    given = [text.encode("utf-8", "surrogatepass") for text in arguments]
     number = 0
-    for texts in arriving_lines(sys.stdin.fileno()) if list(arguments) == ["-"] else [arguments]:
-        for number, text in enumerate(texts, number + 1):
-            if not text.isascii() and re.search("[\ud800-\udfff]", text):  # how Python shows what it cannot decode
-                raise UserError(f"message {number}: not UTF-8 text")
+    for lines in arriving_lines(sys.stdin.buffer) if given == [b"-"] else [given]:
+        texts = []
+        for number, line in enumerate(lines, number + 1):
+            try:
+                texts.append(line.decode("utf-8-sig"))  # a file may begin with a byte-order mark
+            except UnicodeDecodeError:
+                raise UserError(f"message {number}: not UTF-8 text") from None
         yield texts
 
 
-def arriving_lines(descriptor):
-    """Lists of the lines of an open file: each time those that have arrived, and at least one."""
-    # A file may begin with a byte-order mark; what is not UTF-8 is for `chunks_of_texts` to find.
-    decode = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape").decode
-    rest = ""
-    while piece := os.read(descriptor, 1 << 16):  # waits for the first byte, and for no more
-        *lines, rest = (rest + decode(piece)).split("\n")
+def arriving_lines(file):
+    """Lists of the lines, bytes, of an open file: each time those that have arrived, and at least one."""
+    rest = b""
+    while piece := file.read1():  # waits for the first byte, and for no more
+        *lines, rest = (rest + piece).split(b"\n")
         if lines:
-            yield [line.removesuffix("\r") for line in lines]
-    if rest := rest + decode(b"", final=True):
+            yield [line.removesuffix(b"\r") for line in lines]
+    if rest:
         yield [rest]
-
-
-def escape(text):
-    """A text as one field of one line: backslashes, tabs, line breaks and other control characters escaped."""
-    return re.sub(r"[\\\x00-\x1f\x7f-\x9f\u2028\u2029]", lambda m: m[0].encode("unicode_escape").decode(), text)
 
 
 def print_answers(texts, probabilities, class_names):
@@ -124,5 +121,5 @@ def print_answers(texts, probabilities, class_names):
         if text.strip():
             probability, best = next(answers)
             answer = class_names[best], f"{probability:.4f}"
-        print(*answer, escape(text), sep="\t")
+        print(*answer, text.translate(ESCAPES), sep="\t")
     sys.stdout.flush()

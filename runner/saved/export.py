@@ -14,8 +14,6 @@ from runner.data.datasets import DATASET_NAMES
 from runner.files import UserError
 from runner.wording import command_line
 
-# --- what can be exported, and where to ---
-
 
 def check_experiment(experiment):
     """Raises UserError for what GPT2ForSequenceClassification cannot express."""
@@ -29,19 +27,12 @@ def check_experiment(experiment):
 
 
 def check_folder(path):
-    """Raises UserError where no export can be written: without transformers, or if `path` is not new or empty."""
+    """Raises UserError without transformers, or if `path` is not a new or empty folder."""
     versions = [found.version for found in metadata.distributions(name="transformers")]
     if not versions or int(versions[0].split(".")[0]) < 5:
         raise UserError('--export needs transformers 5 or later: pip install "transformers>=5"')
-    is_new = not os.path.lexists(path)
-    if not is_new and (not os.path.isdir(path) or os.listdir(path)):
+    if os.path.lexists(path) and (not os.path.isdir(path) or os.listdir(path)):
         raise UserError(f"--export {path} is not a new or empty folder")
-    where = Path(path).absolute().parent if is_new else path
-    if not os.access(where, os.W_OK):
-        raise UserError(f"--export {path}: nothing can be written into {where}")
-
-
-# --- the files ---
 
 
 def write_export(path, classifier, saved, defaults):
@@ -68,10 +59,16 @@ def write_export(path, classifier, saved, defaults):
 
 
 def make_model(classifier, class_names):
-    """A Classifier as a GPT2ForSequenceClassification, which shares its tensors."""
+    """A Classifier as a GPT2ForSequenceClassification, which shares its tensors. Its head has no bias (K,).
+
+    The logits are W (g x + b) + c, with W (K, D) and the final norm's shift b (D,). They are W (g x + b') with
+    b' = b + W^T (W W^T)^-1 c. Raises UserError for more classes than the model is wide: there is no such b' then.
+    """
     from transformers import GPT2Config, GPT2ForSequenceClassification
 
-    cfg, names = classifier.gpt.cfg, [str(name) for name in class_names]
+    cfg, names, head = classifier.gpt.cfg, [str(name) for name in class_names], classifier.out_head
+    if len(names) > cfg.emb_dim:
+        raise UserError(f"--export takes {cfg.emb_dim} classes at most, the width of the model; there are {len(names)}")
     config = GPT2Config(
         vocab_size=cfg.vocab_size,
         n_positions=cfg.context_length,
@@ -85,24 +82,11 @@ def make_model(classifier, class_names):
     with torch.device("meta"):
         model = GPT2ForSequenceClassification(config)
     tensors = {f"transformer.{name}": tensor.contiguous() for name, tensor in gpt2_tensors(classifier.gpt).items()}
-    weight, bias = classifier.out_head.weight.detach(), classifier.out_head.bias.detach()
-    tensors["score.weight"] = weight
-    tensors["transformer.ln_f.bias"] = fold_bias(tensors["transformer.ln_f.bias"], weight, bias)
+    W, b, c = (tensor.detach().double() for tensor in (head.weight, tensors["transformer.ln_f.bias"], head.bias))
+    tensors["transformer.ln_f.bias"] = (b + W.T @ torch.linalg.solve(W @ W.T, c)).float()
+    tensors["score.weight"] = head.weight.detach()
     model.load_state_dict(tensors, assign=True)
     return model
-
-
-def fold_bias(shift, weight, bias):
-    """The final norm's shift (D,) with which a head of `weight` (K, D) needs no bias (K,) any more.
-
-    The logits are W (g x + b) + c, and with b' = b + W^T (W W^T)^-1 c they are W (g x + b'). Raises UserError for
-    more classes than the model is wide: there is no such b' then.
-    """
-    n_classes, emb_dim = weight.shape
-    if n_classes > emb_dim:
-        raise UserError(f"--export takes {emb_dim} classes at most, the width of the model; there are {n_classes}")
-    W, c = weight.double(), bias.double()
-    return (shift.double() + W.T @ torch.linalg.solve(W @ W.T, c)).float()
 
 
 def make_tokenizer(limit):
@@ -122,17 +106,8 @@ def make_tokenizer(limit):
     )
 
 
-# --- the model card ---
-
 CARD = """\
----
-library_name: transformers
-pipeline_tag: text-classification
-{licence}---
-
-# {size} as a classifier: {names}
-
-GPT-2 with a head at the last token of a message. Load it with transformers alone:
+# {size} as a classifier
 
 ```python
 from transformers import pipeline
@@ -141,13 +116,11 @@ classify = pipeline("text-classification", model={name!r}, truncation=True)
 print(classify(["You have won, call now", "See you at eight"]))
 ```
 
-Messages are cut to {limit} tokens (`truncation=True`) and padded on the right. The head's bias is in the shift of the
-final norm, where it gives the same logits.
+Messages are cut to {limit} tokens (`truncation=True`) and padded on the right.
 
 - Trained by `python additional_experiments.py {command}`
 - Base weights: {base}
-- Data: {data_name}, SHA-256 of labels and texts `{data_sha256}`
-- {minutes:.2f} minutes on {device_name}, {date}; Python {python}, PyTorch {torch}, tiktoken {tiktoken}
+- Data: {data}
 
 ```
 {results}
@@ -156,26 +129,21 @@ final norm, where it gives the same logits.
 
 
 def model_card(path, saved, defaults):
-    """The text of README.md: what the classifier is, how to load it, how it was trained, what it got right."""
+    """The text of README.md: how to load the classifier, how it was trained, what it got right."""
     settings, record = saved.settings, saved.record
-    size, base, licence = settings["model_size"], f"of SHA-256 `{saved.base_sha256}`", ""
-    if settings["weights"] == "random":
-        base = f"random ones, drawn with seed {settings['seed']}"
-    elif size in PRETRAINED and saved.base_sha256 == PRETRAINED[size].sha256:
-        base, licence = f"those of {PRETRAINED[size].repo_id}, {base}, under OpenAI's MIT License", "license: mit\n"
+    size, base = settings["model_size"], settings["weights"]
+    if size in PRETRAINED and saved.base_sha256 == PRETRAINED[size].sha256:
+        base = f"{PRETRAINED[size].repo_id}, under OpenAI's MIT License"
     citation = "" if record["data"] == "own" else " (Almeida & Gómez Hidalgo, DOI 10.24432/C5CC84, CC BY 4.0)"
     # What the run printed after training, but for the texts of messages, which are not ours to publish.
     results = dropwhile(lambda line: not line.startswith("Training completed"), record["history"]["lines"])
-    results = list(takewhile(lambda line: not line.startswith("Most confident test mistakes"), results))[1:]
-    fields = dict(
+    results = takewhile(lambda line: not line.startswith("Most confident test mistakes"), results)
+    return CARD.format(
         size=size,
-        licence=licence,
-        names=", ".join(" ".join(str(name).split()) for name in saved.class_names),
         name=path.resolve().name,
         limit=saved.limit,
         command=command_line({name: value for name, value in settings.items() if value != defaults[name]}),
         base=base,
-        data_name=DATASET_NAMES[record["data"]].split(" (")[0] + citation,
+        data=DATASET_NAMES[record["data"]].split(" (")[0] + citation,
         results="\n".join(results),
     )
-    return CARD.format(**record | fields)
