@@ -165,7 +165,7 @@ def test_a_full_disk_is_found_before_training(options, capsys):
     with no_file_above(0):
         assert main([*options, "--save_model", "trained.safetensors"]) == 2
     out, err = capsys.readouterr()
-    assert out == "" and err.startswith("error: --results results cannot be written: ") and list(Path().iterdir()) == []
+    assert out == "" and err.startswith("error: --save_model trained.safetensors cannot be written") and list(Path().iterdir()) == []
 
 
 def test_a_disk_that_becomes_full_while_training(options, capsys):

@@ -346,7 +346,7 @@ def test_a_file_system_without_locks_is_told(options, monkeypatch, capfd):
 @pytest.mark.parametrize("layers", ["last_block", "all", "last_layer"])
 def test_a_loss_that_is_not_finite_ends_the_run(options, capfd, layers):
     """No record, no classifier, and no checkpoint that could only fail again."""
-    options += ["--trainable_layers", layers, "--learning_rate", "1e30", "--save_model", "trained.safetensors"]
+    options += ["--trainable_layers", layers, "--learning_rate", "1e18", "--save_model", "trained.safetensors"]
     assert ae.main([*options, "--checkpoint", "run.ckpt", "--checkpoint_minutes", "0"]) == 1
     out, err = capfd.readouterr()
     assert re.match(r"error: training diverged, at step \d{6}: .+ not (finite|a number)\n", err), err

@@ -219,7 +219,7 @@ def end_together(folder, *arguments):
 @pytest.mark.parametrize(
     "further, status, message",
     [
-        (["--learning_rate", "1e30"], 1, "error: training diverged, at step 0000"),
+        (["--learning_rate", "1e18"], 1, "error: training diverged, at step 0000"),
         (["--batch_size", "44"], 2, "error: --batch_size 44: there are only 43 training messages\n"),
     ],
 )
