@@ -13,14 +13,6 @@ class Row:
     minutes: float
     options: dict = field(default_factory=dict)
 
-    @property
-    def published(self):
-        """The published figures in a line."""
-        return (
-            f"training {self.train:.2f}%, validation {self.validation:.2f}%, test {self.test:.2f}%; "
-            f"{self.minutes:.2f} minutes on an A100"
-        )
-
 
 @dataclass(frozen=True)
 class Question:
@@ -34,11 +26,6 @@ class Question:
     def rows(self):
         """Both rows, `1–2`."""
         return f"{self.a}–{self.b}"
-
-    @property
-    def published(self):
-        """The difference of the published test accuracies in points."""
-        return ROWS[self.b].test - ROWS[self.a].test
 
     @property
     def why(self):

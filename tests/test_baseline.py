@@ -30,7 +30,7 @@ def test_more_classes_and_messages_without_label(data_dir, capfd):
         frame.to_csv(data_dir / f"{split}.csv", index=None)
     assert main(["--baseline", "--data_dir", str(data_dir)]) == 0
     out = capfd.readouterr().out
-    assert "Test errors:\n  label  called 0  called 1  called 2" in out and "Test macro-averaged F1: " in out
+    assert "Test errors: " in out and "Test macro-averaged F1: " in out
     assert [record.test.total for record in read_records(["results"])[0]] == [12, 12]
 
 

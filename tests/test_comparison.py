@@ -62,7 +62,7 @@ def test_two_seeds_whose_differences_tie_show_nothing():
     found = compare(sample(range(40), range(40)), sample([0], [0]))
     assert found.difference == pytest.approx(0.13) and found.interval[0] > 0.08
     assert (found.p, found.verdict) == (None, "no verdict")
-    assert found.basis == "2 seeds each; a verdict takes three seeds or more on both sides, or one run each"
+    assert found.basis == "2 and 2 seeds; a verdict takes three seeds or more on both sides, or one run each"
 
 
 def test_one_run_is_not_compared_with_several():
@@ -113,7 +113,7 @@ def test_the_interval_of_the_same_seeds_is_that_of_the_definition(seeds):
     found = compare(a, b)
     assert found.interval == pytest.approx(interval_by_definition(a, b), abs=1e-12)
     assert min(map(abs, interval_by_definition(a, b, found.p))) < 1e-6  # the level at which it touches zero
-    assert found.basis == f"{seeds} seeds each"
+    assert found.basis == f"{seeds} and {seeds} seeds"
 
 
 def test_the_part_of_the_seeds_is_that_of_the_t_tests():

@@ -21,7 +21,7 @@ from runner.saved.classifiers import SavedClassifier
 
 FILES = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md"}
 RECORD = dict(data="sample", data_sha256="0123", minutes=1.5, device_name="CPU", date="2026-11-24")
-RECORD |= dict(python="3", torch="2", tiktoken="0", history=dict(lines=["Training completed in 1.50 minutes."]))
+RECORD |= dict(versions=dict(python="3", torch="2"), history=dict(lines=["Training completed in 1.50 minutes."]))
 
 
 def saved(experiment, names, base_sha256=""):

@@ -1,7 +1,7 @@
 """A run's history, its record, and the file that holds it."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,21 +14,20 @@ from additional_experiments import main, parse_args
 from gpt_download import find_weights
 from runner.data.datasets import Repeats, find_repeats
 from runner.results.accuracy import Accuracy
-from runner.results.records import History, Record, options_of, read_records, row_number, run_name, write_record
+from runner.results.records import History, Record, identify, read_records, write_record
 from runner.rows import ROWS
 
 UCI = SimpleNamespace(name="uci", sha256="01234567" * 8)
 OWN = SimpleNamespace(name="own", sha256="89abcdef" * 8)
 
 
+def identity_of(experiment, data=UCI, device="cpu"):
+    weights = find_weights(experiment.weights, experiment.model_size)
+    return identify(experiment, data, weights, torch.device(device))
+
+
 def parse(*options):
     return parse_args([str(option) for option in options])[0]
-
-
-def name_of(*options, data=UCI, device="cpu"):
-    experiment = parse(*options)
-    weights = find_weights(experiment.weights, experiment.model_size)
-    return run_name(experiment, data, weights, torch.device(device))
 
 
 def test_history_prints_lines_that_fit_and_survives_json():
@@ -38,15 +37,17 @@ def test_history_prints_lines_that_fit_and_survives_json():
     line = history.add_accuracies(Accuracy(40, 40), Accuracy(35, 40))
     assert line == "Training accuracy: 100.00% | Validation accuracy: 87.50% (first messages only: 40/40, 35/40)"
     assert len(line) <= 100
-    assert History.from_dict(json.loads(json.dumps(history.to_dict()))) == history
+    assert History(**json.loads(json.dumps(asdict(history)))) == history
 
 
 def test_a_record_survives_its_file(tmp_path):
-    history = History([0, 50], [1.0, 0.5], [1.0, 0.6], [Accuracy(30, 40)], [Accuracy(35, 40)], ["a line"])
+    history = History([0, 50], [1.0, 0.5], [1.0, 0.6], [[30, 40]], [[35, 40]], ["a line"])
     record = made_up_record([1, 2, 299], history=history, note="two\nlines \u2028 \x1b[1m")
     path = write_record(tmp_path / "new", record)
     assert path == tmp_path / "new" / f"{record.run}.json"
-    assert read_records([path.parent]) == ([record], [])
+    [found], problems = read_records([path.parent])
+    assert write_record(tmp_path / "again", found).read_bytes() == path.read_bytes() and problems == []
+    assert (found.test, found.unseen, found.history) == (record.test, record.unseen, history)
     write_record(path.parent, replace(record, minutes=9.0))  # the same run again
     assert [found.minutes for found in read_records([path.parent])[0]] == [9.0]
 
@@ -66,7 +67,7 @@ def test_records_are_a_data_frame_in_one_call(tmp_path):
         lambda content: content[:-50],
         lambda content: b"\xff\xfe",
         lambda content: b"[1, 2]",
-        lambda content: content.replace(b'"version": 1', b'"version": 2'),
+        lambda content: content.replace(b'"version": 2', b'"version": 1'),
         lambda content: content.replace(b'"note"', b'"other"'),
     ],
 )
@@ -90,33 +91,34 @@ def test_a_full_disk_leaves_the_earlier_file(tmp_path):
 
 
 def test_the_name_of_a_run_is_what_it_is():
-    name = name_of("--row", 16)
+    def name_of(*options, **changes):
+        return identity_of(parse("--row", 16, *options), **changes)["run"]
+
+    name = name_of()
     assert name.startswith("row16-seed123-") and len(name) == len("row16-seed123-") + 8
     same = ("--data_dir", "elsewhere"), ("--features", "off"), ("--device", "cpu")
-    assert {name_of("--row", 16, *options) for options in same} == {name}
+    assert {name_of(*options) for options in same} == {name}
     others = [("--seed", 7), ("--precision", "bf16"), ("--num_epochs", 2), ("--learning_rate", 1e-4)]
-    names = {name, *(name_of("--row", 16, *options) for options in others)}
-    names |= {name_of("--row", 16, device="cuda"), name_of("--row", 16, data=OWN)}
+    names = {name, *(name_of(*options) for options in others), name_of(device="cuda"), name_of(data=OWN)}
     assert len(names) == 7
-    assert name_of("--demo").startswith("gpt2-nano-random-weights-all-layers-lr-0.0005-sample-data-seed123-")
+    demo = identity_of(parse("--demo"))["run"]
+    assert demo.startswith("gpt2-nano-random-weights-all-layers-lr-0.0005-sample-data-seed123-")
 
 
 @pytest.mark.parametrize("number", ROWS)
 def test_rows_are_known_by_their_options(number):
     experiment = parse("--row", number)
-    weights = find_weights(experiment.weights, experiment.model_size)
-    assert row_number(options_of(experiment, UCI, weights)) == number
-    assert row_number(options_of(experiment, OWN, weights)) is None
-    assert row_number(options_of(replace(experiment, num_epochs=2), UCI, weights)) is None
+    assert identity_of(experiment)["row"] == number
+    assert identity_of(experiment, OWN)["row"] is identity_of(replace(experiment, num_epochs=2))["row"] is None
 
 
 def test_weights_from_a_file_are_known_by_their_content(nano_weights):
     experiment = parse("--model_size", "gpt2-nano", "--weights", nano_weights)
     weights = find_weights(nano_weights, experiment.model_size)
-    assert options_of(experiment, UCI, weights)["weights"] == f"model.safetensors {weights.sha256[:8]}"
+    assert identity_of(experiment)["options"]["weights"] == f"model.safetensors {weights.sha256[:8]}"
     weights.sha256 = find_weights("pretrained", "gpt2-small (124M)").sha256
     weights.model_size = "gpt2-small (124M)"
-    assert "weights" not in options_of(experiment, UCI, weights)
+    assert "weights" not in identify(experiment, UCI, weights, torch.device("cpu"))["options"]
 
 
 def test_repeated_messages_are_found():

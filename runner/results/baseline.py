@@ -15,23 +15,6 @@ from runner.results.accuracy import Confusion, describe_test
 from runner.results.records import file_name, new_record, write_record
 
 
-def baselines():
-    """{name: a scikit-learn pipeline that has learned nothing yet}."""
-    letters = TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 5), sublinear_tf=True)
-    return {
-        "logistic regression on words (TF-IDF)": make_pipeline(TfidfVectorizer(), LogisticRegression(max_iter=1000)),
-        "linear SVM on 2 to 5 letters (TF-IDF)": make_pipeline(letters, LinearSVC()),
-    }
-
-
-def certainty(model, texts):
-    """How certain a model is of each of n texts, (n,): the probability of the likeliest class; without, the margin."""
-    if hasattr(model, "predict_proba"):
-        return model.predict_proba(texts).max(axis=1)
-    margins = model.decision_function(texts)
-    return np.abs(margins) if margins.ndim == 1 else margins.max(axis=1)
-
-
 def run_baselines(experiment, run_options):
     """Train and evaluate each baseline, print its row and write its record: [Record, ...].
 
@@ -42,17 +25,21 @@ def run_baselines(experiment, run_options):
     console.info(describe_data(data.name, splits))
     for warning in data.warnings:
         console.warning(warning)
+    letters = TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 5), sublinear_tf=True)
+    models = {
+        "logistic regression on words (TF-IDF)": make_pipeline(TfidfVectorizer(), LogisticRegression(max_iter=1000)),
+        "linear SVM on 2 to 5 letters (TF-IDF)": make_pipeline(letters, LinearSVC()),
+    }
     of_data = {"uci": "", "sample": ", sample data", "own": f", own data {data.sha256[:8]}"}[data.name]
     finished = []
-    for name, model in baselines().items():
+    for name, model in models.items():
         console.info(f"\n{name}")
         start = time.perf_counter()
         confusions = evaluate(model, splits, len(data.class_names))
         seconds = time.perf_counter() - start
         for split, confusion in confusions.items():
             console.info(f"{SPLITS[split]} accuracy: {confusion.accuracy.in_full}")
-        measure = "" if hasattr(model, "predict_proba") else " (with their margins)"
-        for line in describe_test(confusions["test"], data, measure):
+        for line in describe_test(confusions["test"], data, " (with their margins)"):
             console.info(line)
         record = new_record(
             data,
@@ -83,7 +70,8 @@ def evaluate(model, splits, n_classes):
     confusions = {}
     for split, frame in splits.items():
         texts = list(frame["Text"])
-        called = model.predict(texts).tolist()
-        numbers, labels = range(len(texts)), frame["Label"].tolist()
-        confusions[split] = Confusion.of(numbers, labels, called, certainty(model, texts).tolist(), n_classes)
+        margins = model.decision_function(texts)  # (n, K), of two classes (n,)
+        margins = np.abs(margins) if margins.ndim == 1 else margins.max(axis=1)
+        columns = range(len(texts)), frame["Label"].tolist(), model.predict(texts).tolist(), margins.tolist()
+        confusions[split] = Confusion.of(*columns, n_classes)
     return confusions

@@ -14,7 +14,7 @@ from runner.files import UserError, atomic_write, require_finite, resolve
 from runner.machine import processes
 from runner.machine.devices import peak_memory, random_states, reset_peak_memory, set_random_states
 
-FORMAT = 4
+FORMAT = 5
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 # --- the state of training ---
@@ -57,7 +57,7 @@ class TrainingState:
         return dict(
             batches_done=self.batches_done,
             order=self.order,
-            history=self.history.to_dict(),
+            history=asdict(self.history),
             usage=self.usage.so_far(),
             random_states=random_states(self.device),
             parameters=self.full_parameters(),
@@ -72,7 +72,7 @@ class TrainingState:
     def load_state_dict(self, state):
         """Restore what `state_dict` gave."""
         self.batches_done, self.order, self.usage.before = state["batches_done"], state["order"], state["usage"]
-        self.history = type(self.history).from_dict(state["history"])
+        self.history = type(self.history)(**state["history"])
         for name, parameter in self.parameters.items():
             parameter.copy_(processes.divided_like(state["parameters"][name], parameter))
             for key, tensor in state["optimizer"][name].items():  # none of a parameter that had no gradient

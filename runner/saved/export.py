@@ -147,7 +147,7 @@ final norm, where it gives the same logits.
 - Trained by `python additional_experiments.py {command}`
 - Base weights: {base}
 - Data: {data_name}, SHA-256 of labels and texts `{data_sha256}`
-- {minutes:.2f} minutes on {device_name}, {date}; Python {python}, PyTorch {torch}, tiktoken {tiktoken}
+- {minutes:.2f} minutes on {device_name}, {date}; Python {versions[python]}, PyTorch {versions[torch]}
 
 ```
 {results}
