@@ -4,8 +4,6 @@ import re
 import shlex
 from dataclasses import fields
 
-# --- texts from files, which may hold anything ---
-
 
 def shown(text):
     """A text in one line, in which what a terminal would obey or hide is escaped."""
@@ -17,9 +15,6 @@ def plain(text):
     return re.sub(r"<(?=\S)", "&lt;", shown(re.sub(r"[\r\n]+", " ", str(text))))
 
 
-# --- settings ---
-
-
 def changed_options(experiment):
     """The options of an experiment that are not the default, {name: value}."""
     values = {setting.name: (getattr(experiment, setting.name), setting.default) for setting in fields(experiment)}
@@ -29,7 +24,8 @@ def changed_options(experiment):
 # Words before and after the value of a setting.
 BEFORE = dict(lora_rank="rank", lora_alpha="alpha", batch_size="batch size", accumulation_steps="accumulation")
 BEFORE |= dict(learning_rate="lr", weight_decay="weight decay", ignore_index="ignore", context_length="context")
-AFTER = dict(trainable_token_pos="token", weights="weights", dataset="data", num_epochs="epochs")
+BEFORE |= dict(num_epochs="epochs")
+AFTER = dict(trainable_token_pos="token", weights="weights", dataset="data")
 WORDS = {"disable_causal_mask True": "no causal mask", "trainable_layers all": "all layers"}
 WORDS |= {"context_length model_context_length": "context 1024"}
 
@@ -51,9 +47,6 @@ def command_line(settings):
         text = str(value).split(" (")[0].removeprefix("gpt2-") if name == "model_size" else str(value)
         words += [f"--{name}"] if value is True else [f"--{name}", text]
     return shlex.join(words)
-
-
-# --- Markdown ---
 
 
 def markdown_table(titles, rows, align=True):

@@ -16,16 +16,12 @@ from runner.data.datasets import Repeats
 from runner.results.accuracy import Accuracy, Confusion, Mistake, describe_test, mean_interval
 
 
-def test_accuracy_in_words():
-    assert str(Accuracy(285, 300)) == "95.00%" and str(Accuracy(0, 0)) == "n/a"  # nothing was measured
-    assert Accuracy(285, 300).in_full == "95.00% (285/300, 95% interval 91.9–96.9)"
-
-
 @pytest.mark.parametrize("correct, total", [(0, 1), (1, 1), (0, 300), (300, 300), (285, 300), (17, 149), (3, 7)])
 def test_interval_is_that_of_scipy(correct, total):
     low, high = Accuracy(correct, total).interval
     theirs = binomtest(correct, total).proportion_ci(method="wilson")
     assert (low, high) == pytest.approx((theirs.low, theirs.high), abs=1e-12)
+    assert str(Accuracy(0, 0)) == "n/a" and Accuracy(285, 300).in_full == "95.00% (285/300, 95% interval 91.9–96.9)"
     assert (correct > 0 or low == 0) and (correct < total or high == 1)  # exactly, and not by a hair
 
 
@@ -40,9 +36,6 @@ def test_the_interval_of_a_mean_holds_messages_and_seeds():
     assert mean_interval([Accuracy(275, 300)] * 3) == pytest.approx((low, high))  # seeds that all agree
     assert mean_interval([Accuracy(150, 300), Accuracy(300, 300)]) == (0, 1)
     assert mean_interval([Accuracy(0, 0)] * 2) == (0, 1)
-
-
-# --- mistakes ---
 
 
 @given(st.lists(st.tuples(st.integers(-1, 3), st.integers(0, 3)), min_size=1), st.randoms(use_true_random=False))
@@ -71,9 +64,6 @@ def test_the_confusion_of_predictions():
     first, second = confusion.mistakes
     assert first == Mistake(1, 1, 0, 0.5) and second[:3] == (3, 0, 1)
     assert 0 < 1 - second.confidence < 1e-12  # in double precision, so that certain mistakes can still be ranked
-
-
-# --- what is printed beside the test accuracy ---
 
 
 def data(*class_names, texts=(), similar=()):

@@ -45,7 +45,7 @@ def parse(*options):
         ("--trainable_layers lora_alternative", "lora_alternative 8/8"),
         ("--trainable_token_pos first", "Frozen features: 3 of 4 blocks, 69 messages, 69 tokens"),
         ("--trainable_token_pos flexible", r"Frozen features: 3 of 4 blocks, 69 messages, 5\d\d tokens"),
-        ("--average_embeddings", "| mean of all | last_block | 12; 1 epoch"),
+        ("--average_embeddings", "| mean of all | last_block | 12, epochs 1"),
         ("--average_embeddings --trainable_token_pos flexible", "| mean of real |"),
         ("--average_embeddings --no_padding", "| mean of real |"),
         ("--context_length model_context_length", "Tokens per message: 1024 at most"),

@@ -34,13 +34,6 @@ def test_more_classes_and_messages_without_label(data_dir, capfd):
     assert [record.test.total for record in read_records(["results"])[0]] == [12, 12]
 
 
-def test_messages_without_a_word_are_refused(tmp_path, capfd):
-    for split in ("train", "validation", "test"):
-        (tmp_path / f"{split}.csv").write_text("Label,Text\n0,!\n1,?\n")
-    assert main(["--baseline", "--data_dir", str(tmp_path)]) == 2
-    assert capfd.readouterr().err.startswith("error: a baseline cannot be trained on these messages: ")
-
-
 def test_options_of_gpt_2_are_refused(capfd):
     assert main(["--baseline", "--row", "3"]) == 2
     assert capfd.readouterr().err == "error: --row cannot be combined with --baseline, which trains no GPT-2\n"

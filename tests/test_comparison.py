@@ -28,16 +28,15 @@ def single_runs(only_a, only_b, n):
     return compare(sample(range(only_a, only_a + only_b), n=n), sample(range(only_a), n=n))
 
 
-# --- one run each ---
-
-
 def test_mcnemar_of_a_published_example():
     """Agresti, Categorical Data Analysis, table 10.1: 150 and 86 of 1600 changed their minds."""
     found = single_runs(150, 86, 1600)
     assert found.p == pytest.approx(binomtest(86, 236).pvalue) and round(found.p, 8) == 3.716e-5
     assert found.difference == pytest.approx(-0.04) and found.verdict == "worse"
     assert found.basis == "one run each, 150 messages right only in the first, 86 only in the second"
-    assert single_runs(0, 0, 300).p == 1 and single_runs(0, 0, 300).verdict == "identical predictions"
+    assert single_runs(0, 0, 300).p == 1
+    found = single_runs(0, 5, 300)  # the test decides where the interval excludes zero
+    assert found.interval[0] > 0 and found.p == pytest.approx(0.0625) and found.verdict == "no difference shown"
 
 
 @pytest.mark.parametrize("only_a, only_b, n", [(7, 1, 21), (16, 6, 161), (0, 0, 30), (0, 5, 300), (300, 0, 300)])
@@ -49,26 +48,15 @@ def test_the_interval_of_single_runs_is_the_wald_interval_with_half_a_message_mo
     assert single_runs(only_a, only_b, n).interval == pytest.approx(expected, abs=1e-12)
 
 
-def test_the_test_decides_where_the_interval_of_single_runs_excludes_zero():
-    found = single_runs(0, 5, 300)
-    assert found.interval[0] > 0 and found.p == pytest.approx(0.0625) and found.verdict == "no difference shown"
-
-
-# --- several seeds ---
-
-
-def test_two_seeds_whose_differences_tie_show_nothing():
-    """It was `+13 points, p = 1e-22`."""
-    found = compare(sample(range(40), range(40)), sample([0], [0]))
+@pytest.mark.parametrize("seeds_a, seeds_b", [(2, 2), (1, 5), (5, 1)])
+def test_too_few_seeds_show_nothing(seeds_a, seeds_b):
+    """Of two seeds whose differences tie it was `+13 points, p = 1e-22`."""
+    found = compare(sample(*[range(40)] * seeds_a), sample(*[[0]] * seeds_b))
     assert found.difference == pytest.approx(0.13) and found.interval[0] > 0.08
     assert (found.p, found.verdict) == (None, "no verdict")
-    assert found.basis == "2 and 2 seeds; a verdict takes three seeds or more on both sides, or one run each"
-
-
-def test_one_run_is_not_compared_with_several():
-    for a, b in ((sample(range(40)), sample(*[[0]] * 5)), (sample(*[[0]] * 5), sample(range(40)))):
-        found = compare(a, b)
-        assert (found.p, found.verdict) == (None, "no verdict") and "; a verdict takes three" in found.basis
+    reason = "a verdict takes three seeds or more on both sides, or one run each"
+    assert found.basis == f"{seeds_a} and {seeds_b} seeds; {reason}"
+    assert found.sentence.startswith("no verdict, +13.00 points (95% interval ") and ", p " not in found.sentence
 
 
 def test_three_seeds_that_tie_are_no_more_certain_than_their_messages():
@@ -90,20 +78,16 @@ def random_samples(rng, n_a, n_b, shift=0.0, spread=0.3, n=300, first=0):
     return made
 
 
-def interval_by_definition(a, b, level=0.05):
-    """MOVER on the two-way table, cell by cell; (S, n) of the same seeds."""
+def interval_by_definition(a, b, level):
+    """MOVER on the two-way table; (S, n) of the same seeds."""
     d = b.correct - a.correct
     n_seeds, n = d.shape
-    residual = 0.0
-    for i in range(n_seeds):
-        for j in range(n):
-            residual += (d[i, j] - d[i].mean() - d[:, j].mean() + d.mean()) ** 2
-    residual /= (n_seeds - 1) * (n - 1)
+    residuals = [d[i, j] - d[i].mean() - d[:, j].mean() + d.mean() for i in range(n_seeds) for j in range(n)]
+    residual = np.square(residuals).sum() / ((n_seeds - 1) * (n - 1))
     seeds = np.var(d.mean(axis=1), ddof=1) / n_seeds
     padded = np.append(d.mean(axis=0), [0.5**0.5, -(0.5**0.5)])  # sum 0, sum of squares 1
-    messages = np.var(padded) / (n + 2)
     z, q = norm.isf(level / 2), t.isf(level / 2, n_seeds - 1)
-    half = (z**2 * messages + max(q**2 * seeds - z**2 * residual / n_seeds / n, 0)) ** 0.5
+    half = (z**2 * np.var(padded) / (n + 2) + max(q**2 * seeds - z**2 * residual / n_seeds / n, 0)) ** 0.5
     return padded.mean() - half, padded.mean() + half
 
 
@@ -111,9 +95,8 @@ def interval_by_definition(a, b, level=0.05):
 def test_the_interval_of_the_same_seeds_is_that_of_the_definition(seeds):
     a, b = random_samples(np.random.default_rng(seeds), seeds, seeds, shift=0.5)
     found = compare(a, b)
-    assert found.interval == pytest.approx(interval_by_definition(a, b), abs=1e-12)
+    assert found.interval == pytest.approx(interval_by_definition(a, b, 0.05), abs=1e-12)
     assert min(map(abs, interval_by_definition(a, b, found.p))) < 1e-6  # the level at which it touches zero
-    assert found.basis == f"{seeds} and {seeds} seeds"
 
 
 def test_the_part_of_the_seeds_is_that_of_the_t_tests():
@@ -131,9 +114,8 @@ def test_seeds_are_paired_where_they_are_the_same():
     a, wrong = sample(*map(range, (10, 40, 70))), [range(n) for n in (80, 20, 50)]
     paired, others = compare(a, sample(*wrong, seeds=(2, 0, 1))), compare(a, sample(*wrong, seeds=(3, 4, 5)))
     assert paired.difference == others.difference == pytest.approx(-1 / 30)
-    assert (paired.verdict, others.verdict) == ("worse", "no difference shown") and others.interval[
-        0
-    ] < paired.interval[0]
+    assert (paired.verdict, others.verdict) == ("worse", "no difference shown")
+    assert others.interval[0] < paired.interval[0]
 
 
 @pytest.mark.parametrize("first", [0, 10], ids=["same seeds", "other seeds"])
@@ -163,16 +145,10 @@ def test_identical_predictions_are_told_as_that():
     assert compare(a, a).is_identical and not compare(a, b).is_identical
 
 
-# --- many comparisons ---
-
-
 def test_holm_of_a_published_example():
     """Wright, Biometrics 48 (1992), 1005-1013, as in the documentation of R's p.adjust."""
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([0.6, 0.7]) == [1, 1] and holm([]) == []
-
-
-# --- simulation ---
 
 
 @pytest.mark.slow

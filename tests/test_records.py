@@ -1,7 +1,7 @@
 """A run's history, its record, and the file that holds it."""
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,18 +26,13 @@ def identity_of(experiment, data=UCI, device="cpu"):
     return identify(experiment, data, weights, torch.device(device))
 
 
-def parse(*options):
-    return parse_args([str(option) for option in options])[0]
-
-
-def test_history_prints_lines_that_fit_and_survives_json():
+def test_history_prints_lines_that_fit():
     history = History()
     line = history.add_losses(epoch=1, step=50, train_loss=0.25, val_loss=0.125)
     assert line == "Ep 1 (Step 000050): Train loss 0.250, Val loss 0.125"
     line = history.add_accuracies(Accuracy(40, 40), Accuracy(35, 40))
     assert line == "Training accuracy: 100.00% | Validation accuracy: 87.50% (first messages only: 40/40, 35/40)"
-    assert len(line) <= 100
-    assert History(**json.loads(json.dumps(asdict(history)))) == history
+    assert len(line) <= 100 and history.lines[-1] == line
 
 
 def test_a_record_survives_its_file(tmp_path):
@@ -47,7 +42,7 @@ def test_a_record_survives_its_file(tmp_path):
     assert path == tmp_path / "new" / f"{record.run}.json"
     [found], problems = read_records([path.parent])
     assert write_record(tmp_path / "again", found).read_bytes() == path.read_bytes() and problems == []
-    assert (found.test, found.unseen, found.history) == (record.test, record.unseen, history)
+    assert (found.confusions, found.history) == (record.confusions, history)
     write_record(path.parent, replace(record, minutes=9.0))  # the same run again
     assert [found.minutes for found in read_records([path.parent])[0]] == [9.0]
 
@@ -61,16 +56,11 @@ def test_records_are_a_data_frame_in_one_call(tmp_path):
     assert runs["macro_f1.test"].between(0.99, 1).all()
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda content: content[:-50],
-        lambda content: b"\xff\xfe",
-        lambda content: b"[1, 2]",
-        lambda content: content.replace(b'"version": 2', b'"version": 1'),
-        lambda content: content.replace(b'"note"', b'"other"'),
-    ],
-)
+DAMAGES = [lambda text: text[:-50], lambda text: b"\xff\xfe", lambda text: b"[1, 2]"]
+DAMAGES += [lambda text: text.replace(b'"version": 2', b'"version": 1')]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_what_is_no_record_is_named_and_skipped(tmp_path, damage):
     good, bad = (write_record(tmp_path, made_up_record([1], seed=seed)) for seed in (1, 2))
     bad.write_bytes(damage(bad.read_bytes()))
@@ -92,28 +82,28 @@ def test_a_full_disk_leaves_the_earlier_file(tmp_path):
 
 def test_the_name_of_a_run_is_what_it_is():
     def name_of(*options, **changes):
-        return identity_of(parse("--row", 16, *options), **changes)["run"]
+        return identity_of(parse_args(["--row", "16", *options])[0], **changes)["run"]
 
     name = name_of()
     assert name.startswith("row16-seed123-") and len(name) == len("row16-seed123-") + 8
     same = ("--data_dir", "elsewhere"), ("--features", "off"), ("--device", "cpu")
     assert {name_of(*options) for options in same} == {name}
-    others = [("--seed", 7), ("--precision", "bf16"), ("--num_epochs", 2), ("--learning_rate", 1e-4)]
+    others = [("--seed", "7"), ("--precision", "bf16"), ("--num_epochs", "2"), ("--learning_rate", "1e-4")]
     names = {name, *(name_of(*options) for options in others), name_of(device="cuda"), name_of(data=OWN)}
     assert len(names) == 7
-    demo = identity_of(parse("--demo"))["run"]
-    assert demo.startswith("gpt2-nano-random-weights-all-layers-lr-0.0005-sample-data-seed123-")
+    demo = identity_of(parse_args(["--demo"])[0])
+    assert demo["run"].startswith("gpt2-nano-random-weights-all-layers-lr-0.0005-sample-data-seed123-")
 
 
 @pytest.mark.parametrize("number", ROWS)
 def test_rows_are_known_by_their_options(number):
-    experiment = parse("--row", number)
+    experiment, *_ = parse_args(["--row", str(number)])
     assert identity_of(experiment)["row"] == number
     assert identity_of(experiment, OWN)["row"] is identity_of(replace(experiment, num_epochs=2))["row"] is None
 
 
 def test_weights_from_a_file_are_known_by_their_content(nano_weights):
-    experiment = parse("--model_size", "gpt2-nano", "--weights", nano_weights)
+    experiment, *_ = parse_args(["--model_size", "gpt2-nano", "--weights", nano_weights])
     weights = find_weights(nano_weights, experiment.model_size)
     assert identity_of(experiment)["options"]["weights"] == f"model.safetensors {weights.sha256[:8]}"
     weights.sha256 = find_weights("pretrained", "gpt2-small (124M)").sha256
@@ -144,9 +134,8 @@ def test_a_finished_run_is_skipped(options, capfd):
     assert main([*options, *further]) == 0
     again = capfd.readouterr().out
     assert f"Finished before: {path}" in again and "Ep 1" not in again and path.read_bytes() == before
-    assert [line for line in again.splitlines() if line.startswith("| -")] == [
-        line for line in first.splitlines() if line.startswith("| -")
-    ]
+    rows = [[line for line in out.splitlines() if line.startswith("| -")] for out in (first, again)]
+    assert rows[0] == rows[1] and len(rows[0]) == 2
     assert main([*options, *further, "--repeats", "2"]) == 0
     out = capfd.readouterr().out
     assert "Run 1 of 2, seed 123" in out and "Run 2 of 2, seed 124" in out and out.count("Training completed") == 1

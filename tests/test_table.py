@@ -28,7 +28,7 @@ def test_each_row_is_one_command(number):
 def test_settings_in_words():
     assert parse() == Experiment() and describe_settings({}) == "last block, last token"
     demo = changed_options(parse("--demo", "--num_epochs", 2))
-    assert describe_settings(demo) == "gpt2-nano, random weights, all layers, 2 epochs, lr 0.0005, sample data"
+    assert describe_settings(demo) == "gpt2-nano, random weights, all layers, epochs 2, lr 0.0005, sample data"
     assert len({describe_settings(row.options) for row in ROWS.values()}) == len(ROWS)
 
 
@@ -89,5 +89,5 @@ def test_the_row_names_all_that_differs_from_row_1():
     changes |= dict(accumulation_steps=8, num_epochs=2, learning_rate=1e-3, weight_decay=0.0, ignore_index=1)
     cells = row_cells([replace(made_up_record(**changes, dataset="sample"), precision="bf16", seed=5)])
     assert (cells["Row"], cells["Trained layers"], cells["Token position"]) == ("-", "lora 8/16", "mean of real")
-    words = "unpadded, batch 1×8, 2 epochs, lr 0.001, weight decay 0, ignore 1, sample data, bf16, seed 5"
+    words = "unpadded, batch 1×8, epochs 2, lr 0.001, weight decay 0, ignore 1, sample data, bf16, seed 5"
     assert cells["Context length"] == words

@@ -21,7 +21,6 @@ class Accuracy(NamedTuple):
 
     @property
     def fraction(self):
-        """correct / total; NaN where nothing was measured."""
         return self.correct / self.total if self.total else math.nan
 
     @property
@@ -48,11 +47,6 @@ class Accuracy(NamedTuple):
         return f"{self} ({self.correct}/{self.total}, 95% interval {low:.1f}–{high:.1f})"
 
 
-def mean_accuracy(accuracies):
-    """The mean of Accuracies on the same messages, an Accuracy; its own interval does not hold the seeds."""
-    return Accuracy(statistics.fmean(accuracy.correct for accuracy in accuracies), accuracies[0].total)
-
-
 def mean_interval(accuracies):
     """The 95% interval (low, high) of the mean of the Accuracies of S seeds on the same messages.
 
@@ -60,17 +54,13 @@ def mean_interval(accuracies):
     that of the interval of their mean Accuracy and that of the seeds by Student's t, squared and added (MOVER: Zou,
     Computational Statistics & Data Analysis 52, 2008). With two seeds it is very wide.
     """
-    mean, seeds = mean_accuracy(accuracies), len(accuracies)
+    seeds = len(accuracies)
+    mean = Accuracy(statistics.fmean(one.correct for one in accuracies), accuracies[0].total)
     if seeds == 1 or not mean.total:
         return mean.interval
     by_seeds = stdtrit(seeds - 1, 0.975) * statistics.stdev(one.fraction for one in accuracies) / math.sqrt(seeds)
     below, above = (math.hypot(by_seeds, mean.fraction - end) for end in mean.interval)
     return max(mean.fraction - below, 0.0), min(mean.fraction + above, 1.0)
-
-
-# --- mistakes ---
-
-MAX_PAIRS = 10  # of classes in a line
 
 
 class Mistake(NamedTuple):
@@ -114,19 +104,18 @@ class Confusion:
         A class that no message is labelled with is left out; a message that was called so is an FN of its own class.
         """
         missed, called = Counter(m.label for m in self.mistakes), Counter(m.called for m in self.mistakes)
-        classes = [label for label, total in enumerate(self.totals) if total]
-        twice_found = {label: 2 * (self.totals[label] - missed[label]) for label in classes}
-        scores = [n / (n + called[label] + missed[label]) for label, n in twice_found.items()]
+        found = {label: 2 * (total - missed[label]) for label, total in enumerate(self.totals) if total}  # twice TP
+        scores = [n / (n + called[label] + missed[label]) for label, n in found.items()]
         return statistics.fmean(scores) if scores else math.nan
 
     @property
     def needs_macro_f1(self):
-        """Whether accuracy alone says little: more than two classes, or one more than twice as large as the other."""
+        """Whether accuracy alone says little: not where there are two classes of similar size."""
         return len(self.totals) > 2 or max(self.totals) > 2 * min(self.totals)
 
     def describe(self, names):
-        """How many of which class were called what, by the names of the classes; of many, the most frequent pairs."""
-        pairs = Counter((mistake.label, mistake.called) for mistake in self.mistakes).most_common(MAX_PAIRS)
+        """How many of which class were called what, by the names of the classes; of many, the ten most frequent."""
+        pairs = Counter((mistake.label, mistake.called) for mistake in self.mistakes).most_common(10)
         words = [f"{n} of {self.totals[label]} {names[label]} called {names[c]}" for (label, c), n in sorted(pairs)]
         return ", ".join(words) or "none"
 
@@ -136,10 +125,7 @@ class Confusion:
 
 
 def describe_test(confusion, data, measure=""):
-    """Lines that stand beside the test accuracy on a Dataset; `measure` says what confidences are, if no probabilities.
-
-    Accuracy without repeated messages, what lopsided classes make of it, the errors, the three most confident mistakes.
-    """
+    """Lines that stand beside the test accuracy on a Dataset; `measure` names confidences that are no probabilities."""
     lines, names, most_frequent = [], data.class_names, Accuracy(max(confusion.totals), sum(confusion.totals))
     if repeated := data.repeats["test"].similar:
         accuracy = confusion.without(repeated).in_full

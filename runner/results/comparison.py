@@ -83,13 +83,9 @@ def compare(a, b):
         basis += "; a verdict takes three seeds or more on both sides, or one run each"
     else:  # the larger the level, the narrower the interval
         p = bisect_left(range(STEPS), -abs(centre), lo=1, key=lambda p: -half_width(p / STEPS, *variances)) / STEPS
-    return Comparison(
-        difference=float(by_message.mean()),
-        interval=(max(centre - half, -1.0), min(centre + half, 1.0)),
-        p=p,
-        basis=basis,
-        is_identical=sorted(zip(a.seeds, a.called.tolist())) == sorted(zip(b.seeds, b.called.tolist())),
-    )
+    interval = max(centre - half, -1.0), min(centre + half, 1.0)
+    is_identical = sorted(zip(a.seeds, a.called.tolist())) == sorted(zip(b.seeds, b.called.tolist()))
+    return Comparison(float(by_message.mean()), interval, p, basis, is_identical)
 
 
 def centre_and_variance(by_message):
@@ -103,12 +99,11 @@ def centre_and_variance(by_message):
 
 
 def seed_variance(a, b):
-    """(variance of the mean difference by the choice of seeds, how much of it is in the variance by messages too, the
-    degrees of freedom).
+    """The variance of the mean difference by the choice of seeds: (variance, part of it, degrees of freedom).
 
     Where both ran the same seeds it is that of the differences of each seed, else the sum of both sides' own, with the
-    degrees of freedom of Welch (Biometrika 34, 1947). Both variances contain what single seeds make of single messages,
-    the residual of a two-way analysis of variance.
+    degrees of freedom of Welch (Biometrika 34, 1947). The part is in the variance by messages too: what single seeds
+    make of single messages, the residual of a two-way analysis of variance.
     """
     sides = [a.correct, b.correct]  # (S, n) each
     if set(a.seeds) == set(b.seeds):
@@ -135,10 +130,7 @@ def half_width(level, messages, seeds, both, freedom):
 
 
 def holm(p_values):
-    """p-values corrected for their number, so that all conclusions hold together: a list.
-
-    Holm, Scandinavian Journal of Statistics 6 (1979).
-    """
+    """A list of p-values corrected for their number (Holm, Scandinavian Journal of Statistics 6, 1979)."""
     p_values = np.array(p_values)
     order, corrected = p_values.argsort(), np.empty_like(p_values)
     weighted = p_values[order] * np.arange(len(order), 0, -1)

@@ -1,15 +1,12 @@
 """The report as a page for a browser: one file, nothing fetched, made from `page.html`, which escapes all texts."""
 
 import math
-from datetime import datetime
 from pathlib import Path
 
 import jinja2
 from markupsafe import Markup
 
 from runner.results.summary import NOTE
-
-MAX_TEXT = 200  # letters of a message
 
 
 def render(summary):
@@ -20,7 +17,6 @@ def render(summary):
     ends = [end for group in groups for end in (group.interval[0], group.published) if end is not None]
     low = 5 * int(min(ends, default=50) // 5)
     return environment.get_template("page.html").render(
-        written=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
         note=NOTE,
         low=low,
         tables=[(table, table_lines(table, low), answer_lines(table)) for table in summary.tables],
@@ -29,11 +25,8 @@ def render(summary):
     )
 
 
-# --- lines of tables, {title: text} ---
-
-
 def table_lines(table, low):
-    """A line for each Group of a Table, with a drawing from `low` to 100%."""
+    """A line, {title: text}, for each Group of a Table, with a drawing from `low` to 100%."""
     lines = table.cells.to_dict("records")
     for line, group in zip(lines, table.groups, strict=True):
         seeds = [100 * accuracy.fraction for accuracy in group.accuracies()]
@@ -57,11 +50,9 @@ def mistake_lines(record):
     names, lines = record.class_names, []
     for mistake, text in zip(record.confusions["test"].most_confident(len(record.texts)), record.texts, strict=True):
         line = dict(Message=mistake.number, Confidence=f"{mistake.confidence:.3f}", Called=names[mistake.called])
-        lines.append(line | dict(Labelled=names[mistake.label], Text=text[:MAX_TEXT]))
+        lines.append(line | dict(Labelled=names[mistake.label], Text=text[:200]))
     return lines
 
-
-# --- drawings ---
 
 MEAN, PUBLISHED = "m-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0", "m0-7l6 7-6 7-6-7z"  # a disc and a diamond
 MARKS = dict(tick="m0 7v3", rule="m0-10v20", seed="m0-5v10", mean=MEAN, published=PUBLISHED)

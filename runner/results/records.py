@@ -33,12 +33,11 @@ class History:
     lines: list = field(default_factory=list)
 
     def add_line(self, line):
-        """Add a line and return it."""
+        """Add a line and return it, as the others do."""
         self.lines.append(line)
         return line
 
     def add_losses(self, epoch, step, train_loss, val_loss):
-        """Add an evaluation and return its line."""
         self.steps.append(step)
         self.train_losses.append(train_loss)
         self.val_losses.append(val_loss)
@@ -46,17 +45,14 @@ class History:
         return self.add_line(f"Ep {epoch} (Step {step:06d}): Train loss {train}, Val loss {val}")
 
     def add_accuracies(self, train, val):
-        """Add the Accuracies after an epoch, which are of the first messages only, and return their line."""
+        """Add the Accuracies after an epoch, which are of the first messages only."""
         self.train_accuracies.append(list(train))
         self.val_accuracies.append(list(val))
-        return self.add_line(
-            f"Training accuracy: {train} | Validation accuracy: {val} "
-            f"(first messages only: {train.correct}/{train.total}, {val.correct}/{val.total})"
-        )
+        counts = f"{train.correct}/{train.total}, {val.correct}/{val.total}"
+        return self.add_line(f"Training accuracy: {train} | Validation accuracy: {val} (first messages only: {counts})")
 
 
 VERSION = 2  # of the file
-MAX_TEXTS = 10  # of the most confident test mistakes
 VERSIONS = {module.__name__: str(module.__version__) for module in (torch, tiktoken, pd)}
 
 
@@ -80,7 +76,7 @@ class Record:
     versions: dict = field(default_factory=lambda: dict(python=platform.python_version()) | VERSIONS)
     # What a baseline does without.
     row: int | None = None  # of the published table, if the run was one of its rows
-    options: dict = field(default_factory=dict)  # what tells it from row 1, see `identify`
+    options: dict = field(default_factory=dict)  # what tells it from row 1, but for seed, device, precision and paths
     settings: dict = field(default_factory=dict)  # the Experiment's, by name
     seed: int | None = None
     weights_sha256: str = ""  # "" of random weights
@@ -96,10 +92,8 @@ class Record:
     validation = property(lambda self: self.confusions["validation"].accuracy)
     test = property(lambda self: self.confusions["test"].accuracy)
 
-    @property
-    def unseen(self):
-        """The Accuracy of the test messages that are not, in similar form, among the training messages."""
-        return self.confusions["test"].without(self.repeats["test"].similar)
+    # Of the test messages that are not, in similar form, among the training messages.
+    unseen = property(lambda self: self.confusions["test"].without(self.repeats["test"].similar))
 
     @property
     def name(self):
@@ -137,8 +131,7 @@ FREE_OPTIONS = ("seed", "device", "precision", "features", "data_dir")
 def identify(experiment, data, weights, device):
     """What makes a run this run, known before it starts: the fields run, row, configuration and options of its Record.
 
-    `options` tell it from row 1, whatever its seed, device, precision and paths. `run` is the name of its file,
-    `row16-seed123-3f9c2a1b`, with a hash of its `run_identity`.
+    The name of its file, `row16-seed123-3f9c2a1b`, has a hash of its `run_identity`.
     """
     options = {name: value for name, value in changed_options(experiment).items() if name not in FREE_OPTIONS}
     if weights.is_published:
@@ -168,17 +161,13 @@ def new_record(data, confusions, **further):
         tokens_per_message=data.longest,
         confusions=confusions,
         repeats=data.repeats,
-        texts=[data.test_texts[mistake.number] for mistake in confusions["test"].most_confident(MAX_TEXTS)],
+        texts=[data.test_texts[mistake.number] for mistake in confusions["test"].most_confident(10)],
         **further,
     )
 
 
 def make_record(experiment, data, weights, confusions, state, **noted):
-    """The Record of a run of GPT-2 that finishes now.
-
-    `state` is its TrainingState, `confusions` are {split: Confusion}, and `noted` are the fields `minutes`,
-    `feature_seconds` and `note`.
-    """
+    """The Record of a run of GPT-2 that finishes now, with this TrainingState; `noted` are further fields."""
     usage = state.usage.so_far()
     return new_record(
         data,
@@ -219,13 +208,12 @@ def read_record(path):
 
 def read_records(folders):
     """([Record, ...] by date, [a line for each file that holds none]). Raises UserError for what is no folder."""
+    if missing := [folder for folder in folders if not Path(folder).is_dir()]:
+        raise UserError(f"--report {missing[0]}: there is no such folder")
     records, problems = [], []
-    for folder in map(Path, folders):
-        if not folder.is_dir():
-            raise UserError(f"--report {folder}: there is no such folder")
-        for path in sorted(folder.glob("*.json")):
-            try:
-                records.append(read_record(path))
-            except UserError as error:
-                problems.append(f"{error}; skipped")
+    for path in (path for folder in folders for path in sorted(Path(folder).glob("*.json"))):
+        try:
+            records.append(read_record(path))
+        except UserError as error:
+            problems.append(f"{error}; skipped")
     return sorted(records, key=lambda record: record.date), problems

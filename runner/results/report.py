@@ -2,6 +2,7 @@
 
 import sys
 import textwrap
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -20,24 +21,19 @@ def print_report(run_options):
     summary = summarize(records)
     print(as_text(summary))
     for path in run_options.write:
-        write_report(path, summary)
+        suffix = Path(path).suffix
+        if suffix in (".png", ".pdf", ".svg"):
+            from runner.results.pictures import plot_summary  # slow to import, as is the page
+
+            plot_summary(path, summary)
+        elif suffix == ".html":
+            from runner.results.page import render
+
+            write_bytes(path, render(summary).encode())
+        else:
+            text = {".md": as_text, ".csv": as_csv, ".tex": as_tex}[suffix](summary)
+            write_bytes(path, f"{text.rstrip()}\n".encode())
         print(f"Written: {path}")
-
-
-def write_report(path, summary):
-    """Write a Summary as the suffix of `path` says. Raises OSError."""
-    suffix = Path(path).suffix
-    if suffix in (".png", ".pdf", ".svg"):
-        from runner.results.pictures import plot_summary  # slow to import, as is the page
-
-        plot_summary(path, summary)
-    elif suffix == ".html":
-        from runner.results.page import render
-
-        write_bytes(path, render(summary).encode())
-    else:
-        as_file = {".md": as_text, ".csv": as_csv, ".tex": as_tex}[suffix]
-        write_bytes(path, f"{as_file(summary)}\n".encode())
 
 
 def as_text(summary):
@@ -47,10 +43,8 @@ def as_text(summary):
         cells = narrow_cells(table)
         lines = "\n".join(markdown_table(cells.columns, cells.values.tolist()))
         parts += [f"## {plain(table.title)}", lines, wrapped(table.note)]
-        if table.answers:
-            answers = [
-                f"- {q.rows}: {q.asks} Row {q.b}: {found.sentence} {q.why}" for q, found in table.answers.items()
-            ]
+        if answers := table.answers.items():
+            answers = [f"- {asked.rows}: {asked.asks} Row {asked.b}: {a.sentence} {asked.why}" for asked, a in answers]
             parts += ["### Conclusions", wrapped(*answers)]
     parts.append(wrapped(*(f"- {remark}" for remark in summary.remarks)))
     return "\n\n".join(filter(None, parts))
@@ -58,10 +52,9 @@ def as_text(summary):
 
 def wrapped(*lines):
     """Lines, whatever is in them, as a text of at most 100 columns."""
-    options = dict(width=100, break_on_hyphens=False)
-    return "\n".join(
-        textwrap.fill(plain(line), subsequent_indent="  " * (line[:2] == "- "), **options) for line in lines
-    )
+    indents = ["  " * line.startswith("- ") for line in lines]
+    fill = partial(textwrap.fill, width=100, break_on_hyphens=False)
+    return "\n".join(fill(plain(line), subsequent_indent=indent) for line, indent in zip(lines, indents))
 
 
 def narrow_cells(table):

@@ -2,12 +2,12 @@
 
 from collections import defaultdict
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from runner.data.datasets import SPLITS
-from runner.results.accuracy import mean_accuracy, mean_interval
+from runner.results.accuracy import mean_interval
 from runner.results.comparison import Sample, compare, holm
 from runner.rows import QUESTIONS, ROWS
 from runner.wording import describe_settings
@@ -34,8 +34,7 @@ class Group:
         return [getattr(record, split) for record in self.records]
 
     def percent(self, split="test"):
-        """The mean accuracy in percent."""
-        return 100 * mean_accuracy(self.accuracies(split)).fraction
+        return 100 * np.mean([accuracy.fraction for accuracy in self.accuracies(split)])
 
     @property
     def interval(self):
@@ -46,22 +45,20 @@ class Group:
     def cells(self):
         """What a table says of it, {title: text}; "" where there is nothing to say."""
         (low, high), confusions = self.interval, [record.confusions["test"] for record in self.records]
-        cells = {
+        where = "inside" if low <= (self.published or 0) <= high else "outside"
+        return {
             "Row": ", ".join(map(str, self.rows)),
             "Configuration": self.name,
             "n": str(len(self.records)),
             "Test": f"{self.percent():.2f} [{low:.1f}–{high:.1f}]",
             "Unseen": f"{self.percent('unseen'):.2f}",
             "Macro F1": f"{np.mean([c.macro_f1 for c in confusions]):.3f}" if confusions[0].needs_macro_f1 else "",
-            "Published": "",
+            "Published": f"{self.published:.2f} {where}" if self.published else "",
             "Validation": f"{self.percent('validation'):.2f}",
             "Training": f"{self.percent('train'):.2f}",
             "Minutes": f"{np.mean([record.minutes for record in self.records]):.2f}",
             "Features": f"{np.mean([record.feature_seconds for record in self.records]):.0f} s",
         }
-        if self.published is not None:
-            cells["Published"] = f"{self.published:.2f} {'inside' if low <= self.published <= high else 'outside'}"
-        return cells
 
 
 @dataclass(frozen=True)
@@ -90,20 +87,17 @@ class Table:
         return f"Not run: rows {', '.join(map(str, missing))}." if 0 < len(missing) < len(ROWS) else ""
 
 
-@dataclass(frozen=True)
-class Summary:
+class Summary(NamedTuple):
     """All that the folders hold."""
 
     tables: list  # of Table: the published one, others of rows, all other runs
-    remarks: list  # lines: seeds whose results differ, notes of runs
+    remarks: list  # lines: seeds that were run more than once, notes of runs
 
     @property
     def records(self):
         """Those that count."""
         return [record for table in self.tables for group in table.groups for record in group.records]
 
-
-# --- which run belongs where ---
 
 MODEL = ("model_size", "weights")
 ROW_OPTIONS = {name for row in ROWS.values() for name in row.options} - {*MODEL}
@@ -156,26 +150,12 @@ def summarize(records):
     others += [group for groups in baselines.values() for group in groups]
     if others:
         made.append(Table("Other runs", others))
-    summary = Summary(
-        made, [line for seeds in configurations.values() for line in map(difference, seeds.values()) if line]
-    )
+    summary = Summary(made, [])
+    for runs in (runs for seeds in configurations.values() for runs in seeds.values() if len(runs) > 1):
+        results = [f"{run.test} on {run.device_name}, PyTorch {run.versions['torch']}" for run in runs]
+        summary.remarks.append(f"{runs[0].name}, seed {runs[0].seed}, the first run counts: test {'; '.join(results)}.")
     summary.remarks.extend(f"Note of {record.run}: {record.note}" for record in summary.records if record.note)
     return summary
-
-
-def difference(runs):
-    """A line, if the Records of one seed of one configuration made other mistakes; else ""."""
-    results = {}
-    for record in runs:
-        called = [[(m.number, m.called) for m in record.confusions[split].mistakes] for split in SPLITS]
-        results.setdefault(str(called), f"{record.test} on {record.device_name}, PyTorch {record.versions['torch']}")
-    line = (
-        f"{runs[0].name}, seed {runs[0].seed}: mistakes differ, the first counts: test {'; '.join(results.values())}."
-    )
-    return line if len(results) > 1 else ""
-
-
-# --- questions ---
 
 
 def answer_questions(tables):
