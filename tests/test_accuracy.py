@@ -86,12 +86,9 @@ def test_errors_repeated_messages_and_the_most_confident_mistakes():
 
 def test_a_classifier_that_never_finds_the_rare_class_is_no_success():
     confusion = Confusion([294, 6], [Mistake(number, 1, 0, 0.9) for number in range(6)])
-    assert str(confusion.accuracy) == "98.00%"
-    assert describe_test(confusion, data("ham", "spam", texts=["a"] * 6))[:3] == [
-        "Test accuracy of always the most frequent class: 98.00%",
-        f"Test macro-averaged F1: {2 * 294 / (2 * 294 + 6) / 2:.3f}",
-        "Test errors: 6 of 6 spam called ham",
-    ]
+    frequent, f1, errors, *_ = describe_test(confusion, data("ham", "spam", texts=["a"] * 6))
+    assert frequent == "Test accuracy of always the most frequent class: 98.00%"
+    assert f1 == "Test macro-averaged F1: 0.495" and errors == "Test errors: 6 of 6 spam called ham"
 
 
 def test_errors_of_more_classes_are_pairs_the_most_frequent_of_many():

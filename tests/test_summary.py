@@ -1,7 +1,6 @@
 """Which records are runs of one configuration, which configurations are rows of one table, and what they answer."""
 
 import numpy as np
-import pytest
 from helpers import made_up_confusion, made_up_record
 
 from runner.results.summary import place, samples_of, summarize
@@ -43,23 +42,22 @@ def test_runs_are_rows_of_tables_or_others():
     assert all_nano.note == "" and len(all_nano.groups) == 14  # some differ in nothing but what all have
 
 
-@pytest.mark.parametrize(
-    "options, rows, rest",
-    [
-        (dict(num_epochs=2), (1,), dict(num_epochs=2)),
-        (dict(num_epochs=2, trainable_token_pos="flexible"), (16,), dict(num_epochs=2)),
-        (MEDIUM | dict(num_epochs=2), (6,), dict(num_epochs=2)),
-        (dict(num_epochs=2, weights="random", trainable_layers="all"), (10,), dict(num_epochs=2)),
-        (dict(context_length=64, trainable_token_pos="flexible"), (16,), dict(context_length=64)),
-        (MEDIUM | dict(trainable_layers="all"), (5, 9, 10), MEDIUM),
-        (dict(weights="w 1234"), (1, 6, 7, 8), dict(weights="w 1234")),
-        (dict(data="own", trainable_layers="lora"), (1,), dict(data="own", trainable_layers="lora")),
-        *((row.options, (number,), {}) for number, row in ROWS.items()),
-    ],
-)
-def test_what_a_run_has_beyond_its_row_is_a_table(options, rows, rest):
-    found, _, of_table = place(options)
-    assert (found, of_table) == (rows, rest)
+PLACES = [
+    (dict(num_epochs=2), (1,), dict(num_epochs=2)),
+    (dict(num_epochs=2, trainable_token_pos="flexible"), (16,), dict(num_epochs=2)),
+    (MEDIUM | dict(num_epochs=2), (6,), dict(num_epochs=2)),
+    (dict(num_epochs=2, weights="random", trainable_layers="all"), (10,), dict(num_epochs=2)),
+    (dict(context_length=64, trainable_token_pos="flexible"), (16,), dict(context_length=64)),
+    (MEDIUM | dict(trainable_layers="all"), (5, 9, 10), MEDIUM),
+    (dict(weights="w 1234"), (1, 6, 7, 8), dict(weights="w 1234")),
+    (dict(data="own", trainable_layers="lora"), (1,), dict(data="own", trainable_layers="lora")),
+]
+
+
+def test_what_a_run_has_beyond_its_row_is_a_table():
+    for options, rows, rest in [*PLACES, *((row.options, (number,), {}) for number, row in ROWS.items())]:
+        found, _, of_table = place(options)
+        assert (found, of_table) == (rows, rest)
 
 
 def test_one_row_is_no_table_and_two_are_one_for_each_data_and_precision():
@@ -77,27 +75,19 @@ def test_a_seed_counts_once_and_remarks_tell_which_and_the_notes():
     summary = summarize(runs)
     assert summary.records == [runs[0], runs[2]]
     torch = runs[0].versions["torch"]
-    first = (
-        f"row 1, seed 123, the first run counts: test 99.67% on A100, PyTorch {torch}; 99.33% on CPU, PyTorch {torch}."
-    )
-    assert summary.remarks == [first, "Note of x: n"]
+    results = f"99.67% on A100, PyTorch {torch}; 99.33% on CPU, PyTorch {torch}"
+    assert summary.remarks == [f"row 1, seed 123, the first run counts: test {results}.", "Note of x: n"]
+
+
+TITLES = ["Row", "Configuration", "n", "Test", "Unseen"]
 
 
 def test_what_a_line_says():
     runs = [row(1, range(n), seed=n, minutes=n / 10, feature_seconds=n) for n in (10, 20, 30)]
     [table] = tables_of(*runs, row(3))
-    assert table.cells.to_dict("records")[0] == {
-        "Row": "1",
-        "Configuration": "last block, last token",
-        "n": "3",
-        "Test": "93.33 [84.4–100.0]",  # it holds all seeds
-        "Unseen": "93.96",
-        "Published": "95.00 inside",
-        "Validation": "100.00",
-        "Training": "100.00",
-        "Minutes": "2.00",
-        "Features": "20 s",
-    }
+    assert list(table.cells) == [*TITLES, "Published", "Validation", "Training", "Minutes", "Features"]
+    cells = ["93.33 [84.4–100.0]", "93.96", "95.00 inside", "100.00", "100.00", "2.00", "20 s"]  # all seeds are inside
+    assert table.cells.values[0].tolist() == ["1", "last block, last token", "3", *cells]
     assert table.cells["Published"][1] == "72.00 outside"
     rare = made_up_confusion({number: 0.9 for number in range(1, 12, 2)}, totals=(294, 6))
     [table] = tables_of(row(1, confusions=dict.fromkeys(("train", "validation", "test"), rare)))
@@ -105,21 +95,21 @@ def test_what_a_line_says():
 
 
 def answers_of(*records):
-    return {question.rows: found for table in tables_of(*records) for question, found in table.answers.items()}
+    return [list(table.answers.values()) for table in tables_of(*records)]
 
 
 def test_questions_of_all_tables_are_corrected_together():
-    [alone] = answers_of(nano(1, range(30)), nano(2, range(40))).values()
-    tables = tables_of(row(1, range(30)), row(2, range(40)), nano(1, range(30)), nano(2, range(40)))
-    assert [[found.p for found in table.answers.values()] for table in tables] == [[2 * alone.p]] * 2
+    [[alone]] = answers_of(nano(1, range(30)), nano(2, range(40)))
+    [[one], [other]] = answers_of(row(1, range(30)), row(2, range(40)), nano(1, range(30)), nano(2, range(40)))
+    assert one.p == other.p == 2 * alone.p
 
 
 def test_a_verdict_in_words():
-    assert answers_of(row(1, range(10, 30)), row(2, range(60)))["1–2"].sentence == (
-        "worse, -13.33 points (95% interval -17.1 to -9.4), p < 0.001; one run each, 40 messages right only in the "
-        "first, 0 only in the second."
-    )
-    assert answers_of(row(1, [3]), row(18, [3]))["1–18"].sentence.startswith("identical predictions; one run each")
+    words = "worse, -13.33 points (95% interval -17.1 to -9.4), p < 0.001; "
+    words += "one run each, 40 messages right only in the first, 0 only in the second."
+    assert answers_of(row(1, range(10, 30)), row(2, range(60)))[0][0].sentence == words
+    [[found]] = answers_of(row(1, [3]), row(18, [3]))
+    assert found.sentence.startswith("identical predictions; one run each")
 
 
 def test_samples_are_made_from_mistakes():
