@@ -1,7 +1,5 @@
 """What two configurations differ in: against other libraries, published examples and simulation."""
 
-from statistics import NormalDist
-
 import numpy as np
 import pytest
 from scipy.stats import binomtest, norm, t, ttest_ind, ttest_rel
@@ -42,7 +40,7 @@ def test_mcnemar_of_a_published_example():
 def test_the_interval_of_single_runs_is_the_wald_interval_with_half_a_message_more_in_each_cell(only_a, only_b, n):
     """Agresti and Min, Statistics in Medicine 24 (2005), 729-740, by the variance of multinomial proportions."""
     more, less = (only_b + 0.5) / (n + 2), (only_a + 0.5) / (n + 2)
-    half = NormalDist().inv_cdf(0.975) * (((more + less) - (more - less) ** 2) / (n + 2)) ** 0.5
+    half = norm.ppf(0.975) * (((more + less) - (more - less) ** 2) / (n + 2)) ** 0.5
     expected = max(more - less - half, -1), min(more - less + half, 1)
     assert single_runs(only_a, only_b, n).interval == pytest.approx(expected, abs=1e-12)
 

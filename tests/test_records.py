@@ -1,5 +1,6 @@
 """A run's history, its record, and the file that holds it."""
 
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -7,14 +8,14 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 import torch
-from helpers import made_up_record, no_file_above
+from helpers import made_up_record
 
 from additional_experiments import main, parse_args
 from gpt_download import find_weights
 from runner.data.datasets import Repeats, find_repeats
-from runner.results.accuracy import Accuracy
 from runner.results.records import History, identify, read_records, write_record
 from runner.rows import ROWS
+from runner.wording import command_line
 
 UCI = SimpleNamespace(name="uci", sha256="01234567" * 8)
 OWN = SimpleNamespace(name="own", sha256="89abcdef" * 8)
@@ -23,15 +24,6 @@ OWN = SimpleNamespace(name="own", sha256="89abcdef" * 8)
 def identity_of(experiment, data=UCI, device="cpu"):
     weights = find_weights(experiment.weights, experiment.model_size)
     return identify(experiment, data, weights, torch.device(device))
-
-
-def test_history_prints_lines_that_fit():
-    history = History()
-    line = history.add_losses(epoch=1, step=50, train_loss=0.25, val_loss=0.125)
-    assert line == "Ep 1 (Step 000050): Train loss 0.250, Val loss 0.125"
-    line = history.add_accuracies(Accuracy(40, 40), Accuracy(35, 40))
-    assert line == "Training accuracy: 100.00% | Validation accuracy: 87.50% (first messages only: 40/40, 35/40)"
-    assert len(line) <= 100 and history.lines[-1] == line
 
 
 def test_a_record_survives_its_file(tmp_path):
@@ -59,14 +51,6 @@ def test_what_is_no_record_is_named_and_skipped(tmp_path, damage):
     assert problem.endswith("; skipped") and "\n" not in problem
 
 
-def test_a_full_disk_leaves_the_earlier_file(tmp_path):
-    path = write_record(tmp_path, made_up_record())
-    before = path.read_bytes()
-    with no_file_above(100), pytest.raises(OSError):
-        write_record(tmp_path, made_up_record())
-    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
-
-
 def test_the_name_of_a_run_is_what_it_is():
     def name_of(*options, **changes):
         return identity_of(parse_args(["--row", "16", *options])[0], **changes)["run"]
@@ -82,10 +66,10 @@ def test_the_name_of_a_run_is_what_it_is():
     assert demo["run"].startswith("gpt2-nano-random-weights-all-layers-lr-0.0005-sample-data-seed123-")
 
 
-def test_rows_are_known_by_their_options():
-    for number in ROWS:
-        experiment, *_ = parse_args(["--row", str(number)])
-        assert identity_of(experiment)["row"] == number
+def test_each_row_is_one_command_and_known_by_its_options():
+    for number, row in ROWS.items():
+        experiment, *_ = parse_args(shlex.split(command_line(row.options)))
+        assert experiment == parse_args(["--row", str(number)])[0] and identity_of(experiment)["row"] == number
         assert identity_of(experiment, OWN)["row"] is identity_of(replace(experiment, num_epochs=2))["row"] is None
 
 
