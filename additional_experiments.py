@@ -736,7 +736,7 @@ def run(experiment, options=RunOptions()):
 
 def find_record(run, experiment):
     """The Record of this very run, if it is in the folder of results; else None."""
-    path = Path(run.options.results, f"{records.run_name(experiment, run.data, run.weights, run.device)}.json")
+    path = Path(run.options.results, f"{records.identify(experiment, run.data, run.weights, run.device)['run']}.json")
     if not processes.from_main(path.exists()):
         return None
     run.console.info(f"Finished before: {path}")

@@ -1,30 +1,20 @@
 """The 19 rows of the table, the questions asked of them, and the demo: data only."""
 
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """A row: published accuracies in percent, minutes on an A100, and the options that differ from the defaults."""
 
     train: float
     validation: float
     test: float
     minutes: float
-    options: dict = field(default_factory=dict)
-
-    @property
-    def published(self):
-        """The published figures in a line."""
-        return (
-            f"training {self.train:.2f}%, validation {self.validation:.2f}%, test {self.test:.2f}%; "
-            f"{self.minutes:.2f} minutes on an A100"
-        )
+    options: dict = {}
 
 
-@dataclass(frozen=True)
-class Question:
-    """What the comparison of row `b` with row `a` asks."""
+class Question(NamedTuple):
+    """What the table is asked: how row `b` compares with row `a`."""
 
     a: int
     b: int
@@ -32,23 +22,15 @@ class Question:
 
     @property
     def rows(self):
-        """Both rows, `1–2`."""
         return f"{self.a}–{self.b}"
 
     @property
-    def published(self):
-        """The difference of the published test accuracies in points."""
-        return ROWS[self.b].test - ROWS[self.a].test
-
-    @property
     def why(self):
-        """What explains the answer, in a sentence."""
         return WHY[self.b]
 
 
 MEDIUM, LARGE, XL, NANO = "gpt2-medium (355M)", "gpt2-large (774M)", "gpt2-xl (1558M)", "gpt2-nano (7M)"
 
-# Published accuracies in percent (training, validation, test), minutes on an A100, options that are not the default.
 ROWS = {
     1: Row(96.63, 99.33, 95.00, 0.28),
     2: Row(78.46, 80.54, 75.00, 0.28, dict(trainable_token_pos="first")),
@@ -71,7 +53,6 @@ ROWS = {
     19: Row(97.79, 99.33, 96.33, 0.32, dict(average_embeddings=True)),
 }
 
-# What the table is asked: two of its rows, of which the second is judged by the first.
 QUESTIONS = (
     Question(1, 2, "Does the first token serve as well as the last?"),
     Question(1, 3, "Is it enough to train the head?"),

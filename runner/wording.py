@@ -3,9 +3,6 @@
 import re
 import shlex
 from dataclasses import fields
-from itertools import groupby
-
-# --- texts from files, which may hold anything ---
 
 
 def shown(text):
@@ -18,36 +15,19 @@ def plain(text):
     return re.sub(r"<(?=\S)", "&lt;", shown(re.sub(r"[\r\n]+", " ", str(text))))
 
 
-# --- settings ---
-
-
 def changed_options(experiment):
     """The options of an experiment that are not the default, {name: value}."""
     values = {setting.name: (getattr(experiment, setting.name), setting.default) for setting in fields(experiment)}
     return {name: value for name, (value, default) in values.items() if value != default}
 
 
-# Settings whose value needs a label.
-DESCRIPTIONS = {
-    "trainable_token_pos": "{} token",
-    "weights": "{} weights",
-    "dataset": "{} data",
-    "lora_rank": "rank {}",
-    "lora_alpha": "alpha {}",
-    "batch_size": "batch size {}",
-    "accumulation_steps": "accumulation {}",
-    "num_epochs": "{} epochs",
-    "learning_rate": "lr {}",
-    "weight_decay": "weight decay {}",
-    "ignore_index": "ignore {}",
-    "context_length": "context {}",
-}
-WORDS = {
-    ("disable_causal_mask", True): "no causal mask",
-    ("trainable_layers", "all"): "all layers",
-    ("num_epochs", 1): "1 epoch",
-    ("context_length", "model_context_length"): "context 1024",
-}
+# Words before and after the value of a setting.
+BEFORE = dict(lora_rank="rank", lora_alpha="alpha", batch_size="batch size", accumulation_steps="accumulation")
+BEFORE |= dict(learning_rate="lr", weight_decay="weight decay", ignore_index="ignore", context_length="context")
+BEFORE |= dict(num_epochs="epochs")
+AFTER = dict(trainable_token_pos="token", weights="weights", dataset="data")
+WORDS = {"disable_causal_mask True": "no causal mask", "trainable_layers all": "all layers"}
+WORDS |= {"context_length model_context_length": "context 1024"}
 
 
 def describe_settings(settings):
@@ -55,8 +35,8 @@ def describe_settings(settings):
     words = []
     for name, value in settings.items():
         text = f"{value:g}" if isinstance(value, float) else str(value).split(" (")[0]  # of a size its name
-        text = name if value is True else DESCRIPTIONS.get(name, "{}").format(text)
-        words.append(WORDS.get((name, value), text.replace("_", " ")))
+        text = name if value is True else f"{BEFORE.get(name, '')} {text} {AFTER.get(name, '')}".strip()
+        words.append(WORDS.get(f"{name} {value}", text.replace("_", " ")))
     return ", ".join(words) or "last block, last token"
 
 
@@ -67,18 +47,6 @@ def command_line(settings):
         text = str(value).split(" (")[0].removeprefix("gpt2-") if name == "model_size" else str(value)
         words += [f"--{name}"] if value is True else [f"--{name}", text]
     return shlex.join(words)
-
-
-def in_ranges(numbers):
-    """[1, 2, 3, 5] as `1–3, 5`."""
-    parts = []
-    for _, run in groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0]):
-        run = [number for _, number in run]
-        parts.append(f"{run[0]}–{run[-1]}" if len(run) > 1 else f"{run[0]}")
-    return ", ".join(parts)
-
-
-# --- Markdown ---
 
 
 def markdown_table(titles, rows, align=True):

@@ -16,7 +16,8 @@ from runner.data import datasets
 from runner.data.datasets import Repeats
 from runner.options import RunOptions
 from runner.results.accuracy import Confusion, Mistake
-from runner.results.records import FREE_OPTIONS, Record, file_name, read_records, row_number
+from runner.results.records import FREE_OPTIONS, Record, file_name, read_records
+from runner.rows import ROWS
 from runner.saved.checkpoints import Checkpoint
 from runner.wording import describe_settings
 
@@ -70,13 +71,13 @@ def made_up_record(wrong=(), **changes):
         class_names=["ham", "spam"],
         tokens_per_message=120,
         confusions=confusions | dict(test=made_up_confusion(dict.fromkeys(wrong, 0.9))),
-        repeats=dict(validation=Repeats(), test=Repeats((0,), (0, 1))),
-        texts={number: f"message {number}" for number in list(wrong)[:10]},
+        repeats=dict(validation=Repeats(), test=Repeats([0], [0, 1])),
+        texts=[f"message {number}" for number in list(wrong)[:10]],
         minutes=3.5,
         feature_seconds=20.0,
         seconds=220.0,
         date="2026-11-24T12:00:00+00:00",
-        row=row_number(options),
+        row=next((number for number, row in ROWS.items() if row.options == options), None),
         options=options,
         seed=123,
         precision="fp32",

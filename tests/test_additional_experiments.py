@@ -45,7 +45,7 @@ def parse(*options):
         ("--trainable_layers lora_alternative", "lora_alternative 8/8"),
         ("--trainable_token_pos first", "Frozen features: 3 of 4 blocks, 69 messages, 69 tokens"),
         ("--trainable_token_pos flexible", r"Frozen features: 3 of 4 blocks, 69 messages, 5\d\d tokens"),
-        ("--average_embeddings", "| mean of all | last_block | 12; 1 epoch"),
+        ("--average_embeddings", "| mean of all | last_block | 12, epochs 1"),
         ("--average_embeddings --trainable_token_pos flexible", "| mean of real |"),
         ("--average_embeddings --no_padding", "| mean of real |"),
         ("--context_length model_context_length", "Tokens per message: 1024 at most"),
@@ -165,7 +165,8 @@ def test_a_full_disk_is_found_before_training(options, capsys):
     with no_file_above(0):
         assert main([*options, "--save_model", "trained.safetensors"]) == 2
     out, err = capsys.readouterr()
-    assert out == "" and err.startswith("error: --save_model trained.safetensors cannot be written") and list(Path().iterdir()) == []
+    assert out == "" and err.startswith("error: --save_model trained.safetensors cannot be written")
+    assert list(Path().iterdir()) == []
 
 
 def test_a_disk_that_becomes_full_while_training(options, capsys):

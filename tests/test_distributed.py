@@ -70,7 +70,7 @@ def results(data_dir, weights, shard=False, names=(*CONFIGURATIONS, *RUNS)):
         found[name] = [
             dict(
                 losses=[record.history.train_losses, record.history.val_losses],
-                accuracies=[vars(accuracy) for accuracy in record.history.train_accuracies],
+                accuracies=record.history.train_accuracies,
                 mistakes={split: len(confusion.mistakes) for split, confusion in record.confusions.items()},
             )
             for record in ae.run(experiment, RunOptions(**run_options))

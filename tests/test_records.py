@@ -1,6 +1,6 @@
 """A run's history, its record, and the file that holds it."""
 
-import json
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,68 +8,41 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 import torch
-from helpers import made_up_record, no_file_above
+from helpers import made_up_record
 
 from additional_experiments import main, parse_args
 from gpt_download import find_weights
 from runner.data.datasets import Repeats, find_repeats
-from runner.results.accuracy import Accuracy
-from runner.results.records import History, Record, options_of, read_records, row_number, run_name, write_record
+from runner.results.records import History, identify, read_records, write_record
 from runner.rows import ROWS
+from runner.wording import command_line
 
 UCI = SimpleNamespace(name="uci", sha256="01234567" * 8)
 OWN = SimpleNamespace(name="own", sha256="89abcdef" * 8)
 
 
-def parse(*options):
-    return parse_args([str(option) for option in options])[0]
-
-
-def name_of(*options, data=UCI, device="cpu"):
-    experiment = parse(*options)
+def identity_of(experiment, data=UCI, device="cpu"):
     weights = find_weights(experiment.weights, experiment.model_size)
-    return run_name(experiment, data, weights, torch.device(device))
-
-
-def test_history_prints_lines_that_fit_and_survives_json():
-    history = History()
-    line = history.add_losses(epoch=1, step=50, train_loss=0.25, val_loss=0.125)
-    assert line == "Ep 1 (Step 000050): Train loss 0.250, Val loss 0.125"
-    line = history.add_accuracies(Accuracy(40, 40), Accuracy(35, 40))
-    assert line == "Training accuracy: 100.00% | Validation accuracy: 87.50% (first messages only: 40/40, 35/40)"
-    assert len(line) <= 100
-    assert History.from_dict(json.loads(json.dumps(history.to_dict()))) == history
+    return identify(experiment, data, weights, torch.device(device))
 
 
 def test_a_record_survives_its_file(tmp_path):
-    history = History([0, 50], [1.0, 0.5], [1.0, 0.6], [Accuracy(30, 40)], [Accuracy(35, 40)], ["a line"])
+    history = History([0, 50], [1.0, 0.5], [1.0, 0.6], [[30, 40]], [[35, 40]], ["a line"])
     record = made_up_record([1, 2, 299], history=history, note="two\nlines \u2028 \x1b[1m")
     path = write_record(tmp_path / "new", record)
     assert path == tmp_path / "new" / f"{record.run}.json"
-    assert read_records([path.parent]) == ([record], [])
+    [found], problems = read_records([path.parent])
+    assert write_record(tmp_path / "again", found).read_bytes() == path.read_bytes() and problems == []
+    assert (found.confusions, found.history) == (record.confusions, history)
     write_record(path.parent, replace(record, minutes=9.0))  # the same run again
     assert [found.minutes for found in read_records([path.parent])[0]] == [9.0]
 
 
-def test_records_are_a_data_frame_in_one_call(tmp_path):
-    for wrong, seed in (([1], 1), ([1, 2], 2)):
-        write_record(tmp_path, made_up_record(wrong, seed=seed))
-    runs = pd.json_normalize([json.loads(path.read_text()) for path in sorted(tmp_path.glob("*.json"))])
-    assert sorted(runs["test.correct"]) == [298, 299] and set(runs["settings.num_epochs"]) == {5}
-    assert sorted(runs["unseen.correct"]) == [297, 298] and set(runs["unseen.total"]) == {298}  # 0 and 1 are repeated
-    assert runs["macro_f1.test"].between(0.99, 1).all()
+DAMAGES = [lambda text: text[:-50], lambda text: b"\xff\xfe", lambda text: b"[1, 2]"]
+DAMAGES += [lambda text: text.replace(b'"version": 2', b'"version": 1')]
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda content: content[:-50],
-        lambda content: b"\xff\xfe",
-        lambda content: b"[1, 2]",
-        lambda content: content.replace(b'"version": 1', b'"version": 2'),
-        lambda content: content.replace(b'"note"', b'"other"'),
-    ],
-)
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_what_is_no_record_is_named_and_skipped(tmp_path, damage):
     good, bad = (write_record(tmp_path, made_up_record([1], seed=seed)) for seed in (1, 2))
     bad.write_bytes(damage(bad.read_bytes()))
@@ -78,45 +51,35 @@ def test_what_is_no_record_is_named_and_skipped(tmp_path, damage):
     assert problem.endswith("; skipped") and "\n" not in problem
 
 
-def test_a_full_disk_leaves_the_earlier_file(tmp_path):
-    path = write_record(tmp_path, made_up_record())
-    before = path.read_bytes()
-    with no_file_above(100), pytest.raises(OSError):
-        write_record(tmp_path, made_up_record())
-    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
-
-
-# --- what makes a run this run ---
-
-
 def test_the_name_of_a_run_is_what_it_is():
-    name = name_of("--row", 16)
+    def name_of(*options, **changes):
+        return identity_of(parse_args(["--row", "16", *options])[0], **changes)["run"]
+
+    name = name_of()
     assert name.startswith("row16-seed123-") and len(name) == len("row16-seed123-") + 8
     same = ("--data_dir", "elsewhere"), ("--features", "off"), ("--device", "cpu")
-    assert {name_of("--row", 16, *options) for options in same} == {name}
-    others = [("--seed", 7), ("--precision", "bf16"), ("--num_epochs", 2), ("--learning_rate", 1e-4)]
-    names = {name, *(name_of("--row", 16, *options) for options in others)}
-    names |= {name_of("--row", 16, device="cuda"), name_of("--row", 16, data=OWN)}
+    assert {name_of(*options) for options in same} == {name}
+    others = [("--seed", "7"), ("--precision", "bf16"), ("--num_epochs", "2"), ("--learning_rate", "1e-4")]
+    names = {name, *(name_of(*options) for options in others), name_of(device="cuda"), name_of(data=OWN)}
     assert len(names) == 7
-    assert name_of("--demo").startswith("gpt2-nano-random-weights-all-layers-lr-0.0005-sample-data-seed123-")
+    demo = identity_of(parse_args(["--demo"])[0])
+    assert demo["run"].startswith("gpt2-nano-random-weights-all-layers-lr-0.0005-sample-data-seed123-")
 
 
-@pytest.mark.parametrize("number", ROWS)
-def test_rows_are_known_by_their_options(number):
-    experiment = parse("--row", number)
-    weights = find_weights(experiment.weights, experiment.model_size)
-    assert row_number(options_of(experiment, UCI, weights)) == number
-    assert row_number(options_of(experiment, OWN, weights)) is None
-    assert row_number(options_of(replace(experiment, num_epochs=2), UCI, weights)) is None
+def test_each_row_is_one_command_and_known_by_its_options():
+    for number, row in ROWS.items():
+        experiment, *_ = parse_args(shlex.split(command_line(row.options)))
+        assert experiment == parse_args(["--row", str(number)])[0] and identity_of(experiment)["row"] == number
+        assert identity_of(experiment, OWN)["row"] is identity_of(replace(experiment, num_epochs=2))["row"] is None
 
 
 def test_weights_from_a_file_are_known_by_their_content(nano_weights):
-    experiment = parse("--model_size", "gpt2-nano", "--weights", nano_weights)
+    experiment, *_ = parse_args(["--model_size", "gpt2-nano", "--weights", nano_weights])
     weights = find_weights(nano_weights, experiment.model_size)
-    assert options_of(experiment, UCI, weights)["weights"] == f"model.safetensors {weights.sha256[:8]}"
+    assert identity_of(experiment)["options"]["weights"] == f"model.safetensors {weights.sha256[:8]}"
     weights.sha256 = find_weights("pretrained", "gpt2-small (124M)").sha256
     weights.model_size = "gpt2-small (124M)"
-    assert "weights" not in options_of(experiment, UCI, weights)
+    assert "weights" not in identify(experiment, UCI, weights, torch.device("cpu"))["options"]
 
 
 def test_repeated_messages_are_found():
@@ -129,9 +92,6 @@ def test_repeated_messages_are_found():
     assert find_repeats(splits)["test"] == Repeats((1,), (0, 1, 3))
 
 
-# --- from the command line ---
-
-
 def test_a_finished_run_is_skipped(options, capfd):
     further = ["--results", "r", "--skip_finished", "--note", "first"]
     assert main([*options, *further]) == 0
@@ -142,12 +102,10 @@ def test_a_finished_run_is_skipped(options, capfd):
     assert main([*options, *further]) == 0
     again = capfd.readouterr().out
     assert f"Finished before: {path}" in again and "Ep 1" not in again and path.read_bytes() == before
-    assert [line for line in again.splitlines() if line.startswith("| -")] == [
-        line for line in first.splitlines() if line.startswith("| -")
-    ]
+    assert all(line in first for line in again.splitlines() if line.startswith("| "))
     assert main([*options, *further, "--repeats", "2"]) == 0
     out = capfd.readouterr().out
     assert "Run 1 of 2, seed 123" in out and "Run 2 of 2, seed 124" in out and out.count("Training completed") == 1
     assert out.count("| CPU/GPU |") == 1 and "| -, n=2 |" in out and len(list(Path("r").iterdir())) == 2
-    assert [Record.from_dict(json.loads(path.read_text())).note for path in Path("r").iterdir()] == ["first"] * 2
+    assert [record.note for record in read_records(["r"])[0]] == ["first"] * 2
     assert main([*options, *further, "--save_model", "m.safetensors"]) == 2

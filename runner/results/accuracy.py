@@ -6,19 +6,14 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
-import pandas as pd
 from scipy.special import ndtri, stdtrit
 
 from runner.wording import shown
 
-# --- accuracies ---
-
 Z95 = float(ndtri(0.975))  # the normal distribution has 95% of its mass within this many standard deviations
 
 
-@dataclass(frozen=True)
-class Accuracy:
+class Accuracy(NamedTuple):
     """`correct` of `total` messages classified as labelled; prints as a percentage."""
 
     correct: float  # a whole number; the mean of several runs need not be
@@ -26,7 +21,6 @@ class Accuracy:
 
     @property
     def fraction(self):
-        """correct / total; NaN where nothing was measured."""
         return self.correct / self.total if self.total else math.nan
 
     @property
@@ -53,11 +47,6 @@ class Accuracy:
         return f"{self} ({self.correct}/{self.total}, 95% interval {low:.1f}–{high:.1f})"
 
 
-def mean_accuracy(accuracies):
-    """The mean of Accuracies on the same messages, an Accuracy; its own interval does not hold the seeds."""
-    return Accuracy(statistics.fmean(accuracy.correct for accuracy in accuracies), accuracies[0].total)
-
-
 def mean_interval(accuracies):
     """The 95% interval (low, high) of the mean of the Accuracies of S seeds on the same messages.
 
@@ -65,17 +54,13 @@ def mean_interval(accuracies):
     that of the interval of their mean Accuracy and that of the seeds by Student's t, squared and added (MOVER: Zou,
     Computational Statistics & Data Analysis 52, 2008). With two seeds it is very wide.
     """
-    mean, seeds = mean_accuracy(accuracies), len(accuracies)
+    seeds = len(accuracies)
+    mean = Accuracy(statistics.fmean(one.correct for one in accuracies), accuracies[0].total)
     if seeds == 1 or not mean.total:
         return mean.interval
     by_seeds = stdtrit(seeds - 1, 0.975) * statistics.stdev(one.fraction for one in accuracies) / math.sqrt(seeds)
     below, above = (math.hypot(by_seeds, mean.fraction - end) for end in mean.interval)
     return max(mean.fraction - below, 0.0), min(mean.fraction + above, 1.0)
-
-
-# --- mistakes ---
-
-MAX_COLUMNS = 10  # of a table of classes on a terminal
 
 
 class Mistake(NamedTuple):
@@ -84,7 +69,7 @@ class Mistake(NamedTuple):
     number: int  # of the message in its split, from 0
     label: int
     called: int
-    confidence: float  # the probability of the class it was called; of a classifier without, the margin
+    confidence: float  # the probability of the class it was called; of a baseline, the margin
 
 
 @dataclass(frozen=True)
@@ -104,7 +89,6 @@ class Confusion:
 
     @property
     def accuracy(self):
-        """How many were classified as labelled: an Accuracy."""
         return self.without(())
 
     def without(self, numbers):
@@ -114,47 +98,26 @@ class Confusion:
         return Accuracy(total - wrong, total)
 
     @property
-    def most_frequent(self):
-        """The Accuracy of calling every message the most frequent class of the split."""
-        return Accuracy(max(self.totals), sum(self.totals))
-
-    @property
-    def counts(self):
-        """(K, K) int: how many of each class (row) were called each class (column)."""
-        counts = np.diag(self.totals)
-        for mistake in self.mistakes:
-            counts[mistake.label, mistake.label] -= 1
-            counts[mistake.label, mistake.called] += 1
-        return counts
-
-    @property
     def macro_f1(self):
         """The mean over the classes of F1 = 2 TP / (2 TP + FP + FN); NaN where nothing was measured.
 
         A class that no message is labelled with is left out; a message that was called so is an FN of its own class.
         """
-        counts = self.counts
-        labelled, called = counts.sum(axis=1), counts.sum(axis=0)
-        scores = 2 * counts.diagonal()[labelled > 0] / (labelled + called)[labelled > 0]
-        return float(scores.mean()) if len(scores) else math.nan
+        missed, called = Counter(m.label for m in self.mistakes), Counter(m.called for m in self.mistakes)
+        found = {label: 2 * (total - missed[label]) for label, total in enumerate(self.totals) if total}  # twice TP
+        scores = [n / (n + called[label] + missed[label]) for label, n in found.items()]
+        return statistics.fmean(scores) if scores else math.nan
 
     @property
     def needs_macro_f1(self):
-        """Whether accuracy alone says little: more than two classes, or one more than twice as large as the other."""
+        """Whether accuracy alone says little: not where there are two classes of similar size."""
         return len(self.totals) > 2 or max(self.totals) > 2 * min(self.totals)
 
-    def describe(self, class_names):
-        """The errors of each class: for two a line in words, else a small table, for many classes without columns."""
-        counts = self.counts
-        wrong = [f"{total - counts[label, label]} of {total}" for label, total in enumerate(self.totals)]
-        if len(self.totals) == 2:
-            pairs = zip(wrong, class_names, reversed(class_names), strict=True)
-            return ["errors: " + ", ".join(f"{n} {name} called {other}" for n, name, other in pairs)]
-        if len(self.totals) > MAX_COLUMNS:
-            return ["errors: " + ", ".join(f"{name}: {n}" for name, n in zip(class_names, wrong, strict=True))]
-        table = pd.DataFrame(counts, class_names, [f"called {name}" for name in class_names])
-        lines = table.assign(errors=wrong).rename_axis(columns="label").to_string().splitlines()
-        return ["errors:", *(f"  {line}" for line in lines)]
+    def describe(self, names):
+        """How many of which class were called what, by the names of the classes; of many, the ten most frequent."""
+        pairs = Counter((mistake.label, mistake.called) for mistake in self.mistakes).most_common(10)
+        words = [f"{n} of {self.totals[label]} {names[label]} called {names[c]}" for (label, c), n in sorted(pairs)]
+        return ", ".join(words) or "none"
 
     def most_confident(self, n):
         """The n mistakes of which the classifier was most certain."""
@@ -162,21 +125,16 @@ class Confusion:
 
 
 def describe_test(confusion, data, measure=""):
-    """Lines that stand beside the test accuracy on a Dataset.
-
-    Accuracy without repeated messages, what lopsided classes make of it, the errors of each class, and the three
-    mistakes made with most confidence; `measure` says what that is where it is no probability.
-    """
-    lines, names = [], data.class_names
+    """Lines that stand beside the test accuracy on a Dataset; `measure` names confidences that are no probabilities."""
+    lines, names, most_frequent = [], data.class_names, Accuracy(max(confusion.totals), sum(confusion.totals))
     if repeated := data.repeats["test"].similar:
         accuracy = confusion.without(repeated).in_full
         lines.append(f"Test accuracy without the {len(repeated)} that are like training messages: {accuracy}")
-    if confusion.most_frequent.fraction > 0.6:
-        lines.append(f"Test accuracy of always the most frequent class: {confusion.most_frequent}")
+    if most_frequent.fraction > 0.6:
+        lines.append(f"Test accuracy of always the most frequent class: {most_frequent}")
     if confusion.needs_macro_f1:
         lines.append(f"Test macro-averaged F1: {confusion.macro_f1:.3f}")
-    errors, *table = confusion.describe(names)
-    lines += [f"Test {errors}", *table]
+    lines.append(f"Test errors: {confusion.describe(names)}")
     if worst := confusion.most_confident(3):
         lines.append(f"Most confident test mistakes{measure}:")
     for mistake in worst:

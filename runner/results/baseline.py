@@ -10,49 +10,29 @@ from sklearn.svm import LinearSVC
 
 from runner.console import Console, describe_data
 from runner.data.datasets import SPLITS, load
-from runner.files import UserError
 from runner.results.accuracy import Confusion, describe_test
 from runner.results.records import file_name, new_record, write_record
 
 
-def baselines():
-    """{name: a scikit-learn pipeline that has learned nothing yet}."""
-    letters = TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 5), sublinear_tf=True)
-    return {
-        "logistic regression on words (TF-IDF)": make_pipeline(TfidfVectorizer(), LogisticRegression(max_iter=1000)),
-        "linear SVM on 2 to 5 letters (TF-IDF)": make_pipeline(letters, LinearSVC()),
-    }
-
-
-def certainty(model, texts):
-    """How certain a model is of each of n texts, (n,): the probability of the likeliest class; without, the margin."""
-    if hasattr(model, "predict_proba"):
-        return model.predict_proba(texts).max(axis=1)
-    margins = model.decision_function(texts)
-    return np.abs(margins) if margins.ndim == 1 else margins.max(axis=1)
-
-
 def run_baselines(experiment, run_options):
-    """Train and evaluate each baseline, print its row and write its record: [Record, ...].
-
-    Of `experiment` only the data are read. Errors: those of the data.
-    """
+    """Train and evaluate each baseline on the data of `experiment`, print its row and write its Record."""
     console = Console(run_options.quiet)
     data, splits = load(experiment.data_dir, experiment.dataset, experiment.ignore_index)
     console.info(describe_data(data.name, splits))
     for warning in data.warnings:
         console.warning(warning)
+    letters = TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 5), sublinear_tf=True)
+    models = {
+        "logistic regression on words (TF-IDF)": make_pipeline(TfidfVectorizer(), LogisticRegression(max_iter=1000)),
+        "linear SVM on 2 to 5 letters (TF-IDF)": make_pipeline(letters, LinearSVC()),
+    }
     of_data = {"uci": "", "sample": ", sample data", "own": f", own data {data.sha256[:8]}"}[data.name]
-    finished = []
-    for name, model in baselines().items():
+    for name, model in models.items():
         console.info(f"\n{name}")
         start = time.perf_counter()
         confusions = evaluate(model, splits, len(data.class_names))
         seconds = time.perf_counter() - start
-        for split, confusion in confusions.items():
-            console.info(f"{SPLITS[split]} accuracy: {confusion.accuracy.in_full}")
-        measure = "" if hasattr(model, "predict_proba") else " (with their margins)"
-        for line in describe_test(confusions["test"], data, measure):
+        for line in describe_test(confusions["test"], data, " (with their margins)"):
             console.info(line)
         record = new_record(
             data,
@@ -68,22 +48,18 @@ def run_baselines(experiment, run_options):
         console.table_row({"Baseline": name, **cells, "Unseen": record.unseen, "Time": f"{seconds:.1f} s"})
         if folder := run_options.results:
             console.write_output("the record", folder, write_record, record)
-        finished.append(record)
     console.close()
-    return finished
 
 
 def evaluate(model, splits, n_classes):
     """{split: Confusion} of a model that is trained here on the training messages that have a label."""
     labelled = splits["train"][splits["train"]["Label"] >= 0]
-    try:
-        model.fit(list(labelled["Text"]), labelled["Label"].to_numpy())
-    except ValueError as error:  # an empty vocabulary
-        raise UserError(f"a baseline cannot be trained on these messages: {error}") from None
+    model.fit(list(labelled["Text"]), labelled["Label"].to_numpy())
     confusions = {}
     for split, frame in splits.items():
         texts = list(frame["Text"])
-        called = model.predict(texts).tolist()
-        numbers, labels = range(len(texts)), frame["Label"].tolist()
-        confusions[split] = Confusion.of(numbers, labels, called, certainty(model, texts).tolist(), n_classes)
+        margins = model.decision_function(texts)  # (n, K), of two classes (n,)
+        margins = np.abs(margins) if margins.ndim == 1 else margins.max(axis=1)
+        columns = range(len(texts)), frame["Label"].tolist(), model.predict(texts).tolist(), margins.tolist()
+        confusions[split] = Confusion.of(*columns, n_classes)
     return confusions

@@ -18,11 +18,6 @@ LEVEL = 0.05
 MIN_SEEDS = 3  # with two, no method holds its level: their differences may tie
 STEPS = 10**9  # p-values of several seeds are found in steps of 1 / STEPS
 
-P_DECIDES = (
-    "The p-value decides. It is corrected for the number of comparisons, and between single runs it is exact; "
-    "an interval belongs to one comparison alone and may exclude zero where nothing is shown."
-)
-
 
 class Sample(NamedTuple):
     """The runs of one configuration on n messages."""
@@ -35,11 +30,6 @@ class Sample(NamedTuple):
         """(S, n) float: 1 where a message was classified as labelled, else 0."""
         return (self.called == -1).astype(float)
 
-    @property
-    def by_seed(self):
-        """{seed: what the run called the messages}, which can be compared."""
-        return dict(zip(self.seeds, map(np.ndarray.tobytes, self.called), strict=True))
-
 
 @dataclass
 class Comparison:
@@ -47,10 +37,9 @@ class Comparison:
 
     difference: float
     interval: tuple  # 95%, (low, high), of this comparison alone; of these very runs where there is no verdict
-    p: float | None  # of this comparison alone; None where no verdict may be drawn
+    p: float | None  # of this comparison alone, until it is corrected by `holm`; None where no verdict may be drawn
     basis: str  # what was compared, and why no verdict may be drawn
     is_identical: bool  # whether both ran the same seeds, and each called all messages the same
-    p_corrected: float | None = None  # for the number of comparisons, by `holm`
 
     @property
     def verdict(self):
@@ -59,15 +48,9 @@ class Comparison:
             return "identical predictions"
         if self.p is None:
             return "no verdict"
-        if (self.p if self.p_corrected is None else self.p_corrected) >= LEVEL:
+        if self.p >= LEVEL:
             return "no difference shown"
         return "better" if self.difference > 0 else "worse"
-
-    @property
-    def p_text(self):
-        """The corrected p-value as text."""
-        p = self.p_corrected
-        return "" if p is None else "< 0.001" if p < 0.001 else f"= {p:.3f}" if p < 0.1 else f"= {p:.2f}"
 
     @property
     def sentence(self):
@@ -75,7 +58,8 @@ class Comparison:
         words, (low, high) = self.verdict, (100 * end for end in self.interval)
         if not self.is_identical:
             words += f", {100 * self.difference + 0.0:+.2f} points (95% interval {low:+.1f} to {high:+.1f})"
-            words += f", p {self.p_text}" * bool(self.p_text)
+            if self.p is not None:
+                words += ", p < 0.001" if self.p < 0.001 else f", p = {self.p:.2g}"
         return f"{words}; {self.basis}."
 
 
@@ -86,7 +70,7 @@ def compare(a, b):
     disagree, the test decides. Of several seeds the p-value is the level at which the interval touches zero.
     """
     fewest, by_message = min(len(a.seeds), len(b.seeds)), b.correct.mean(axis=0) - a.correct.mean(axis=0)
-    basis = f"{len(a.seeds)} {'seeds each' if len(a.seeds) == len(b.seeds) else f'and {len(b.seeds)} seeds'}"
+    basis = f"{len(a.seeds)} and {len(b.seeds)} seeds"
     centre, messages = centre_and_variance(by_message)
     variances = messages, *(seed_variance(a, b) if fewest >= MIN_SEEDS else (0.0, 0.0, 1.0))
     half = half_width(LEVEL, *variances)
@@ -99,13 +83,9 @@ def compare(a, b):
         basis += "; a verdict takes three seeds or more on both sides, or one run each"
     else:  # the larger the level, the narrower the interval
         p = bisect_left(range(STEPS), -abs(centre), lo=1, key=lambda p: -half_width(p / STEPS, *variances)) / STEPS
-    return Comparison(
-        difference=float(by_message.mean()),
-        interval=(max(centre - half, -1.0), min(centre + half, 1.0)),
-        p=p,
-        basis=basis,
-        is_identical=a.by_seed == b.by_seed,
-    )
+    interval = max(centre - half, -1.0), min(centre + half, 1.0)
+    is_identical = sorted(zip(a.seeds, a.called.tolist())) == sorted(zip(b.seeds, b.called.tolist()))
+    return Comparison(float(by_message.mean()), interval, p, basis, is_identical)
 
 
 def centre_and_variance(by_message):
@@ -119,12 +99,11 @@ def centre_and_variance(by_message):
 
 
 def seed_variance(a, b):
-    """(variance of the mean difference by the choice of seeds, how much of it is in the variance by messages too, the
-    degrees of freedom).
+    """The variance of the mean difference by the choice of seeds: (variance, part of it, degrees of freedom).
 
     Where both ran the same seeds it is that of the differences of each seed, else the sum of both sides' own, with the
-    degrees of freedom of Welch (Biometrika 34, 1947). Both variances contain what single seeds make of single messages,
-    the residual of a two-way analysis of variance.
+    degrees of freedom of Welch (Biometrika 34, 1947). The part is in the variance by messages too: what single seeds
+    make of single messages, the residual of a two-way analysis of variance.
     """
     sides = [a.correct, b.correct]  # (S, n) each
     if set(a.seeds) == set(b.seeds):
@@ -151,10 +130,7 @@ def half_width(level, messages, seeds, both, freedom):
 
 
 def holm(p_values):
-    """p-values corrected for their number, so that all conclusions hold together: a list.
-
-    Holm, Scandinavian Journal of Statistics 6 (1979).
-    """
+    """A list of p-values corrected for their number (Holm, Scandinavian Journal of Statistics 6, 1979)."""
     p_values = np.array(p_values)
     order, corrected = p_values.argsort(), np.empty_like(p_values)
     weighted = p_values[order] * np.arange(len(order), 0, -1)

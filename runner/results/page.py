@@ -1,56 +1,86 @@
 """The report as a page for a browser: one file, nothing fetched, made from `page.html`, which escapes all texts."""
 
-from collections import Counter
-from datetime import datetime
+import math
 from pathlib import Path
 
 import jinja2
+from markupsafe import Markup
 
-from runner.results.comparison import P_DECIDES
-from runner.wording import command_line, describe_settings
-
-MAX_LINES = 300  # of other runs, of single runs, of remarks
-MAX_TEXT = 200  # letters of a message
+from runner.results.summary import NOTE
 
 
 def render(summary):
     """The page of a Summary as text."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    environment.globals |= dict(describe=describe_settings, command_line=command_line, curves=curves)
-    groups = summary.groups
-    ends = [end for group in groups.values() for end in (group.interval[0], group.published) if end is not None]
-    differences = [end for table in summary.tables for found in table.answers.values() for end in found.interval]
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    groups = [group for table in summary.tables for group in table.groups]
+    ends = [end for group in groups for end in (group.interval[0], group.published) if end is not None]
+    low = 5 * int(min(ends, default=50) // 5)
     return environment.get_template("page.html").render(
-        written=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
-        summary=summary,
-        p_decides=P_DECIDES,
-        n_configurations=len(groups),
-        max_lines=MAX_LINES,
-        max_text=MAX_TEXT,
-        low=5 * (min(ends, default=50) // 5),
-        spread=max([0.05, *map(abs, differences)]),
-        runs=[(name, record) for name, group in groups.items() for record in group.records],
-        places=Counter((r.device_name, r.torch, r.python) for r in summary.records).most_common(MAX_LINES),
+        note=NOTE,
+        low=low,
+        tables=[(table, table_lines(table, low), answer_lines(table)) for table in summary.tables],
+        remarks=summary.remarks,
+        runs=[(record, curves(record.history), mistake_lines(record)) for record in summary.records],
     )
 
 
-def curves(history, width=300, height=110):
-    """Points of the losses in a picture of this size, and what its corners stand for; None of fewer than two."""
+def table_lines(table, low):
+    """A line, {title: text}, for each Group of a Table, with a drawing from `low` to 100%."""
+    lines = table.cells.to_dict("records")
+    for line, group in zip(lines, table.groups, strict=True):
+        seeds = [100 * accuracy.fraction for accuracy in group.accuracies()]
+        values = dict(tick=range(low, 101, 5), seed=seeds, mean=[group.percent()], published=[group.published])
+        line["Test"] += drawing(low, 100, group.interval, values)
+    return lines
+
+
+def answer_lines(table):
+    """A line for each answer of a Table."""
+    widest, lines = max([0.05, *(abs(end) for found in table.answers.values() for end in found.interval)]), []
+    for question, found in table.answers.items():
+        drawn = drawing(-widest, widest, found.interval, dict(rule=[0], mean=[found.difference]))
+        asked = Markup("{} <small>{}</small>").format(question.asks, question.why)
+        lines.append(dict(Rows=question.rows, Question=asked, Answer=found.sentence + drawn))
+    return lines
+
+
+def mistake_lines(record):
+    """A line for each of the most confident test mistakes of a Record."""
+    names, lines = record.class_names, []
+    for mistake, text in zip(record.confusions["test"].most_confident(len(record.texts)), record.texts, strict=True):
+        line = dict(Message=mistake.number, Confidence=f"{mistake.confidence:.3f}", Called=names[mistake.called])
+        lines.append(line | dict(Labelled=names[mistake.label], Text=text[:200]))
+    return lines
+
+
+MEAN, PUBLISHED = "m-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0", "m0-7l6 7-6 7-6-7z"  # a disc and a diamond
+MARKS = dict(tick="m0 7v3", rule="m0-10v20", seed="m0-5v10", mean=MEAN, published=PUBLISHED)
+
+
+def drawing(low, high, interval, values):
+    """An interval on a scale from low to high, with marks at values, {kind of mark: values}; None and NaN have none."""
+
+    def at(value):
+        return f"M{200 * (value - low) / (high - low):.1f} 10"
+
+    drawn = f'<path class="interval" d="{at(interval[0])}L{at(interval[1])[1:]}"/>'
+    for kind in values:
+        for value in values[kind]:
+            if value is not None and not math.isnan(value):
+                drawn += f'<path class="{kind}" d="{at(value)}{MARKS[kind]}"/>'
+    return Markup(f'<svg width="200" height="20" viewBox="0 0 200 20" aria-hidden="true">{drawn}</svg>')
+
+
+def curves(history):
+    """The losses over the batches, and what the corners stand for; nothing of fewer than two."""
     if len(history.steps) < 2:
-        return None
-    losses = dict(training=history.train_losses, validation=history.val_losses)
-    top, last = max(map(max, losses.values())), history.steps[-1]
-    points = {
-        name: " ".join(
-            f"{width * step / last:.0f},{height - height * loss / top:.0f}"
-            for step, loss in zip(history.steps, values, strict=True)
-        )
-        for name, values in losses.items()
-    }
-    return dict(lines=points, top=f"{top:.2f}", last=f"{last:,}", width=width, height=height)
+        return ""
+    losses, last = dict(training=history.train_losses, validation=history.val_losses), history.steps[-1]
+    drawn, top = "", max(map(max, losses.values()))
+    for name, values in losses.items():
+        points = (f"{300 * step / last:.0f},{110 - 110 * loss / top:.0f}" for step, loss in zip(history.steps, values))
+        drawn += f'<polyline class="{name}" points="{" ".join(points)}"/>'
+    drawn = f'<svg width="300" height="110" role="img" aria-label="Losses"><path d="M0 110h300"/>{drawn}</svg>'
+    words = f"Loss, 0 to {top:.2f}, over {last:,} batches: training —, validation - -"
+    return Markup(f'{drawn}<p class="soft">{words}</p>')

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from runner.files import atomic_write
-from runner.wording import describe_settings
+from runner.results.accuracy import Accuracy
 
 # Told apart by colour-blind readers too (Okabe and Ito 2008), and also by their line or mark.
 BLUE, ORANGE = "#0072B2", "#D55E00"
@@ -27,28 +27,24 @@ def picture(path, width, height):
 
 
 def plot_histories(path, records, n_train):
-    """Draw losses and accuracies of one run or of several seeds over epochs, with an axis in messages seen.
-
-    `records` are Records, `n_train` is the number of training messages. Raises OSError.
-    """
+    """Draw losses and accuracies of the Records of seeds, on `n_train` training messages. Raises OSError."""
     histories, batch_size = [record.history for record in records], records[0].settings["batch_size"]
     steps_per_epoch = n_train // batch_size  # the last partial batch is dropped
     per_epoch, n_epochs = steps_per_epoch * batch_size, len(histories[0].train_accuracies)
     with picture(path, ONE_COLUMN, 3.6) as figure:
         losses, accuracies = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
-        for name, colour, line, mark in (("training", BLUE, "-", "o"), ("validation", ORANGE, "--", "s")):
-            for number, history in enumerate(histories):
+        for history in histories:
+            epochs = [(step + 1) / steps_per_epoch for step in history.steps]
+            training = "training", BLUE, "-", "o", history.train_losses, history.train_accuracies
+            validation = "validation", ORANGE, "--", "s", history.val_losses, history.val_accuracies
+            for name, colour, line, mark, of_loss, of_accuracy in (training, validation):
                 style = dict(color=colour, linestyle=line, linewidth=1, alpha=1 if len(histories) == 1 else 0.6)
-                is_training = name == "training"
-                epochs = [(step + 1) / steps_per_epoch for step in history.steps]
-                values = history.train_losses if is_training else history.val_losses
-                losses.plot(epochs, values, label=name if number == 0 else None, **style)
-                measured = history.train_accuracies if is_training else history.val_accuracies
-                percentages = [100 * accuracy.fraction for accuracy in measured]
+                losses.plot(epochs, of_loss, label=name if history is histories[0] else None, **style)
+                percentages = [100 * Accuracy(*one).fraction for one in of_accuracy]
                 accuracies.plot(range(1, n_epochs + 1), percentages, marker=mark, markersize=3, **style)
         losses.set(ylabel="Loss", ylim=(0, None))
         losses.legend(title=f"{len(histories)} seeds" if len(histories) > 1 else None, frameon=False)
-        n_first = histories[0].val_accuracies[0].total
+        _, n_first = histories[0].val_accuracies[0]
         accuracies.set(xlabel="Epochs", ylabel=f"Accuracy (%) of the\nfirst {n_first} messages")
         accuracies.set(xlim=(0, n_epochs * 1.02), xticks=range(0, n_epochs + 1, math.ceil(n_epochs / 10)))
         messages = losses.secondary_xaxis("top", functions=(lambda x: x * per_epoch, lambda x: x / per_epoch))
@@ -56,18 +52,11 @@ def plot_histories(path, records, n_train):
 
 
 def plot_summary(path, summary):
-    """Draw the test accuracy of each Group of a Summary with its interval, its seeds and the published figure.
-
-    Raises OSError.
-    """
+    """Draw the test accuracy of each Group of a Summary, with interval, seeds and published figure. Raises OSError."""
     lines = []  # (label, Group or None of a heading)
     for table in summary.tables:
-        if len(summary.tables) > 1:
-            lines.append((f"{'Rows with ' + table.title if table.title else 'The table'}:", None))
-        lines += [(f"{describe_settings(group.options)}  {group.name}", group) for group in table.groups]
-    if summary.tables and summary.others:
-        lines.append(("Other runs:", None))
-    lines += [(group.title, group) for group in summary.others]
+        lines += [(f"{table.title}:", None)] * (len(summary.tables) > 1)
+        lines += [(f"{group.name}  {group.cells['Row']}".rstrip(), group) for group in table.groups]
     labels = [textwrap.fill(label, 50).replace("$", r"\$") for label, _ in lines]  # $ is a formula's sign
     sizes = [label.count("\n") + 1 for label in labels]
     heights = [sum(sizes[:i]) + size / 2 for i, size in enumerate(sizes)]
@@ -75,19 +64,20 @@ def plot_summary(path, summary):
     measured = dict(marker="o", color=BLUE, markersize=4, linewidth=1.5, markevery=[1], label="measured, 95% interval")
     diamond = dict(marker="D", color=ORANGE, linestyle="", fillstyle="none", markersize=5.5, label="published")
     with picture(path, TWO_COLUMNS, 0.8 + 0.17 * max(sum(sizes), 1)) as figure:
-        axes, legend = figure.subplots(), {}
+        axes = figure.subplots()
         for (_, group), height in zip(lines, heights, strict=True):
             if group is None:
                 continue
             low, high = group.interval
-            legend["measured"], *_ = axes.plot([low, group.percent, high], [height] * 3, **measured)
+            axes.plot([low, group.percent(), high], [height] * 3, **measured)
             if len(group.records) > 1:
                 seeds = [100 * one.fraction for one in group.accuracies()]
-                legend["seed"], *_ = axes.plot(seeds, [height] * len(seeds), **seed)
+                axes.plot(seeds, [height] * len(seeds), **seed)
             if group.published is not None:
-                legend["published"], *_ = axes.plot(group.published, height, **diamond)
+                axes.plot(group.published, height, **diamond)
         axes.set_yticks(heights, labels)
         axes.set(xlabel="Test accuracy (%)", ylim=(max(sum(sizes), 1), 0))
         axes.grid(axis="y", visible=False)
         axes.tick_params(axis="y", length=0)
-        figure.legend(handles=list(legend.values()), loc="outside upper right", ncols=3, frameon=False)
+        handles = {handle.get_label(): handle for handle in axes.get_lines()}  # one of each kind
+        figure.legend(handles=[*handles.values()], loc="outside upper right", ncols=3, frameon=False)

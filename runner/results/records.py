@@ -15,7 +15,7 @@ import torch
 from runner.data.datasets import SPLITS, Repeats
 from runner.files import UserError, sha256_of_json, write_bytes
 from runner.machine.devices import describe_devices
-from runner.results.accuracy import Accuracy, Confusion, Mistake
+from runner.results.accuracy import Confusion, Mistake
 from runner.rows import ROWS
 from runner.saved.checkpoints import run_identity
 from runner.wording import changed_options, describe_settings
@@ -23,22 +23,21 @@ from runner.wording import changed_options, describe_settings
 
 @dataclass
 class History:
-    """What a run printed, as numbers and as lines. It only grows."""
+    """What a run printed, as numbers and as lines. It only grows; JSON can hold it."""
 
     steps: list = field(default_factory=list)  # at which the losses were evaluated
     train_losses: list = field(default_factory=list)
     val_losses: list = field(default_factory=list)
-    train_accuracies: list = field(default_factory=list)  # Accuracy of the first messages after each epoch
+    train_accuracies: list = field(default_factory=list)  # [correct, total] of the first messages after each epoch
     val_accuracies: list = field(default_factory=list)
     lines: list = field(default_factory=list)
 
     def add_line(self, line):
-        """Add a line and return it."""
+        """Add a line and return it, as the others do."""
         self.lines.append(line)
         return line
 
     def add_losses(self, epoch, step, train_loss, val_loss):
-        """Add an evaluation and return its line."""
         self.steps.append(step)
         self.train_losses.append(train_loss)
         self.val_losses.append(val_loss)
@@ -46,26 +45,15 @@ class History:
         return self.add_line(f"Ep {epoch} (Step {step:06d}): Train loss {train}, Val loss {val}")
 
     def add_accuracies(self, train, val):
-        """Add the accuracies after an epoch, which are of the first messages only, and return their line."""
-        self.train_accuracies.append(train)
-        self.val_accuracies.append(val)
-        return self.add_line(
-            f"Training accuracy: {train} | Validation accuracy: {val} "
-            f"(first messages only: {train.correct}/{train.total}, {val.correct}/{val.total})"
-        )
-
-    def to_dict(self):
-        """Its lists, as JSON can hold them."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, lists):
-        """What `to_dict` gave, also after a round trip through JSON."""
-        return cls(**{name: [Accuracy(**e) if isinstance(e, dict) else e for e in lists[name]] for name in lists})
+        """Add the Accuracies after an epoch, which are of the first messages only."""
+        self.train_accuracies.append(list(train))
+        self.val_accuracies.append(list(val))
+        counts = f"{train.correct}/{train.total}, {val.correct}/{val.total}"
+        return self.add_line(f"Training accuracy: {train} | Validation accuracy: {val} (first messages only: {counts})")
 
 
-MAX_TEXTS = 10  # of the most confident test mistakes
-VERSION = 1  # of the file
+VERSION = 2  # of the file
+VERSIONS = {module.__name__: str(module.__version__) for module in (torch, tiktoken, pd)}
 
 
 @dataclass(frozen=True)
@@ -80,14 +68,15 @@ class Record:
     tokens_per_message: int | None  # of the longest message, pads included
     confusions: dict  # {split: Confusion}
     repeats: dict  # {split: Repeats} of validation and test
-    texts: dict  # {number: text} of the most confident test mistakes
+    texts: list  # of the most confident test mistakes, in the order of `most_confident`
     minutes: float  # of training alone
     seconds: float  # of the whole run
     note: str = ""
     date: str = field(default_factory=lambda: datetime.now().astimezone().isoformat(timespec="seconds"))
+    versions: dict = field(default_factory=lambda: dict(python=platform.python_version()) | VERSIONS)
     # What a baseline does without.
     row: int | None = None  # of the published table, if the run was one of its rows
-    options: dict = field(default_factory=dict)  # what tells it from row 1, see `options_of`
+    options: dict = field(default_factory=dict)  # what tells it from row 1, but for seed, device, precision and paths
     settings: dict = field(default_factory=dict)  # the Experiment's, by name
     seed: int | None = None
     weights_sha256: str = ""  # "" of random weights
@@ -98,27 +87,25 @@ class Record:
     device_name: str = "CPU"
     history: History = field(default_factory=History)
     is_baseline: bool = False
-    # Versions of this process; those of a record that is read are its own.
-    python: str = platform.python_version()
-    torch: str = str(torch.__version__)
-    tiktoken: str = tiktoken.__version__
-    pandas: str = pd.__version__
 
-    train = property(lambda self: self.confusions["train"].accuracy, doc="Accuracy of all training messages.")
-    validation = property(lambda self: self.confusions["validation"].accuracy, doc="Of the validation messages.")
-    test = property(lambda self: self.confusions["test"].accuracy, doc="Of the test messages.")
+    train = property(lambda self: self.confusions["train"].accuracy)
+    validation = property(lambda self: self.confusions["validation"].accuracy)
+    test = property(lambda self: self.confusions["test"].accuracy)
+
+    # Of the test messages that are not, in similar form, among the training messages.
+    unseen = property(lambda self: self.confusions["test"].without(self.repeats["test"].similar))
 
     @property
-    def unseen(self):
-        """The Accuracy of the test messages that are not, in similar form, among the training messages."""
-        return self.confusions["test"].without(self.repeats["test"].similar)
+    def name(self):
+        """What tells its configuration from those of other runs: `row 16`, `lr 0.001, bf16`."""
+        name = self.configuration if self.row is None else f"row {self.row}"
+        return name + f", {self.precision}" * (self.precision != "fp32")
 
     def to_dict(self):
         """What `from_dict` takes, and what is worked out from it: JSON can hold it."""
-        accuracies = {split: asdict(getattr(self, split)) for split in (*SPLITS, "unseen")}
-        f1 = {split: found.macro_f1 for split, found in self.confusions.items()}
-        f1 = {split: None if math.isnan(value) else round(value, 6) for split, value in f1.items()}
-        return dict(version=VERSION) | asdict(self) | accuracies | dict(macro_f1=f1)
+        accuracies = {split: getattr(self, split)._asdict() for split in (*SPLITS, "unseen")}
+        macro_f1 = {split: found.macro_f1 for split, found in self.confusions.items()}
+        return dict(version=VERSION) | asdict(self) | accuracies | dict(macro_f1=macro_f1)
 
     @classmethod
     def from_dict(cls, content):
@@ -127,13 +114,11 @@ class Record:
             raise ValueError(f"it is of version {content['version']}, not {VERSION}")
         parts = {part.name: content[part.name] for part in fields(cls)}
         parts["confusions"] = {
-            split: Confusion(found["totals"], [Mistake(*entries) for entries in found["mistakes"]])
+            split: Confusion(found["totals"], [Mistake(*mistake) for mistake in found["mistakes"]])
             for split, found in content["confusions"].items()
         }
-        repeats = content["repeats"].items()
-        parts["repeats"] = {split: Repeats(tuple(f["exact"]), tuple(f["similar"])) for split, f in repeats}
-        parts["texts"] = {int(number): text for number, text in content["texts"].items()}
-        parts["history"] = History.from_dict(content["history"])
+        parts["repeats"] = {split: Repeats(**found) for split, found in content["repeats"].items()}
+        parts["history"] = History(**content["history"])
         return cls(**parts)
 
 
@@ -143,8 +128,11 @@ class Record:
 FREE_OPTIONS = ("seed", "device", "precision", "features", "data_dir")
 
 
-def options_of(experiment, data, weights):
-    """What tells a configuration from row 1, whatever its seed, device, precision and paths: {option: value}."""
+def identify(experiment, data, weights, device):
+    """What makes a run this run, known before it starts: the fields run, row, configuration and options of its Record.
+
+    The name of its file, `row16-seed123-3f9c2a1b`, has a hash of its `run_identity`.
+    """
     options = {name: value for name, value in changed_options(experiment).items() if name not in FREE_OPTIONS}
     if weights.is_published:
         options.pop("weights", None)
@@ -152,20 +140,11 @@ def options_of(experiment, data, weights):
         options["weights"] = f"{Path(weights.source).name} {weights.sha256[:8]}"
     if data.name == "own":
         options["data"] = f"own data {data.sha256[:8]}"
-    return options
-
-
-def row_number(options):
-    """The number of the row of the published table with these options, as of `options_of`, or None."""
-    return next((number for number, row in ROWS.items() if row.options == options), None)
-
-
-def run_name(experiment, data, weights, device):
-    """The name of a run's file, known before it starts: `row16-seed123-3f9c2a1b`; the hash is of its `run_identity`."""
-    options = options_of(experiment, data, weights)
-    row = row_number(options)
-    words = f"row{row}" if row else describe_settings(options)
-    return file_name(f"{words[:100]} seed{experiment.seed}", run_identity(experiment, data, weights, device))
+    row = next((number for number, row in ROWS.items() if row.options == options), None)
+    configuration = describe_settings(options)
+    words = f"row{row}" if row else configuration[:100]
+    run = file_name(f"{words} seed{experiment.seed}", run_identity(experiment, data, weights, device))
+    return dict(run=run, row=row, configuration=configuration, options=options)
 
 
 def file_name(words, identity):
@@ -175,7 +154,6 @@ def file_name(words, identity):
 
 def new_record(data, confusions, **further):
     """The Record of a run that finishes now on a Dataset, with these {split: Confusion} and `further` fields."""
-    worst = confusions["test"].most_confident(MAX_TEXTS)
     return Record(
         data=data.name,
         data_sha256=data.sha256,
@@ -183,25 +161,17 @@ def new_record(data, confusions, **further):
         tokens_per_message=data.longest,
         confusions=confusions,
         repeats=data.repeats,
-        texts={mistake.number: data.test_texts[mistake.number] for mistake in worst},
+        texts=[data.test_texts[mistake.number] for mistake in confusions["test"].most_confident(10)],
         **further,
     )
 
 
 def make_record(experiment, data, weights, confusions, state, **noted):
-    """The Record of a run of GPT-2 that finishes now.
-
-    `state` is its TrainingState, `confusions` are {split: Confusion}, and `noted` are the fields `minutes`,
-    `feature_seconds` and `note`.
-    """
-    options, usage = options_of(experiment, data, weights), state.usage()
+    """The Record of a run of GPT-2 that finishes now, with this TrainingState; `noted` are further fields."""
+    usage = state.usage()
     return new_record(
         data,
         confusions,
-        run=run_name(experiment, data, weights, state.device),
-        row=row_number(options),
-        configuration=describe_settings(options),
-        options=options,
         settings=asdict(experiment),
         seed=experiment.seed,
         precision=experiment.precision,
@@ -211,6 +181,7 @@ def make_record(experiment, data, weights, confusions, state, **noted):
         device=state.device.type,
         device_name=describe_devices(state.device),
         history=state.history,
+        **identify(experiment, data, weights, state.device),
         **noted,
     )
 
@@ -237,13 +208,12 @@ def read_record(path):
 
 def read_records(folders):
     """([Record, ...] by date, [a line for each file that holds none]). Raises UserError for what is no folder."""
+    if missing := [folder for folder in folders if not Path(folder).is_dir()]:
+        raise UserError(f"--report {missing[0]}: there is no such folder")
     records, problems = [], []
-    for folder in map(Path, folders):
-        if not folder.is_dir():
-            raise UserError(f"--report {folder}: there is no such folder (results.csv of earlier versions is not read)")
-        for path in sorted(folder.glob("*.json")):
-            try:
-                records.append(read_record(path))
-            except UserError as error:
-                problems.append(f"{error}; skipped")
+    for path in (path for folder in folders for path in sorted(Path(folder).glob("*.json"))):
+        try:
+            records.append(read_record(path))
+        except UserError as error:
+            problems.append(f"{error}; skipped")
     return sorted(records, key=lambda record: record.date), problems

@@ -1,16 +1,23 @@
 """All runs in order: which are of one configuration, which of these are rows of one table, and what the rows answer."""
 
-import json
-import statistics
+from collections import defaultdict
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 
-from runner.data.datasets import SPLITS
-from runner.results.accuracy import mean_accuracy, mean_interval
+from runner.results.accuracy import mean_interval
 from runner.results.comparison import Sample, compare, holm
 from runner.rows import QUESTIONS, ROWS
-from runner.wording import describe_settings, in_ranges
+from runner.wording import describe_settings
+
+NOTE = (
+    "Test: accuracy in percent, of n runs the mean, with its 95% interval, which holds the choice of messages and of "
+    "seeds. Unseen: without the messages that are, but for case, digits and punctuation, among the training messages. "
+    "Conclusions: rows are compared message by message, single runs by the exact McNemar test. The p-value decides, "
+    "which is corrected for the number of comparisons; an interval belongs to one comparison alone."
+)
 
 
 @dataclass(frozen=True)
@@ -18,46 +25,16 @@ class Group:
     """The runs of one configuration in one precision, one for each seed."""
 
     records: list  # by date
-    numbers: tuple = ()  # of its rows: several, where they differ in nothing but what the table chooses
-    options: dict = field(default_factory=dict)  # of these rows
-    of_table: dict = field(default_factory=dict)  # options beyond those
-
-    @property
-    def name(self):
-        """In its table: the numbers of its rows."""
-        return in_ranges(self.numbers)
-
-    @property
-    def title(self):
-        """Without a table."""
-        if len(self.numbers) == 1 and not self.of_table.keys() & ROW_OPTIONS:
-            return f"row {self.name}, {describe_settings(self.of_table)}"
-        first = self.records[0]
-        return first.configuration + f", {first.precision}" * (first.precision != "fp32")
-
-    @property
-    def published(self):
-        """The published test accuracy in percent; None outside the published table."""
-        return ROWS[self.numbers[0]].test if self.numbers and not self.of_table else None
-
-    @property
-    def where(self):
-        """Whether the published test accuracy lies inside the interval."""
-        low, high = self.interval
-        return "inside" if low <= self.published <= high else "outside"
+    name: str  # of the configuration, within its table
+    rows: tuple = ()  # numbers: several where the rows differ in nothing but what the table chooses
+    published: float | None = None  # test accuracy in percent; None outside the published table
 
     def accuracies(self, split="test"):
         """The Accuracy of each run; split may be "unseen"."""
         return [getattr(record, split) for record in self.records]
 
-    def mean(self, split="test"):
-        """The mean as an Accuracy."""
-        return mean_accuracy(self.accuracies(split))
-
-    @property
-    def percent(self):
-        """The mean test accuracy in percent."""
-        return 100 * self.mean().fraction
+    def percent(self, split="test"):
+        return 100 * np.mean([accuracy.fraction for accuracy in self.accuracies(split)])
 
     @property
     def interval(self):
@@ -65,73 +42,62 @@ class Group:
         return tuple(100 * end for end in mean_interval(self.accuracies()))
 
     @property
-    def in_full(self):
-        """The mean test accuracy with its interval, in percent: `95.33 [92.1–97.3]`."""
-        return "{:.2f} [{:.1f}–{:.1f}]".format(self.percent, *self.interval)
-
-    @property
-    def macro_f1(self):
-        """The mean macro-averaged F1 of the test messages as text; "" where accuracy says enough."""
-        confusions = [record.confusions["test"] for record in self.records]
-        return f"{statistics.fmean(c.macro_f1 for c in confusions):.3f}" if confusions[0].needs_macro_f1 else ""
-
-    @property
-    def minutes(self):
-        """Mean minutes of training, of several runs ± their standard deviation."""
-        minutes = [record.minutes for record in self.records]
-        return f"{np.mean(minutes):.2f}" + (f" ± {np.std(minutes, ddof=1):.2f}" if len(minutes) > 1 else "")
-
-    @property
-    def feature_seconds(self):
-        """Mean seconds that the frozen features took when they were first computed."""
-        return statistics.fmean(record.feature_seconds for record in self.records)
-
-
-@dataclass
-class Table:
-    """The rows' options with one choice of further options."""
-
-    title: str  # that choice in words; "" for the published table's own
-    groups: list = field(default_factory=list)  # by row
-    baselines: list = field(default_factory=list)  # Groups on the same data
-    answers: dict = field(default_factory=dict)  # {Question: Comparison}
-    not_compared: dict = field(default_factory=dict)  # {why: pairs of rows as text}
-
-    @property
-    def below(self):
-        """What stands beside the accuracies of the table, and which rows were not run: a text."""
-        most_frequent, lines = self.groups[0].records[0].confusions["test"].most_frequent, []
-        if most_frequent.fraction > 0.6:
-            lines.append(f"Always the most frequent class: {most_frequent}.")
-        lines += [f"Baseline: {group.title} {group.in_full}." for group in self.baselines]
-        missing = sorted(ROWS.keys() - {number for group in self.groups for number in group.numbers})
-        return " ".join(lines + [f"Not run: rows {in_ranges(missing)}."] * bool(missing))
+    def cells(self):
+        """What a table says of it, {title: text}; "" where there is nothing to say."""
+        (low, high), confusions = self.interval, [record.confusions["test"] for record in self.records]
+        where = "inside" if low <= (self.published or 0) <= high else "outside"
+        return {
+            "Row": ", ".join(map(str, self.rows)),
+            "Configuration": self.name,
+            "n": str(len(self.records)),
+            "Test": f"{self.percent():.2f} [{low:.1f}–{high:.1f}]",
+            "Unseen": f"{self.percent('unseen'):.2f}",
+            "Macro F1": f"{np.mean([c.macro_f1 for c in confusions]):.3f}" if confusions[0].needs_macro_f1 else "",
+            "Published": f"{self.published:.2f} {where}" if self.published else "",
+            "Validation": f"{self.percent('validation'):.2f}",
+            "Training": f"{self.percent('train'):.2f}",
+            "Minutes": f"{np.mean([record.minutes for record in self.records]):.2f}",
+            "Features": f"{np.mean([record.feature_seconds for record in self.records]):.0f} s",
+        }
 
 
 @dataclass(frozen=True)
-class Summary:
-    """All that the folders hold."""
+class Table:
+    """The rows' options with one choice of further options, then baselines on the same data; or all other runs."""
 
-    tables: list  # of Table, the published one first, if it has runs
-    others: list  # of Group
-    remarks: list  # lines: seeds whose results differ, notes of runs
+    title: str
+    groups: list  # by row
+    answers: dict = field(default_factory=dict)  # {Question: Comparison}
 
     @property
-    def groups(self):
-        """{name: Group}, those of rows with their table where it is not the published one."""
-        found = {}
-        for table in self.tables:
-            title = f" ({table.title})" if table.title else ""
-            found |= {f"row {group.name}{title}": group for group in table.groups}
-        return found | {group.title: group for group in self.others}
+    def rows(self):
+        """{number of a row: Group}."""
+        return {number: group for group in self.groups for number in group.rows}
+
+    @property
+    def cells(self):
+        """A DataFrame of the cells of its Groups, without columns that are empty."""
+        cells = pd.DataFrame([group.cells for group in self.groups])
+        return cells.loc[:, (cells != "").any()]
+
+    @property
+    def note(self):
+        """Which rows were not run; "" of all or of none."""
+        missing = sorted(ROWS.keys() - self.rows)
+        return f"Not run: rows {', '.join(map(str, missing))}." if 0 < len(missing) < len(ROWS) else ""
+
+
+class Summary(NamedTuple):
+    """All that the folders hold."""
+
+    tables: list  # of Table: the published one, others of rows, all other runs
+    remarks: list  # lines: seeds that were run more than once, notes of runs
 
     @property
     def records(self):
         """Those that count."""
-        return [record for group in self.groups.values() for record in group.records]
+        return [record for table in self.tables for group in table.groups for record in group.records]
 
-
-# --- which run belongs where ---
 
 MODEL = ("model_size", "weights")
 ROW_OPTIONS = {name for row in ROWS.values() for name in row.options} - {*MODEL}
@@ -143,89 +109,75 @@ def place(options):
     A run is the row that leaves least to the table. A size or weights that the row does not have are the table's, and
     then rows that differ in nothing else are one: at the nano size rows 6 to 8 are row 1.
     """
-    found = {}
+    found = defaultdict(list)
     for number, row in ROWS.items():
         is_same_model = all(options.get(name) == row.options.get(name) for name in MODEL)
         wanted = {name: value for name, value in row.options.items() if is_same_model or name not in MODEL}
         if wanted.items() <= options.items():
             rest = {name: value for name, value in options.items() if name not in wanted}
-            rank = len(rest.keys() & ROW_OPTIONS), not is_same_model
-            found.setdefault(rank, []).append((number, wanted, rest))
+            found[len(rest.keys() & ROW_OPTIONS), not is_same_model].append((number, wanted, rest))
     best = found[min(found)]
     _, of_rows, of_table = best[0]
     return tuple(number for number, _, rest in best if rest == of_table), of_rows, of_table
 
 
-def differences(runs):
-    """A line, if the Records of one seed of one configuration made other mistakes: a list."""
-    if len(runs) == 1:
-        return []
-    results = {}
-    for record in runs:
-        called = [[(m.number, m.called) for m in record.confusions[split].mistakes] for split in SPLITS]
-        results.setdefault(str(called), f"{record.test} on {record.device_name}, PyTorch {record.torch}")
-    name = f"Row {runs[0].row}" if runs[0].row else runs[0].configuration
-    line = f"{name}, seed {runs[0].seed}: mistakes differ, the first counts: test {'; '.join(results.values())}."
-    return [line] * (len(results) > 1)
-
-
 def summarize(records):
     """The Summary of Records, which are by date."""
-    configurations, tables, baselines, others, remarks = {}, {"{}": Table("")}, {}, [], []
+    configurations, tables, baselines = defaultdict(dict), defaultdict(list), defaultdict(list)
     for record in records:
-        options = record.options | ({} if record.precision == "fp32" else dict(precision=record.precision))
-        key = record.is_baseline, record.configuration, json.dumps(options), record.data_sha256
-        configurations.setdefault(key, {}).setdefault(record.seed, []).append(record)
-    for (is_baseline, _, options, data), seeds in configurations.items():
+        key = record.name, str(record.options), record.data_sha256
+        configurations[key].setdefault(record.seed, []).append(record)
+    for seeds in configurations.values():
         kept = [runs[0] for runs in seeds.values()]
-        remarks += [line for runs in seeds.values() for line in differences(runs)]
-        if is_baseline:
-            baselines.setdefault(data, []).append(Group(kept))
+        first = kept[0]
+        if first.is_baseline:
+            baselines[first.data_sha256].append(Group(kept, first.name))
         else:
-            group = Group(kept, *place(json.loads(options)))
-            table = Table(describe_settings(group.of_table))
-            tables.setdefault(json.dumps(group.of_table), table).groups.append(group)
-    for key, table in tables.items():
-        if key != "{}" and len(table.groups) == 1:  # one row is no table
-            others.append(table.groups.pop())
-        table.groups.sort(key=lambda group: group.numbers)
-        table.baselines = baselines.get(table.groups[0].records[0].data_sha256, []) if table.groups else []
-    summary = Summary([table for table in tables.values() if table.groups], others, remarks)
-    others += sum(baselines.values(), [])
-    answer_questions(summary.tables)
-    remarks += [f"Note of {record.run}: {record.note}" for record in summary.records if record.note]
+            precision = {} if first.precision == "fp32" else dict(precision=first.precision)
+            rows, of_rows, of_table = place(first.options | precision)
+            published = None if of_table else ROWS[rows[0]].test
+            title = f"Rows with {describe_settings(of_table)}" if of_table else ""
+            tables[title].append(Group(kept, describe_settings(of_rows), rows, published))
+    made, others = [], []
+    for title, groups in sorted(tables.items()):
+        first = groups[0].records[0]
+        if title and len(groups) == 1:  # one row is no table
+            others.append(Group(groups[0].records, first.name))
+        else:
+            groups = sorted(groups, key=lambda group: group.rows) + baselines.pop(first.data_sha256, [])
+            made.append(Table(title or "The table", groups))
+    answer_questions(made)
+    others += [group for groups in baselines.values() for group in groups]
+    if others:
+        made.append(Table("Other runs", others))
+    summary = Summary(made, [])
+    for runs in (runs for seeds in configurations.values() for runs in seeds.values() if len(runs) > 1):
+        results = [f"{run.test} on {run.device_name}, PyTorch {run.versions['torch']}" for run in runs]
+        summary.remarks.append(f"{runs[0].name}, seed {runs[0].seed}, the first run counts: test {'; '.join(results)}.")
+    summary.remarks.extend(f"Note of {record.run}: {record.note}" for record in summary.records if record.note)
     return summary
-
-
-# --- questions ---
 
 
 def answer_questions(tables):
     """Fill in the answers of each Table, with p-values corrected over all of them."""
     for table in tables:
-        rows = {number: group for group in table.groups for number in group.numbers}
         for question in QUESTIONS:
-            a, b = rows.get(question.a), rows.get(question.b)
-            why = "not yet run" if a is None or b is None else "the same configuration here" if a is b else ""
-            if not why and a.mean().total:
+            a, b = table.rows.get(question.a), table.rows.get(question.b)
+            if a and b and a is not b and a.accuracies()[0].total:
                 table.answers[question] = compare(*samples_of(a, b))
-            else:
-                table.not_compared.setdefault(why or "no message has a label", []).append(question.rows)
     tested = [found for table in tables for found in table.answers.values() if found.p is not None]
     for found, p in zip(tested, holm([found.p for found in tested]), strict=True):
-        found.p_corrected = p
+        found.p = p
 
 
 def samples_of(*groups):
     """The Samples of Groups on the same messages; those that all runs got right are alike, and only counted."""
     mistakes = [[record.confusions["test"].mistakes for record in group.records] for group in groups]
     wrong = sorted({mistake.number for runs in mistakes for run in runs for mistake in run})
-    columns = {number: column for column, number in enumerate(wrong)}
     samples = []
     for group, runs in zip(groups, mistakes, strict=True):
-        called = np.full((len(runs), group.mean().total), -1)
+        called = np.full((len(runs), group.accuracies()[0].total), -1)
         for row, run in zip(called, runs, strict=True):
-            for mistake in run:
-                row[columns[mistake.number]] = mistake.called
+            row[np.searchsorted(wrong, [mistake.number for mistake in run])] = [mistake.called for mistake in run]
         samples.append(Sample(tuple(record.seed for record in group.records), called))
     return samples

@@ -14,7 +14,7 @@ from runner.files import UserError, atomic_write, require_finite
 from runner.machine import processes
 from runner.machine.devices import peak_memory, random_states, set_random_states
 
-FORMAT = 4
+FORMAT = 5
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
@@ -50,7 +50,7 @@ class TrainingState:
         return dict(
             batches_done=self.batches_done,
             order=self.order,
-            history=self.history.to_dict(),
+            history=asdict(self.history),
             usage=self.usage(),
             random_states=random_states(self.device),
             parameters=self.full_parameters(),
@@ -61,7 +61,7 @@ class TrainingState:
     def load_state_dict(self, state):
         """Restore what `state_dict` gave."""
         self.batches_done, self.order = state["batches_done"], state["order"]
-        self.history = type(self.history).from_dict(state["history"])
+        self.history = type(self.history)(**state["history"])
         self.started = {kind: start - state["usage"][kind] for kind, start in self.started.items()}
         self.earlier_peak = state["usage"]["peak_memory"]
         for name, parameter in self.parameters.items():

@@ -11,7 +11,7 @@ from runner.files import UserError, atomic_write, sha256_of_tensors
 
 # --- on disk ---
 
-KIND = "classifier of additional_experiments.py, format 3"
+KIND = "classifier of additional_experiments.py, format 4"
 
 
 @dataclass
