@@ -22,7 +22,7 @@ import additional_experiments as ae
 from previous_chapters import GPT_SIZES
 from runner.results import records
 from runner.saved import checkpoints
-from runner.saved.checkpoints import SIGNALS
+from runner.saved.checkpoints import FORMAT, SIGNALS
 
 CONFIGURATIONS = {
     "last_block": "",
@@ -255,10 +255,10 @@ def test_checkpoint_of_another_run(interrupted, data_dir, tmp_path, monkeypatch,
         ("--seed", "7"): "seed 123, not 7",
         ("--weights", weights): "weights random, not ",
         ("--data_dir", "other"): "data ",
-        ("--quiet",): "format 4, not 5",
+        ("--quiet",): f"format {FORMAT}, not {FORMAT + 1}",
     }.items():
         capfd.readouterr()
-        monkeypatch.setattr(checkpoints, "FORMAT", 5 if "format" in told else 4)
+        monkeypatch.setattr(checkpoints, "FORMAT", FORMAT + ("format" in told))
         assert ae.main([*interrupted, *further]) == 2
         out, err = capfd.readouterr()
         assert err.startswith(f"error: run.ckpt is of a run with {told}") and err.endswith(
