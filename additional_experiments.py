@@ -559,9 +559,7 @@ def predict(classifier, messages, indices):
     classifier.eval()
     passes = split_into_passes(messages.lengths[indices], classifier.device)
     with torch.no_grad():
-        results = processes.in_turns(
-            passes, lambda chosen: [classifier(messages.batch(indices[chosen], classifier.device))]
-        )
+        results = processes.in_turns(passes, lambda own: [classifier(messages.batch(indices[own], classifier.device))])
         order, logits = zip(*((chosen, logits) for chosen, (logits,) in results))
     classifier.train(was_training)
     logits = torch.cat(logits)
@@ -714,9 +712,9 @@ def run(experiment, options=RunOptions()):
         if finished and (options.save_model or options.export):
             raise UserError(f"{checkpoint.path} holds the classifier of a later seed than {experiment.seed}")
         for record in finished:
-            console.info(f"Finished before, according to {checkpoint.path}; it printed:")
-            for line in record.history.lines:
-                console.info(line)
+            console.info(
+                "\n".join([f"Finished before, according to {checkpoint.path}; it printed:", *record.history.lines])
+            )
             write_outputs(run, record)
         for number in range(len(finished), options.repeats):
             of_seed = replace(experiment, seed=experiment.seed + number)
@@ -770,9 +768,8 @@ def fine_tune(classifier, messages, experiment, state, checkpoint, console):
     """Train one seed, from where the checkpoint has it, and evaluate it: ({split: Confusion}, minutes of training)."""
     torch.manual_seed(experiment.seed)
     if checkpoint.restore(state):
-        console.info(f"Resuming from {checkpoint.path} after {state.batches_done:,} batches; printed before:")
-        for line in state.history.lines:
-            console.info(line)
+        before = f"Resuming from {checkpoint.path} after {state.batches_done:,} batches; printed before:"
+        console.info("\n".join([before, *state.history.lines]))
     confusions = {}
     try:
         train(classifier, messages, experiment, state, checkpoint, console)

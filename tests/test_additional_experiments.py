@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -114,7 +113,7 @@ def test_published_figures_are_shown_with_the_result_of_a_row(nano, capsys, monk
     load_splits = datasets.load_splits
     monkeypatch.setattr(datasets, "load_splits", lambda *arguments: (load_splits(*arguments)[0], "uci"))
     options = dict(model_size=DEMO["model_size"], weights="random", num_epochs=1)
-    monkeypatch.setitem(ROWS, 20, replace(ROWS[2], options=options))
+    monkeypatch.setitem(ROWS, 20, ROWS[2]._replace(options=options))
     assert main(nano) == 0
     *_, published, _, header, _, row, _ = capsys.readouterr().out.splitlines()
     assert row.startswith("| 20 |") and header.startswith("| Row |")
@@ -302,7 +301,7 @@ def test_weights_file_that_transformers_wrote(nano, tmp_path, layers, capsys):
 def test_published_weights_under_another_name_are_the_row_too(nano, nano_weights, monkeypatch, capfd):
     pinned = gpt_download.HubFile("nobody/nano", "0", sha256_of(nano_weights))
     monkeypatch.setitem(gpt_download.PRETRAINED, DEMO["model_size"], pinned)
-    monkeypatch.setitem(ROWS, 20, replace(ROWS[1], options=dict(model_size=DEMO["model_size"], num_epochs=1)))
+    monkeypatch.setitem(ROWS, 20, ROWS[1]._replace(options=dict(model_size=DEMO["model_size"], num_epochs=1)))
     load_splits = datasets.load_splits
     monkeypatch.setattr(datasets, "load_splits", lambda *arguments: (load_splits(*arguments)[0], "uci"))
     nano[nano.index("random")] = nano_weights

@@ -45,14 +45,14 @@ def test_the_interval_of_single_runs_is_the_wald_interval_with_half_a_message_mo
     assert single_runs(only_a, only_b, n).interval == pytest.approx(expected, abs=1e-12)
 
 
-@pytest.mark.parametrize("seeds_a, seeds_b", [(2, 2), (1, 5), (5, 1)])
-def test_too_few_seeds_show_nothing(seeds_a, seeds_b):
+@pytest.mark.parametrize("seeds_a, seeds_b, told", [(2, 2, "2 seeds each"), (1, 5, "1 and 5 seeds")])
+def test_too_few_seeds_show_nothing(seeds_a, seeds_b, told):
     """Of two seeds whose differences tie it was `+13 points, p = 1e-22`."""
     found = compare(sample(*[range(40)] * seeds_a), sample(*[[0]] * seeds_b))
     assert found.difference == pytest.approx(0.13) and found.interval[0] > 0.08
     assert (found.p, found.verdict) == (None, "no verdict")
     reason = "a verdict takes three seeds or more on both sides, or one run each"
-    assert found.basis == f"{seeds_a} and {seeds_b} seeds; {reason}"
+    assert found.basis == f"{told}; {reason}"
     assert found.sentence.startswith("no verdict, +13.00 points (95% interval ") and ", p " not in found.sentence
 
 

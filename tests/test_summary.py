@@ -69,13 +69,22 @@ def test_one_row_is_no_table_and_two_are_one_for_each_data_and_precision():
     assert [len(table.answers) for table in tables] == [1, 1, 1]
 
 
+def test_a_lopsided_data_set_is_told_beside_its_accuracies():
+    lopsided = dict.fromkeys(("train", "validation", "test"), made_up_confusion({}, totals=(270, 30)))
+    [table] = tables_of(row(1, confusions=lopsided), row(2, confusions=lopsided))
+    assert table.note.startswith("Always the most frequent class: 90.00%. Not run: rows 3, ")
+
+
 def test_a_seed_counts_once_and_remarks_tell_which_and_the_notes():
     runs = [row(1, [1], device_name="A100"), row(1, [1, 2], device_name="CPU"), row(1, [1], seed=7, note="n", run="x")]
     summary = summarize(runs)
     assert summary.records == [runs[0], runs[2]]
     torch = runs[0].versions["torch"]
     results = f"99.67% on A100, PyTorch {torch}; 99.33% on CPU, PyTorch {torch}"
-    assert summary.remarks == [f"row 1, seed 123, the first run counts: test {results}.", "Note of x: n"]
+    assert summary.remarks == [
+        f"row 1, seed 123: mistakes differ, the first run counts: test {results}.",
+        "Note of x: n",
+    ]
 
 
 def test_what_a_line_says():

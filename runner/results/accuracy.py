@@ -98,6 +98,11 @@ class Confusion:
         return Accuracy(total - wrong, total)
 
     @property
+    def most_frequent(self):
+        """The Accuracy of calling every message the most frequent class."""
+        return Accuracy(max(self.totals), sum(self.totals))
+
+    @property
     def macro_f1(self):
         """The mean over the classes of F1 = 2 TP / (2 TP + FP + FN); NaN where nothing was measured.
 
@@ -126,12 +131,12 @@ class Confusion:
 
 def describe_test(confusion, data, measure=""):
     """Lines that stand beside the test accuracy on a Dataset; `measure` names confidences that are no probabilities."""
-    lines, names, most_frequent = [], data.class_names, Accuracy(max(confusion.totals), sum(confusion.totals))
+    lines, names = [], data.class_names
     if repeated := data.repeats["test"].similar:
         accuracy = confusion.without(repeated).in_full
         lines.append(f"Test accuracy without the {len(repeated)} that are like training messages: {accuracy}")
-    if most_frequent.fraction > 0.6:
-        lines.append(f"Test accuracy of always the most frequent class: {most_frequent}")
+    if confusion.most_frequent.fraction > 0.6:
+        lines.append(f"Test accuracy of always the most frequent class: {confusion.most_frequent}")
     if confusion.needs_macro_f1:
         lines.append(f"Test macro-averaged F1: {confusion.macro_f1:.3f}")
     lines.append(f"Test errors: {confusion.describe(names)}")

@@ -70,7 +70,7 @@ def compare(a, b):
     disagree, the test decides. Of several seeds the p-value is the level at which the interval touches zero.
     """
     fewest, by_message = min(len(a.seeds), len(b.seeds)), b.correct.mean(axis=0) - a.correct.mean(axis=0)
-    basis = f"{len(a.seeds)} and {len(b.seeds)} seeds"
+    basis = f"{len(a.seeds)} seeds each" if len(a.seeds) == len(b.seeds) else f"{len(a.seeds)} and {len(b.seeds)} seeds"
     centre, messages = centre_and_variance(by_message)
     variances = messages, *(seed_variance(a, b) if fewest >= MIN_SEEDS else (0.0, 0.0, 1.0))
     half = half_width(LEVEL, *variances)

@@ -82,16 +82,20 @@ class Table:
 
     @property
     def note(self):
-        """Which rows were not run; "" of all or of none."""
-        missing = sorted(ROWS.keys() - self.rows)
-        return f"Not run: rows {', '.join(map(str, missing))}." if 0 < len(missing) < len(ROWS) else ""
+        """What always the most frequent class would reach, if that is much, and which rows were not run: a text."""
+        most_frequent, lines = self.groups[0].records[0].confusions["test"].most_frequent, []
+        if self.rows and most_frequent.fraction > 0.6:
+            lines.append(f"Always the most frequent class: {most_frequent}.")
+        if self.rows and (missing := sorted(ROWS.keys() - self.rows)):
+            lines.append(f"Not run: rows {', '.join(map(str, missing))}.")
+        return " ".join(lines)
 
 
 class Summary(NamedTuple):
     """All that the folders hold."""
 
     tables: list  # of Table: the published one, others of rows, all other runs
-    remarks: list  # lines: seeds that were run more than once, notes of runs
+    remarks: list  # lines: seeds whose runs differ, notes of runs
 
     @property
     def records(self):
@@ -152,8 +156,13 @@ def summarize(records):
         made.append(Table("Other runs", others))
     summary = Summary(made, [])
     for runs in (runs for seeds in configurations.values() for runs in seeds.values() if len(runs) > 1):
-        results = [f"{run.test} on {run.device_name}, PyTorch {run.versions['torch']}" for run in runs]
-        summary.remarks.append(f"{runs[0].name}, seed {runs[0].seed}, the first run counts: test {'; '.join(results)}.")
+        results = {}
+        for run in runs:
+            called = [(mistake.number, mistake.called) for mistake in run.confusions["test"].mistakes]
+            results.setdefault(str(called), f"{run.test} on {run.device_name}, PyTorch {run.versions['torch']}")
+        if len(results) > 1:
+            of_seed = f"{runs[0].name}, seed {runs[0].seed}: mistakes differ, the first run counts"
+            summary.remarks.append(f"{of_seed}: test {'; '.join(results.values())}.")
     summary.remarks.extend(f"Note of {record.run}: {record.note}" for record in summary.records if record.note)
     return summary
 
