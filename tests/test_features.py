@@ -421,6 +421,24 @@ def test_the_least_recently_used_files_of_this_program_are_removed(tiny, tmp_pat
     assert [path.exists() for path in paths] == [True, True, False]
     fill(files, 4, 0)
     assert [path.exists() for path in paths] == [False, True, False] and other.exists()
+    (tmp_path / f"{5:016x}-03-blocks.part").write_bytes(bytes(1_000_000))  # of a run that was killed: written anew
+    fill(files, 5, 0)
+    assert len(list(tmp_path.glob("*-blocks-*"))) == 3
+
+
+def test_what_another_run_removes_meanwhile_is_not_counted(tmp_path, monkeypatch):
+    files, stat = FeatureFiles(tmp_path, 3.5 * (40_000 + 128)), Path.stat
+    paths = [fill(files, number, age=10) for number in range(2)]
+
+    def vanish(path, **keywords):
+        if path == paths[0]:
+            path.unlink(missing_ok=True)
+        return stat(path, **keywords)
+
+    monkeypatch.setattr(Path, "stat", vanish)
+    assert files.deepest(f"{0:016x}", 3) is None and files.deepest(f"{1:016x}", 3) == paths[1]
+    paths[0].touch()
+    fill(files, 2, 0)
 
 
 # --- what cannot be written or read ---
@@ -461,6 +479,19 @@ def test_a_read_only_folder_is_read_from(tiny, tmp_path, monkeypatch):
     assert how.startswith("read from ") and warnings == []
     *_, [warning] = make(replace(tiny[0], seed=124), *tiny[1:], tmp_path)
     assert warning == "frozen features are not kept: [Errno 13] Permission denied"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has other locks")
+def test_a_file_system_without_locks_keeps_nothing(tiny, tmp_path, monkeypatch):
+    """A lock that is only a file would outlast a killed run, and later ones would wait for it for ever."""
+    import fcntl
+
+    def refuse(*_):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    _, how, [warning] = make(*tiny, tmp_path)
+    assert warning == "frozen features are not kept: [Errno 38] Function not implemented" and " kept " not in how
 
 
 def test_the_disk_needs_a_folder(options, capfd):
