@@ -171,7 +171,7 @@ class Checkpoint:
                     if signal.getsignal(number) is not signal.SIG_IGN:
                         handlers.callback(signal.signal, number, signal.signal(number, note))
             yield
-        self.end_if(self.signal)  # it came while the last state was being saved
+        self.end_if(*processes.largest(self.signal))  # it came while the last state was being saved
 
     def end_if(self, number):
         """Raises Interrupted if there is a signal of this number."""
@@ -198,7 +198,8 @@ class Checkpoint:
         """
         content = dict(identity=self.identity, environment=self.environment, records=self.records)
         content["state"] = state.state_dict()
-        require_finite(content["state"]["parameters"], "parameter")
+        with processes.agreed():  # with shards only process 0 has them
+            require_finite(content["state"]["parameters"], "parameter")
         try:
             if processes.rank() == 0:
                 with atomic_write(self.path) as temporary, open(temporary, "wb") as file:
