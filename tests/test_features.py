@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from conftest import TINY, TINY_SIZE
@@ -381,7 +382,7 @@ def test_memory_is_counted_for_each_process(tiny, monkeypatch):
     for name, value in dict(TORCHELASTIC_RUN_ID="", RANK="0", WORLD_SIZE="2", LOCAL_WORLD_SIZE="2").items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(features.processes, "from_main", lambda value: value)
-    monkeypatch.setattr(features, "free_memory", lambda device: 20_000_000)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=20_000_000))
     experiment = replace(tiny[0], model_size="gpt2-nano (7M)", trainable_layers="all")
     with torch.device("meta"):
         classifier = ae.build_classifier(experiment, 2)

@@ -24,7 +24,7 @@ class States:
     messages: dict  # {split: Messages}
     n_blocks: int = 0
     seconds: float = 0.0  # that computing them took, from the first block on
-    path: Path | None = None  # of the file; with token ids of one that is of no use
+    path: Path | None = None  # of the file; beside token ids, of one that cannot be used
 
 
 class FeatureFiles:
@@ -60,7 +60,7 @@ class FeatureFiles:
         return States(mapped, int(n_blocks), float(seconds[:-1]), path)
 
     @contextmanager
-    def turn(self, part, console):
+    def locked(self, part, console):
         """Within it no other process writes to `part`: waits for one that does. After it nothing is there."""
         self.folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(part.with_suffix(".lock"), fallback_to_soft=False)  # a soft lock would outlast a killed run
