@@ -425,6 +425,13 @@ def test_the_least_recently_used_files_of_this_program_are_removed(tiny, tmp_pat
     (tmp_path / f"{5:016x}-03-blocks.part").write_bytes(bytes(1_000_000))  # of a run that was killed: written anew
     fill(files, 5, 0)
     assert len(list(tmp_path.glob("*-blocks-*"))) == 3
+    part = tmp_path / f"{6:016x}-03-blocks.part"
+    with files.locked(part, QUIET):  # what another run is writing stays
+        files.create(part, (100, 100))
+        os.utime(part, (0, 0))
+        fill(files, 7, 0)
+        assert part.exists() and len(list(tmp_path.glob("*-blocks-*"))) == 2
+    assert list(tmp_path.glob("*.lock")) == [] and not part.exists()
 
 
 def test_what_another_run_removes_meanwhile_is_not_counted(tmp_path, monkeypatch):

@@ -63,12 +63,12 @@ class FeatureFiles:
     def locked(self, part, console):
         """Within it no other process writes to `part`: waits for one that does. After it nothing is there."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(part.with_suffix(".lock"), fallback_to_soft=False)  # a soft lock would outlast a killed run
+        lock = lock_of(part)
         try:
-            lock.acquire(timeout=0)
+            lock.acquire()
         except Timeout:
             console.info("Frozen features: waiting for another run, which computes them")
-            lock.acquire()
+            lock.acquire(timeout=-1)
         try:
             yield
         finally:
@@ -98,8 +98,8 @@ class FeatureFiles:
     def make_room(self, size):
         """Remove the least recently used files until there is room for `size` bytes. Raises OSError.
 
-        Where the system removes a file that is in use, who has mapped it can still read it. Nobody may be writing a
-        `.part` any more; if somebody is, that run keeps nothing.
+        Where the system removes a file that is in use, who has mapped it can still read it. What another run is writing
+        stays, so there may be too much for a while.
         """
         if size > self.max_bytes:
             raise OSError("they would take more than --feature_cache_gb")
@@ -107,9 +107,15 @@ class FeatureFiles:
         total = size + sum(file_size for _, file_size, _ in files)
         for _, file_size, path in files:
             if total > self.max_bytes:
-                with suppress(OSError):  # Windows removes nothing that is mapped
-                    path.unlink()
+                with suppress(OSError, Timeout), lock_of(path) as lock:  # Windows removes nothing that is mapped
+                    path.unlink(missing_ok=True)
                     total -= file_size
+                    os.unlink(lock.lock_file)
+
+
+def lock_of(path):
+    """The lock of a file, which is not waited for. A soft lock would outlast a killed run."""
+    return FileLock(path.with_suffix(".lock"), timeout=0, fallback_to_soft=False)
 
 
 def map_rows(path, mode):
