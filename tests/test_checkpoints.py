@@ -230,6 +230,16 @@ def test_more_repeats_of_a_finished_run(options, monkeypatch, capfd):
     assert capfd.readouterr().err == "error: run.ckpt holds the classifier of a later seed than 123\n"
 
 
+def test_a_state_is_restored_in_its_own_seed_only(options, capfd):
+    """The last state is of seed 123, whose record is found: seed 124 begins anew."""
+    assert ae.main([*options, "--repeats", "2", "--results", "expected"]) == 0
+    options += ["--checkpoint", "run.ckpt"]
+    assert ae.main(options) == 0
+    capfd.readouterr()
+    assert ae.main([*options, "--repeats", "2", "--skip_finished"]) == 0
+    assert "Resuming" not in capfd.readouterr().out and records_in() == records_in("expected")
+
+
 # --- other runs, and files that are no use ---
 
 

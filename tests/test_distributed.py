@@ -238,6 +238,30 @@ def test_what_one_finds_ends_all(long_options, tmp_path):
     assert out.endswith("error: --checkpoint run.ckpt: not all hosts have the same file there\n")
 
 
+def main_with_a_last_fault(fault, options):
+    """A run in which, as its last state is saved, process 1 gets a signal, or parameters are not finite."""
+    save = checkpoints.Checkpoint.save
+
+    def faulty(checkpoint, state):
+        if fault == "signal" and processes.rank() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        if fault == "nan":
+            next(iter(state.parameters.values())).data.fill_(float("nan"))
+        save(checkpoint, state)
+
+    checkpoints.Checkpoint.save = faulty
+    return main(options)
+
+
+@pytest.mark.parametrize(
+    "fault, status, told", [("signal", 143, "interrupted; the same"), ("nan", 1, "error: training diverged, at")]
+)
+def test_the_last_state_ends_all(long_options, tmp_path, fault, status, told):
+    options = [*long_options, "--num_epochs", "1", "--trainable_layers", "last_layer", "--shard"]
+    statuses, out = end_together(tmp_path, main_with_a_last_fault, fault, options)
+    assert statuses == [status] * 2 and out.count(told) == 1 and "Traceback" not in out
+
+
 # --- what torchrun itself does ---
 
 

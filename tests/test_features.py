@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from conftest import TINY, TINY_SIZE
@@ -381,7 +382,7 @@ def test_memory_is_counted_for_each_process(tiny, monkeypatch):
     for name, value in dict(TORCHELASTIC_RUN_ID="", RANK="0", WORLD_SIZE="2", LOCAL_WORLD_SIZE="2").items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(features.processes, "from_main", lambda value: value)
-    monkeypatch.setattr(features, "free_memory", lambda device: 20_000_000)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=20_000_000))
     experiment = replace(tiny[0], model_size="gpt2-nano (7M)", trainable_layers="all")
     with torch.device("meta"):
         classifier = ae.build_classifier(experiment, 2)
@@ -421,6 +422,31 @@ def test_the_least_recently_used_files_of_this_program_are_removed(tiny, tmp_pat
     assert [path.exists() for path in paths] == [True, True, False]
     fill(files, 4, 0)
     assert [path.exists() for path in paths] == [False, True, False] and other.exists()
+    (tmp_path / f"{5:016x}-03-blocks.part").write_bytes(bytes(1_000_000))  # of a run that was killed: written anew
+    fill(files, 5, 0)
+    assert len(list(tmp_path.glob("*-blocks-*"))) == 3
+    part = tmp_path / f"{6:016x}-03-blocks.part"
+    with files.locked(part, QUIET):  # what another run is writing stays
+        files.create(part, (100, 100))
+        os.utime(part, (0, 0))
+        fill(files, 7, 0)
+        assert part.exists() and len(list(tmp_path.glob("*-blocks-*"))) == 2
+    assert list(tmp_path.glob("*.lock")) == [] and not part.exists()
+
+
+def test_what_another_run_removes_meanwhile_is_not_counted(tmp_path, monkeypatch):
+    files, stat = FeatureFiles(tmp_path, 3.5 * (40_000 + 128)), Path.stat
+    paths = [fill(files, number, age=10) for number in range(2)]
+
+    def vanish(path, **keywords):
+        if path == paths[0]:
+            path.unlink(missing_ok=True)
+        return stat(path, **keywords)
+
+    monkeypatch.setattr(Path, "stat", vanish)
+    assert files.deepest(f"{0:016x}", 3) is None and files.deepest(f"{1:016x}", 3) == paths[1]
+    paths[0].touch()
+    fill(files, 2, 0)
 
 
 # --- what cannot be written or read ---
@@ -461,6 +487,19 @@ def test_a_read_only_folder_is_read_from(tiny, tmp_path, monkeypatch):
     assert how.startswith("read from ") and warnings == []
     *_, [warning] = make(replace(tiny[0], seed=124), *tiny[1:], tmp_path)
     assert warning == "frozen features are not kept: [Errno 13] Permission denied"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has other locks")
+def test_a_file_system_without_locks_keeps_nothing(tiny, tmp_path, monkeypatch):
+    """A lock that is only a file would outlast a killed run, and later ones would wait for it for ever."""
+    import fcntl
+
+    def refuse(*_):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    _, how, [warning] = make(*tiny, tmp_path)
+    assert warning == "frozen features are not kept: [Errno 38] Function not implemented" and " kept " not in how
 
 
 def test_the_disk_needs_a_folder(options, capfd):

@@ -57,6 +57,12 @@ def test_intervals_and_seeds_are_drawn_where_they_are(everything):
     assert (min(ends), max(ends)) == (0, 200)  # the farther end of the widest difference, and 100%
 
 
+def test_losses_that_are_not_known_are_not_drawn():
+    nan = float("nan")
+    for losses in ([nan, 0.5, 0.1], [nan] * 3):
+        assert "nan" not in page_of(row(1, history=History([0, 50, 100], losses, [nan] * 3)))
+
+
 def test_the_page_needs_nothing_from_elsewhere_and_serves_screen_readers(everything):
     assert not re.search(r"""(src|href)\s*=\s*["'](?!#)|url\(|@import|http""", everything)
     root = ElementTree.fromstring(everything)

@@ -2,7 +2,7 @@
 
 from helpers import made_up_confusion, made_up_record
 
-from runner.results.summary import place, summarize
+from runner.results.summary import find_rows, summarize
 from runner.rows import ROWS
 
 MEDIUM = dict(model_size="gpt2-medium (355M)")
@@ -55,7 +55,7 @@ PLACES = [
 
 def test_what_a_run_has_beyond_its_row_is_a_table():
     for options, rows, rest in [*PLACES, *((row.options, (number,), {}) for number, row in ROWS.items())]:
-        found, _, of_table = place(options)
+        found, _, of_table = find_rows(options)
         assert (found, of_table) == (rows, rest)
 
 

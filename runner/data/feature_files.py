@@ -24,7 +24,7 @@ class States:
     messages: dict  # {split: Messages}
     n_blocks: int = 0
     seconds: float = 0.0  # that computing them took, from the first block on
-    path: Path | None = None  # of the file; with token ids of one that is of no use
+    path: Path | None = None  # of the file; beside token ids, of one that cannot be used
 
 
 class FeatureFiles:
@@ -33,10 +33,19 @@ class FeatureFiles:
     def __init__(self, folder, max_bytes):
         self.folder, self.max_bytes = Path(folder), max_bytes
 
+    def by_last_use(self, *patterns):
+        """[(time of the last use, size, path), ...], the oldest first, of what other runs have not just removed."""
+        found = []
+        for path in (path for pattern in patterns for path in self.folder.glob(pattern)):
+            with suppress(FileNotFoundError):
+                facts = path.stat()
+                found.append((facts.st_mtime, facts.st_size, path))
+        return sorted(found)
+
     def deepest(self, key, n_blocks):
         """The newest path with the most blocks, but no more than `n_blocks`; None if there is none. Raises OSError."""
-        paths = [path for path in self.folder.glob(f"{key}-*.npy") if path.name[:19] <= f"{key}-{n_blocks:02}"]
-        return max(paths, key=lambda path: (path.name[:19], path.stat().st_mtime), default=None)
+        found = [(path.name[:19], used, path) for used, _, path in self.by_last_use(f"{key}-*.npy")]
+        return max((file for file in found if file[0] <= f"{key}-{n_blocks:02}"), default=[None])[-1]
 
     def open(self, path, messages):
         """The States of `messages` in a file. Raises OSError."""
@@ -51,15 +60,15 @@ class FeatureFiles:
         return States(mapped, int(n_blocks), float(seconds[:-1]), path)
 
     @contextmanager
-    def turn(self, part, console):
+    def locked(self, part, console):
         """Within it no other process writes to `part`: waits for one that does. After it nothing is there."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(part.with_suffix(".lock"))
+        lock = lock_of(part)
         try:
-            lock.acquire(timeout=0)
+            lock.acquire()
         except Timeout:
             console.info("Frozen features: waiting for another run, which computes them")
-            lock.acquire()
+            lock.acquire(timeout=-1)
         try:
             yield
         finally:
@@ -72,6 +81,7 @@ class FeatureFiles:
     def create(self, part, shape):
         """A new file for a matrix (n, D), as a tensor to be filled. Raises OSError where the disk is full."""
         row = bytes(4 * shape[1])  # if the disk were full later, writing to the map would kill the process
+        part.unlink(missing_ok=True)  # of a run that was killed
         self.make_room(shape[0] * len(row))
         with open(part, "wb") as file:
             np.lib.format.write_array_header_1_0(file, dict(descr="<f4", fortran_order=False, shape=shape))
@@ -88,19 +98,24 @@ class FeatureFiles:
     def make_room(self, size):
         """Remove the least recently used files until there is room for `size` bytes. Raises OSError.
 
-        Where the system removes a file that is in use, who has mapped it can still read it. A `.part` was left by a
-        process that was killed, or it is the newest.
+        Where the system removes a file that is in use, who has mapped it can still read it. What another run is writing
+        stays, so there may be too much for a while.
         """
         if size > self.max_bytes:
             raise OSError("they would take more than --feature_cache_gb")
-        paths = [path for path in self.folder.glob("*-blocks*") if path.suffix in (".npy", ".part")]
-        files = {path: path.stat() for path in paths}
-        total = size + sum(facts.st_size for facts in files.values())
-        for path in sorted(files, key=lambda path: files[path].st_mtime):
+        files = self.by_last_use("*-blocks*.npy", "*-blocks.part")
+        total = size + sum(file_size for _, file_size, _ in files)
+        for _, file_size, path in files:
             if total > self.max_bytes:
-                with suppress(OSError):  # Windows removes nothing that is mapped
-                    path.unlink()
-                    total -= files[path].st_size
+                with suppress(OSError, Timeout), lock_of(path) as lock:  # Windows removes nothing that is mapped
+                    path.unlink(missing_ok=True)
+                    total -= file_size
+                    os.unlink(lock.lock_file)
+
+
+def lock_of(path):
+    """The lock of a file, which is not waited for. A soft lock would outlast a killed run."""
+    return FileLock(path.with_suffix(".lock"), timeout=0, fallback_to_soft=False)
 
 
 def map_rows(path, mode):

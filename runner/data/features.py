@@ -39,7 +39,7 @@ def compute_features(classifier, messages, compute, out, progress_bar=None):
     """
     features = None
 
-    def run(indices):
+    def compute_pass(indices):
         """What is kept of a pass: x of its tokens (N, D), and perhaps the residual (B, 1, D)."""
         nonlocal features
         batch = classifier(messages.batch(indices, classifier.device), compute)
@@ -56,7 +56,8 @@ def compute_features(classifier, messages, compute, out, progress_bar=None):
 
     was_training = classifier.training
     classifier.eval()
-    for indices, (x, *residual) in processes.in_turns(split_into_passes(messages.lengths, classifier.device), run):
+    passes = split_into_passes(messages.lengths, classifier.device)
+    for indices, (x, *residual) in processes.in_turns(passes, compute_pass):
         tokens, is_real = features.token_indices(indices)
         device = features.x.device
         features.x[tokens[is_real].to(device)] = x.to(device)
@@ -69,7 +70,7 @@ def compute_features(classifier, messages, compute, out, progress_bar=None):
 
 
 def compute_random_pass(classifier, messages, n_blocks):
-    """The hidden states after `n_blocks` of the tokens of one pass, (N, D) on the CPU, after its split and indices.
+    """(split, message indices, hidden states (N, D) after `n_blocks`, on the CPU) of one pass.
 
     The pass is drawn from the system's randomness: PyTorch's belongs to the numbers of the run.
     """
@@ -106,11 +107,6 @@ def feature_bytes(classifier, messages):
         Stage.STANDARDIZED: (of_tokens // 2 if classifier.bf16 else of_tokens) + of_messages,
         Stage.HEAD_INPUT: of_messages,
     }[classifier.feature_stage]
-
-
-def free_for_each(holder):
-    """Bytes that each process can allocate on `holder`: those of a host share its main memory."""
-    return free_memory(holder) // (processes.local_world_size() if holder == CPU else 1)
 
 
 # --- of a run ---
@@ -160,7 +156,7 @@ class FrozenFeatures:
             return choice
         placement = "host" if choice == "memory" else "disk" if self.files else "off"
         for memory, holder in (("host", CPU), ("device", device)):
-            if size <= (free_for_each(holder) - (reserved if holder == device else 0)) / 2:
+            if size <= (free_memory(holder) - (reserved if holder == device else 0)) / 2:
                 placement = memory
         return processes.from_main(placement)
 
@@ -169,7 +165,7 @@ class FrozenFeatures:
         weights = sum(p.nbytes for p in sizes.parameters()) // self.n_shards
         trained = sum(p.nbytes for p in sizes.parameters() if p.requires_grad) // self.n_shards
         needs = {"weights": weights, "gradients": trained, "optimizer": 2 * trained}  # AdamW's two moments
-        placement, free = self.placement(sizes, messages, device, weights), free_for_each(device)
+        placement, free = self.placement(sizes, messages, device, weights), free_memory(device)
         if placement == "device" or placement == "host" and device == CPU:
             needs["frozen features"] = feature_bytes(sizes, messages)
         if (needed := sum(needs.values())) > free:
@@ -198,7 +194,7 @@ class FrozenFeatures:
         if placement in ("device", "host") or placement == "disk" and classifier.feature_stage is Stage.HEAD_INPUT:
             holder = CPU if placement == "host" else classifier.device
             where = f"in {holder.type} memory"
-            features = self.run(classifier, features, classifier.frozen_part, dict.fromkeys(messages, holder))
+            features = self.compute(classifier, features, classifier.frozen_part, dict.fromkeys(messages, holder))
         now, size = time.perf_counter(), feature_bytes(classifier, messages) / 1e9
         self.seconds, outcome = 0.0, f"recomputed each time (they would take {size:.2f} GB)"
         if features is not messages:
@@ -214,9 +210,10 @@ class FrozenFeatures:
         return features
 
     def hidden_states(self, classifier, messages, seed, is_kept):
-        """The deepest States in the folder, of all full blocks if they take long or `is_kept`, and how many were read.
+        """(States, the number of blocks that were read and not computed).
 
-        Raises OSError, in all processes, where they cannot be kept.
+        They are after all full blocks if `is_kept` or if these take long, else those of the deepest file. Raises
+        OSError, in all processes, where they cannot be kept.
         """
         facts = circumstances(classifier, messages, seed, self.experiment, self.weights)
         of_all = processes.gather(facts)
@@ -228,15 +225,15 @@ class FrozenFeatures:
             return found, found.n_blocks
         part = self.files.folder / f"{key}-{depth:02}-blocks.part"
         with ExitStack() as stack:
-            processes.in_main(stack.enter_context, self.files.turn(part, self.console))
+            processes.in_main(stack.enter_context, self.files.locked(part, self.console))
             found = self.read(classifier, messages, key, found)  # what another run has written meanwhile
             states = found if found.n_blocks == depth else self.write(classifier, found, part)
             return states, found.n_blocks
 
     def read(self, classifier, messages, key, known):
-        """The deepest States in the folder, if that is not the file of `known`, and if one pass computed anew is equal.
+        """The States of the deepest file in the folder; `known`, if they are of this file or there is none.
 
-        If it is not, or if a process cannot read the file, a warning and the messages alone.
+        A file is used only if one pass, computed anew, is equal to the bit; else a warning and the messages alone.
         """
         path = processes.in_main(self.files.deepest, key, classifier.n_full_blocks)
         if path in (None, known.path):
@@ -265,7 +262,7 @@ class FrozenFeatures:
         with processes.agreed():
             part.stat()  # all see the folder of process 0
         outs = dict(zip(states.messages, rows.split([len(one.x) for one in states.messages.values()])))
-        self.run(classifier, states.messages, lambda batch: classifier.run_blocks(batch, depth), outs)
+        self.compute(classifier, states.messages, lambda batch: classifier.run_blocks(batch, depth), outs)
         del rows, outs  # a file that is mapped cannot be renamed everywhere
         with processes.agreed():
             self.weights.require_unchanged()
@@ -273,7 +270,7 @@ class FrozenFeatures:
         with processes.agreed():
             return self.files.open(path, states.messages)
 
-    def run(self, classifier, messages, compute, outs):
+    def compute(self, classifier, messages, compute, outs):
         """`compute_features` for each split; `outs` is {split: out}."""
         with self.console.progress("features", sum(map(len, messages.values())), "message") as bar:
             return {

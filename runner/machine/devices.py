@@ -52,8 +52,8 @@ def own_device(kind):
 
 def describe_devices(device):
     """The devices of all processes, which are alike: `2 × NVIDIA A100-SXM4-40GB`, or one's name alone."""
-    n_processes = processes.world_size()
-    return f"{n_processes} × {describe_device(device)}" if n_processes > 1 else describe_device(device)
+    n = processes.world_size()
+    return f"{n} × " * (n > 1) + describe_device(device)
 
 
 def describe_device(device):
@@ -127,12 +127,12 @@ def release_memory(device):
 
 
 def free_memory(device):
-    """Bytes that can still be allocated on `device`."""
+    """Bytes that this process can still allocate on `device`: the processes of a host share its main memory."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if device.type == "mps":
         return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
-    return min([psutil.virtual_memory().available, *free_in_control_groups()])
+    return min([psutil.virtual_memory().available, *free_in_control_groups()]) // processes.local_world_size()
 
 
 def free_in_control_groups(groups=Path("/proc/self/cgroup"), root=Path("/sys/fs/cgroup")):

@@ -77,9 +77,10 @@ def curves(history):
     if len(history.steps) < 2:
         return ""
     losses, last = dict(training=history.train_losses, validation=history.val_losses), history.steps[-1]
-    drawn, top = "", max(map(max, losses.values()))
-    for name, values in losses.items():
-        points = (f"{300 * step / last:.0f},{110 - 110 * loss / top:.0f}" for step, loss in zip(history.steps, values))
+    known = {name: [(x, y) for x, y in zip(history.steps, losses[name]) if not math.isnan(y)] for name in losses}
+    drawn, top = "", max((y for points in known.values() for _, y in points), default=0) or 1
+    for name, values in known.items():
+        points = (f"{300 * step / last:.0f},{110 - 110 * loss / top:.0f}" for step, loss in values)
         drawn += f'<polyline class="{name}" points="{" ".join(points)}"/>'
     drawn = f'<svg width="300" height="110" role="img" aria-label="Losses"><path d="M0 110h300"/>{drawn}</svg>'
     words = f"Loss, 0 to {top:.2f}, over {last:,} batches: training —, validation - -"

@@ -124,7 +124,7 @@ class Record:
 
 # --- what makes a run this run ---
 
-# The same run with any value of these gives the same numbers, or is told apart by the content of its files.
+# No part of a configuration: noted apart, without effect on a number, or known by the content of the files.
 FREE_OPTIONS = ("seed", "device", "precision", "features", "data_dir")
 
 

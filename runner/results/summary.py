@@ -107,11 +107,12 @@ MODEL = ("model_size", "weights")
 ROW_OPTIONS = {name for row in ROWS.values() for name in row.options} - {*MODEL}
 
 
-def place(options):
+def find_rows(options):
     """(numbers of rows, their options, options of their table) for a run's options.
 
-    A run is the row that leaves least to the table. A size or weights that the row does not have are the table's, and
-    then rows that differ in nothing else are one: at the nano size rows 6 to 8 are row 1.
+    Of the rows whose options a run has, it is the one that leaves the fewest options of rows to the table. Model size
+    and weights are the table's where they are not the row's; rows that differ in nothing else are then one: at the nano
+    size rows 6 to 8 are row 1.
     """
     found = defaultdict(list)
     for number, row in ROWS.items():
@@ -138,7 +139,7 @@ def summarize(records):
             baselines[first.data_sha256].append(Group(kept, first.name))
         else:
             precision = {} if first.precision == "fp32" else dict(precision=first.precision)
-            rows, of_rows, of_table = place(first.options | precision)
+            rows, of_rows, of_table = find_rows(first.options | precision)
             published = None if of_table else ROWS[rows[0]].test
             title = f"Rows with {describe_settings(of_table)}" if of_table else ""
             tables[title].append(Group(kept, describe_settings(of_rows), rows, published))

@@ -94,7 +94,7 @@ class Checkpoint:
     def __init__(self, options, identity=None, console=None):
         self.path, self.minutes, self.console = options.checkpoint, options.checkpoint_minutes, console
         self.identity = dict(identity or {}, format=FORMAT)
-        self.records, self.state, self.environment = [], None, {}
+        self.records, self.n_read, self.state, self.environment = [], 0, None, {}
         self.signal, self.saved_at = 0, time.monotonic()
 
     @contextmanager
@@ -137,17 +137,23 @@ class Checkpoint:
             if (theirs := identity.get(name)) != value:
                 raise UserError(f"{self.path} is of a run with {name} {theirs}, not {value}; delete it to start over")
         self.records, self.state, self.environment = content["records"], content["state"], content["environment"]
+        self.n_read = len(self.records)
+
+    @property
+    def has_state(self):
+        """Whether there is a state of the seed that comes next, and not of one before it."""
+        return self.state is not None and len(self.records) == self.n_read
 
     def note_environment(self, environment):
         """Note what may change the last digits, {name: value}; warn where a seed is resumed with other values."""
-        if self.state is not None and environment != self.environment:
+        if self.has_state and environment != self.environment:
             before, now = (", ".join(noted.values()) for noted in (self.environment, environment))
             self.console.warning(f"{self.path} is resumed with {now}; before: {before}; last digits may differ")
         self.environment = environment
 
     def restore(self, state):
         """Restore a TrainingState from the file. Returns whether there was one."""
-        if self.state is None:
+        if not self.has_state:
             return False
         state.load_state_dict(self.state)
         self.state = None
@@ -171,7 +177,7 @@ class Checkpoint:
                     if signal.getsignal(number) is not signal.SIG_IGN:
                         handlers.callback(signal.signal, number, signal.signal(number, note))
             yield
-        self.end_if(self.signal)  # it came while the last state was being saved
+        self.end_if(*processes.largest(self.signal))  # it came while the last state was being saved
 
     def end_if(self, number):
         """Raises Interrupted if there is a signal of this number."""
@@ -198,7 +204,8 @@ class Checkpoint:
         """
         content = dict(identity=self.identity, environment=self.environment, records=self.records)
         content["state"] = state.state_dict()
-        require_finite(content["state"]["parameters"], "parameter")
+        with processes.agreed():  # with shards only process 0 has them
+            require_finite(content["state"]["parameters"], "parameter")
         try:
             if processes.rank() == 0:
                 with atomic_write(self.path) as temporary, open(temporary, "wb") as file:

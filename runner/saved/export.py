@@ -66,19 +66,12 @@ def make_model(classifier, class_names):
     """
     from transformers import GPT2Config, GPT2ForSequenceClassification
 
-    cfg, names, head = classifier.gpt.cfg, [str(name) for name in class_names], classifier.out_head
-    if len(names) > cfg.emb_dim:
-        raise UserError(f"--export takes {cfg.emb_dim} classes at most, the width of the model; there are {len(names)}")
-    config = GPT2Config(
-        vocab_size=cfg.vocab_size,
-        n_positions=cfg.context_length,
-        n_embd=cfg.emb_dim,
-        n_layer=cfg.n_layers,
-        n_head=cfg.n_heads,
-        pad_token_id=50256,
-        id2label=dict(enumerate(names)),
-        label2id={name: number for number, name in enumerate(names)},
-    )
+    cfg, head, n_classes = classifier.gpt.cfg, classifier.out_head, len(class_names)
+    if n_classes > cfg.emb_dim:
+        raise UserError(f"--export takes {cfg.emb_dim} classes at most, the width of the model; there are {n_classes}")
+    sizes = dict(n_positions=cfg.context_length, n_embd=cfg.emb_dim, n_layer=cfg.n_layers, n_head=cfg.n_heads)
+    labels = dict(id2label=dict(enumerate(class_names)), label2id={name: n for n, name in enumerate(class_names)})
+    config = GPT2Config(vocab_size=cfg.vocab_size, pad_token_id=50256, **sizes, **labels)
     with torch.device("meta"):
         model = GPT2ForSequenceClassification(config)
     tensors = {f"transformer.{name}": tensor.contiguous() for name, tensor in gpt2_tensors(classifier.gpt).items()}
