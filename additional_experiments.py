@@ -13,7 +13,6 @@ The file reads in the order of a run: settings, tokens, classifier, training, ev
 In the shapes B is messages in a batch, T tokens in a message, D the embedding width, K classes.
 """
 
-import json
 import math
 import sys
 import time
@@ -52,7 +51,7 @@ from runner.results import records
 from runner.results.accuracy import Accuracy, Confusion, describe_test
 from runner.results.pictures import plot_histories
 from runner.results.records import History, Record
-from runner.results.table import print_row
+from runner.results.report import print_report, print_row
 from runner.saved import classifiers, export
 from runner.saved.checkpoints import Checkpoint, TrainingState, run_identity
 from runner.saved.classifiers import SavedClassifier, load_parameters
@@ -722,7 +721,7 @@ def run(experiment, options=RunOptions()):
                 console.info(f"\nRun {number + 1} of {options.repeats}, seed {of_seed.seed}")
             record = (options.skip_finished and find_record(run, of_seed)) or run_seed(run, of_seed)
             finished.append(record)
-            checkpoint.records.append(json.loads(json.dumps(record.to_dict())))  # plain types, of which nothing can run
+            checkpoint.add_record(record)
     print_row(finished, console)
     if options.plot:
         console.write_output("the picture", options.plot, plot_histories, finished, len(run.data.messages["train"]))
@@ -735,10 +734,10 @@ def run(experiment, options=RunOptions()):
 def find_record(run, experiment):
     """The Record of this very run, if it is in the folder of results; else None."""
     path = Path(run.options.results, f"{records.identify(experiment, run.data, run.weights, run.device)['run']}.json")
-    if not processes.from_main(path.exists()):
+    if not processes.in_main(path.exists):
         return None
     run.console.info(f"Finished before: {path}")
-    return records.read_record(path)
+    return processes.in_main(records.read_record, path)
 
 
 def run_seed(run, experiment):
@@ -885,11 +884,9 @@ def execute(argv):
         with processes.agreed():
             experiment, options, given = parse_args(argv)
         if options.report is not None:
-            from runner.results.report import print_report  # slow to import, as are the baselines
-
             print_report(options)
         elif options.baseline:
-            from runner.results.baseline import run_baselines
+            from runner.results.baseline import run_baselines  # slow to import
 
             run_baselines(experiment, options)
         elif options.load_model is not None:

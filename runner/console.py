@@ -83,25 +83,17 @@ def describe_data(name, splits):
 
 def describe_setup(experiment, data, device):
     """Device, data and tokens of a run: three lines, known before its weights are there."""
-    return "\n".join(
-        [
-            f"Device: {describe_devices(device)}; Python {platform.python_version()}, PyTorch {torch.__version__}, "
-            f"tiktoken {tiktoken.__version__}",
-            describe_data(data.name, data.messages),
-            f"Tokens per message: {data.longest} at most, {'not padded' if experiment.no_padding else 'padded'}",
-        ]
-    )
+    versions = f"Python {platform.python_version()}, PyTorch {torch.__version__}, tiktoken {tiktoken.__version__}"
+    tokens = f"Tokens per message: {data.longest} at most, {'not padded' if experiment.no_padding else 'padded'}"
+    return f"Device: {describe_devices(device)}; {versions}\n{describe_data(data.name, data.messages)}\n{tokens}"
 
 
 def describe_model(experiment, classifier):
     """Model, weights and numbers of parameters: one line."""
-    n_trained, n_frozen = (
-        sum(p.numel() for p in classifier.parameters() if p.requires_grad == trained) for trained in (True, False)
-    )
-    return (
-        f"Model: {experiment.model_size}, weights: {experiment.weights}, trained: {experiment.trainable_layers}; "
-        f"{n_trained:,} trainable and {n_frozen:,} frozen parameters"
-    )
+    n_trained = sum(p.numel() for p in classifier.parameters() if p.requires_grad)
+    n_frozen = sum(p.numel() for p in classifier.parameters()) - n_trained
+    words = f"Model: {experiment.model_size}, weights: {experiment.weights}, trained: {experiment.trainable_layers}"
+    return f"{words}; {n_trained:,} trainable and {n_frozen:,} frozen parameters"
 
 
 # What PyTorch's errors say that are no faults of the program, and what to tell the user.

@@ -238,6 +238,15 @@ def test_what_one_finds_ends_all(long_options, tmp_path):
     assert out.endswith("error: --checkpoint run.ckpt: not all hosts have the same file there\n")
 
 
+def test_a_finished_run_is_skipped_by_all(options, tmp_path):
+    """Its record is in the folder of process 0 alone."""
+    here, elsewhere = folders(tmp_path, "here", "elsewhere")
+    options = [*options, "--trainable_layers", "last_layer", "--batch_size", "8", "--skip_finished"]
+    finish_together(2, here, main, options)
+    statuses, out = end_together(here, main, options, elsewhere)
+    assert statuses == [0, 0] and out.count("Finished before: ") == 1
+
+
 def main_with_a_last_fault(fault, options):
     """A run in which, as its last state is saved, process 1 gets a signal, or parameters are not finite."""
     save = checkpoints.Checkpoint.save

@@ -6,7 +6,7 @@ from helpers import made_up_confusion, made_up_record
 
 from additional_experiments import parse_args
 from runner.console import Console
-from runner.results.table import print_row, row_cells
+from runner.results.report import print_row, row_cells
 from runner.rows import ROWS
 from runner.wording import changed_options, describe_settings, markdown_table
 

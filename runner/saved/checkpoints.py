@@ -1,5 +1,6 @@
 """Interrupted runs: the state of training, the file that keeps it, and the signals that end a run."""
 
+import json
 import signal
 import threading
 import time
@@ -94,7 +95,7 @@ class Checkpoint:
     def __init__(self, options, identity=None, console=None):
         self.path, self.minutes, self.console = options.checkpoint, options.checkpoint_minutes, console
         self.identity = dict(identity or {}, format=FORMAT)
-        self.records, self.n_read, self.state, self.environment = [], 0, None, {}
+        self.records, self.state, self.environment = [], None, {}
         self.signal, self.saved_at = 0, time.monotonic()
 
     @contextmanager
@@ -137,23 +138,22 @@ class Checkpoint:
             if (theirs := identity.get(name)) != value:
                 raise UserError(f"{self.path} is of a run with {name} {theirs}, not {value}; delete it to start over")
         self.records, self.state, self.environment = content["records"], content["state"], content["environment"]
-        self.n_read = len(self.records)
 
-    @property
-    def has_state(self):
-        """Whether there is a state of the seed that comes next, and not of one before it."""
-        return self.state is not None and len(self.records) == self.n_read
+    def add_record(self, record):
+        """Note the Record of a finished seed, as plain types, of which nothing can run; a state is of the next seed."""
+        self.records.append(json.loads(json.dumps(record.to_dict())))
+        self.state = None
 
     def note_environment(self, environment):
         """Note what may change the last digits, {name: value}; warn where a seed is resumed with other values."""
-        if self.has_state and environment != self.environment:
+        if self.state is not None and environment != self.environment:
             before, now = (", ".join(noted.values()) for noted in (self.environment, environment))
             self.console.warning(f"{self.path} is resumed with {now}; before: {before}; last digits may differ")
         self.environment = environment
 
     def restore(self, state):
         """Restore a TrainingState from the file. Returns whether there was one."""
-        if not self.has_state:
+        if self.state is None:
             return False
         state.load_state_dict(self.state)
         self.state = None
