@@ -241,14 +241,17 @@ def test_a_weights_file_gives_the_numbers_of_the_same_weights_drawn(nano, capsys
     for name, parameter in build_classifier(parse(*options), 2).gpt.named_parameters():
         value = parameter.detach().T if parameter.ndim == 2 and "trf_blocks" in name else parameter.detach()
         tensors.setdefault(checkpoint_name(name), []).append(value)  # those of query, key and value are one
-    save_file({name: torch.cat(parts, dim=-1) for name, parts in tensors.items()}, "drawn.safetensors")
+    tensors = {name: torch.cat(parts, dim=-1) for name, parts in tensors.items()}
+    save_file(tensors, "drawn.safetensors")
+    save_file({name: tensor * 2 for name, tensor in tensors.items()}, "other.safetensors")
 
-    [expected] = ae.run(parse(*options))
-    options[options.index("random")] = "drawn.safetensors"
-    [record] = ae.run(parse(*options))
-    assert record.history.train_losses == pytest.approx(expected.history.train_losses, abs=1e-5)
-    assert (record.train, record.test) == (expected.train, expected.test)
-    assert "weights: drawn.safetensors" in capsys.readouterr().out
+    found = {}
+    for weights in ("random", "drawn.safetensors", "other.safetensors"):
+        [found[weights]] = ae.run(parse(*options, "--weights", weights))
+        assert f"weights: {weights}" in capsys.readouterr().out
+    drawn, of_file, of_other = (record.history.train_losses for record in found.values())
+    assert of_file == pytest.approx(drawn, abs=1e-5) != of_other
+    assert found["drawn.safetensors"].test == found["random"].test
 
 
 def test_importing_does_nothing():
