@@ -126,13 +126,17 @@ def run_launched(launched, folder, function, arguments):
     sys.exit(function(*arguments))
 
 
-def finish_together(*arguments):
-    """`start_together`, and what they have written when all have ended; their exit status must be 0."""
-    started = start_together(*arguments)
+def end_together(started, folder):
+    """The exit statuses of processes that were started together, and what they have written in `folder`."""
     for process in started:
         process.join()
-    out = (arguments[1] / "out.txt").read_text()
-    assert [process.exitcode for process in started] == [0] * len(started), out
+    return [process.exitcode for process in started], (folder / "out.txt").read_text()
+
+
+def finish_together(n, folder, *arguments):
+    """`start_together`, and what the processes have written when all have ended; their exit status must be 0."""
+    statuses, out = end_together(start_together(n, folder, *arguments), folder)
+    assert statuses == [0] * n, out
     return out
 
 
