@@ -25,13 +25,11 @@ from runner.saved.checkpoints import FORMAT, SIGNALS
 
 CONFIGURATIONS = {
     "last_block": "",
-    "last_layer": "--trainable_layers last_layer --average_embeddings",
     "all": "--trainable_layers all --trainable_token_pos flexible",
     "lora": "--trainable_layers lora --precision bf16",
     "repeats": "--repeats 2",
     "accumulation": "--accumulation_steps 8",
     "accumulation, all": "--accumulation_steps 3 --trainable_layers all",
-    "no padding": "--no_padding --trainable_layers last_two_blocks",
 }
 NEEDS_POSIX = pytest.mark.skipif(sys.platform == "win32", reason="Windows has neither these signals nor SIGKILL")
 RESUMES = "interrupted; the same command resumes from run.ckpt\n"
@@ -82,10 +80,7 @@ def finish(folder, options):
 
 
 @NEEDS_POSIX
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=[pytest.mark.slow] * (number % 2)) for number, name in enumerate(CONFIGURATIONS)],
-)
+@pytest.mark.parametrize("name", ["last_block", "all", "repeats", "accumulation, all"])
 def test_killed_at_random_moments(options, tmp_path, name):
     """A random moment, perhaps before there is a checkpoint, and just after the first, when its lock is still there."""
     options = [*options, *CONFIGURATIONS[name].split(), "--checkpoint", "run.ckpt", "--checkpoint_minutes", "0.002"]
@@ -157,14 +152,11 @@ def test_a_second_signal_ends_at_once(options, monkeypatch, capfd):
 
 
 @NEEDS_POSIX
-def test_an_ignored_signal_stays_ignored(options, monkeypatch):
+def test_an_ignored_signal_stays_ignored_and_another_thread_handles_none(options, monkeypatch):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     interrupt_at(monkeypatch, ae, "accumulate_gradients", 3, signal.SIGHUP)
     assert ae.main([*options, "--checkpoint", "run.ckpt"]) == 0
     assert signal.signal(signal.SIGHUP, before) is signal.SIG_IGN
-
-
-def test_a_run_in_another_thread_handles_no_signals(options):
     with ThreadPoolExecutor() as pool:
         assert pool.submit(ae.main, [*options, "--checkpoint", "run.ckpt"]).result() == 0
 

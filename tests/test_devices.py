@@ -162,11 +162,8 @@ def test_features_in_each_placement(tiny_size, data_dir, monkeypatch, capsys, ki
 
 @pytest.mark.parametrize("layers, copies", [("last_block", 5), ("all", 4)])
 def test_what_an_update_waits_for(tiny_size, data_dir, monkeypatch, layers, copies):
-    """Each copy to the device and each question for a value costs an accelerator more than the arithmetic.
-
-    To the device go x, positions, labels and weights, and of standardized features the indices of the residual; the one
-    question is whether the loss is finite.
-    """
+    """To the device go x, positions, labels, weights, and of standardized features the indices of the residual; the one
+    question is whether the loss is finite."""
     in_updates, accumulate_gradients = Counter(), ae.accumulate_gradients
     with pretended_device(monkeypatch, "cuda") as counts:
 

@@ -49,12 +49,12 @@ RUNS = {
 
 
 def make_tiny():
-    """Set what the tests of this file need, here or in another process: losses are printed every other batch."""
+    """Set what the tests of this file need in another process: losses are printed every other batch."""
     GPT_SIZES[TINY], ae.EVALUATE_EVERY, features.MIN_SECONDS = TINY_SIZE, 2, 0
     processes.TIMEOUT = timedelta(minutes=1)
 
 
-def results(data_dir, weights, shard=False, names=(*CONFIGURATIONS, *RUNS)):
+def results(data_dir, weights, shard, names):
     """{configuration: what its runs have found}, at the tiny size."""
     base = dict(model_size=TINY, device="cpu", data_dir=str(data_dir), weights="random", learning_rate=5e-4)
     base |= dict(num_epochs=1)
@@ -81,32 +81,29 @@ def results(data_dir, weights, shard=False, names=(*CONFIGURATIONS, *RUNS)):
 def write_results(data_dir, weights):
     make_tiny()
     with processes.process_group():
-        for shard in (False, True):
-            names = SHARDED if shard else (*CONFIGURATIONS, *RUNS)
-            found = results(data_dir, weights, shard, names)
+        for shard in (False, True)[: processes.world_size()]:
+            found = results(data_dir, weights, shard, SHARDED if shard else (*CONFIGURATIONS, *RUNS))
             if processes.rank() == 0:
                 Path(f"{shard}.json").write_text(json.dumps(found))
 
 
-@pytest.fixture
-def tiny(monkeypatch):
-    """What `make_tiny` sets, until the end of the test."""
-    monkeypatch.setitem(GPT_SIZES, TINY, TINY_SIZE)
-    monkeypatch.setattr(ae, "EVALUATE_EVERY", 2)
-    monkeypatch.setattr(features, "MIN_SECONDS", 0)
-    monkeypatch.setattr(processes, "TIMEOUT", processes.TIMEOUT)
-    make_tiny()
+def folders(tmp_path, *names):
+    for name in names:
+        (tmp_path / name).mkdir()
+        yield tmp_path / name
 
 
 @pytest.mark.parametrize("n", [2, pytest.param(3, marks=pytest.mark.slow)])
-def test_the_numbers_are_those_of_one_process(data_dir, tmp_path, tiny, n):
-    tiny_weights = save_random_weights(tmp_path, emb_dim=16)
-    of_one_process = results(data_dir, tiny_weights)
-    out = finish_together(n, tmp_path, write_results, data_dir, tiny_weights)
+def test_the_numbers_are_those_of_one_process(data_dir, tmp_path, n):
+    alone, together = folders(tmp_path, "alone", "together")
+    weights = save_random_weights(tmp_path, emb_dim=16)
+    finish_together(1, alone, write_results, data_dir, weights)
+    of_one_process = json.loads((alone / "False.json").read_text())
+    out = finish_together(n, together, write_results, data_dir, weights)
     assert out.count("and kept in features/") == out.count("read from features/") == 2  # printed by one process
     assert f"{n} × CPU, 1 thread" in out
     for shard in (False, True):
-        found = json.loads((tmp_path / f"{shard}.json").read_text())
+        found = json.loads((together / f"{shard}.json").read_text())
         assert found.keys() == (set(SHARDED) if shard else of_one_process.keys())
         for name, runs in found.items():
             for run, expected in zip(runs, of_one_process[name], strict=True):
@@ -142,14 +139,8 @@ def long_options(options):
     return [*options, "--num_epochs", "5", "--batch_size", "8", "--checkpoint", "run.ckpt"]
 
 
-def folders(tmp_path, *names):
-    for name in names:
-        (tmp_path / name).mkdir()
-        yield tmp_path / name
-
-
 @pytest.mark.parametrize("name", ENDINGS)
-def test_ended_together_and_resumed(long_options, tmp_path, tiny, monkeypatch, name):
+def test_ended_together_and_resumed(long_options, tmp_path, name):
     """At a random moment of training, by a signal to one of them. Resumed by as many, by one, and sharded by three."""
     number, own = ENDINGS[name]
     options = [*long_options, *own.split()]
@@ -172,9 +163,7 @@ def test_ended_together_and_resumed(long_options, tmp_path, tiny, monkeypatch, n
         shutil.copy(ended / "run.ckpt", folder)
     assert "Resuming from run.ckpt after" in finish_together(2, ended, main, options)
     assert records_in(ended / "results") == records_in(whole / "results")
-    monkeypatch.chdir(by_one)
-    monkeypatch.setattr(ae, "EVALUATE_EVERY", 5)
-    assert ae.main([option for option in options if option != "--shard"]) == 0
+    finish_together(1, by_one, main, [option for option in options if option != "--shard"])
     if name == "sharded":
         finish_together(3, by_three, main, options)
     for folder in (by_one, by_three) if name == "sharded" else (by_one,):

@@ -26,7 +26,6 @@ PREDICT_BATCHES = ae.predict_batches
     [
         "last_layer --trainable_token_pos flexible",
         "last_block --precision bf16 --average_embeddings",
-        "last_two_blocks --trainable_token_pos first",
         "all --disable_causal_mask --context_length 9",
         "lora --no_padding",
         "lora_alternative --average_embeddings --no_padding",
