@@ -6,7 +6,7 @@ end. The fast path runs whole, or, with --fast_steps N, is extrapolated from N t
 messages and their evaluation. What is extrapolated is marked with ~.
 
 Beside each time stands the machine's own peak in matrix products of float32 (with bf16: bfloat16), measured just
-before. No number of this file is asserted by a test.
+before.
 
 With --sitting, whole commands run one after the other, each row without a cache of frozen features and with one that
 is empty at first, and the first row with it once more at the end.
@@ -40,7 +40,15 @@ from runner.machine.devices import resolve_device, set_precision
 from runner.saved.checkpoints import Checkpoint
 from runner.saved.classifiers import SavedClassifier
 
-PLAIN_STEPS, PLAIN_EVALUATIONS = 3, 4
+QUIET = Console(quiet=True)
+
+
+def options_of(arguments):
+    """The options of the program that are the same for every row."""
+    names = ("device", "precision", "features", "dataset" if arguments.dataset == "sample" else "data_dir")
+    options = [f"--{name}={getattr(arguments, name)}" for name in names]
+    options += [f"--model_size={arguments.model_size}"] if arguments.model_size else []
+    return [*options, *arguments.options.split(), "--weights=random"]
 
 
 def synchronize(device):
@@ -80,7 +88,6 @@ def time_plain(classifier, experiment, token_lists, max_tokens, messages, device
     optimizer = torch.optim.AdamW([p for p in classifier.parameters() if p.requires_grad], lr=5e-5, weight_decay=0.1)
     predicted, _, steps = counts(experiment, messages)
     B = experiment.batch_size
-    n_steps = PLAIN_STEPS if B > 1 else 8 * PLAIN_STEPS  # single messages differ in length, so more of them
     labels = messages["train"].labels.to(device)
     order = torch.randperm(len(token_lists), generator=torch.Generator().manual_seed(1)).tolist()
 
@@ -94,40 +101,26 @@ def time_plain(classifier, experiment, token_lists, max_tokens, messages, device
             optimizer.step()
             optimizer.zero_grad()
 
-    @torch.no_grad()
-    def predict(step):
-        logits(step)
+    def seconds_each(function):
+        function(0)
+        n = 4 if B > 1 else 32  # single messages differ in length, so more of them
+        return sum(seconds(device, function, 1 + step) for step in range(n)) / n
 
-    train_step(0), predict(0)
-    per_step = sum(seconds(device, train_step, 1 + step) for step in range(n_steps)) / n_steps
-    n_evaluations = PLAIN_EVALUATIONS if B > 1 else 8 * PLAIN_EVALUATIONS
-    per_batch = sum(seconds(device, predict, 1 + step) for step in range(n_evaluations)) / n_evaluations
-    return per_step * steps + per_batch * predicted / B
-
-
-class StandardError(Console):
-    """Shows the progress of the fast path, but leaves standard output to the table."""
-
-    def print(self, line):
-        print(f"    {line}", file=sys.stderr, flush=True)
-
-
-def compute_features(classifier, messages, experiment, console):
-    """The frozen features, which an earlier run has not kept."""
-    frozen = FrozenFeatures(
-        experiment, ae.RunOptions(feature_cache=""), Weights(experiment.model_size, "random"), console
-    )
-    return frozen.of(classifier, messages, experiment.seed)
+    return seconds_each(train_step) * steps + seconds_each(torch.no_grad()(logits)) * predicted / B
 
 
 def time_fast(classifier, experiment, messages, fast_steps):
     """Seconds of a whole fast run: all of it, or extrapolated from `fast_steps` training steps and their messages."""
-    device, console = classifier.device, StandardError()
+    device, checkpoint = classifier.device, Checkpoint(ae.RunOptions())
+    weights = Weights(experiment.model_size, "random")
+
+    def compute_features(messages):
+        frozen = FrozenFeatures(experiment, ae.RunOptions(feature_cache=""), weights, QUIET)
+        return frozen.of(classifier, messages, experiment.seed)
 
     def whole_run():
-        inputs = compute_features(classifier, messages, experiment, console)
         state = ae.make_training_state(classifier, experiment)
-        ae.fine_tune(classifier, inputs, experiment, state, Checkpoint(ae.RunOptions()), console)
+        ae.fine_tune(classifier, compute_features(messages), experiment, state, checkpoint, QUIET)
 
     if fast_steps is None:
         return seconds(device, whole_run)
@@ -136,18 +129,15 @@ def time_fast(classifier, experiment, messages, fast_steps):
     n = fast_steps * experiment.batch_size
     part = {split: whole.select(torch.arange(n if split == "train" else 1)) for split, whole in messages.items()}
     tokens = [sum(int(split.lengths.sum()) for split in splits.values()) for splits in (messages, part)]
-    synchronize(device)
-    start = time.perf_counter()
-    part = compute_features(classifier, part, experiment, console)
-    synchronize(device)
-    feature_seconds = (time.perf_counter() - start) * tokens[0] / tokens[1] if classifier.n_frozen_blocks else 0.0
+    feature_seconds = seconds(device, lambda: part.update(compute_features(part))) * tokens[0] / tokens[1]
+    feature_seconds *= classifier.n_frozen_blocks > 0
 
-    everything = torch.arange(len(part["train"]))
+    everything = torch.arange(n)
     ae.predict(classifier, part["train"], everything)
     per_message = seconds(device, ae.predict, classifier, part["train"], everything) / n
     one_epoch = replace(experiment, num_epochs=1)
     state = ae.make_training_state(classifier, one_epoch)
-    training = seconds(device, ae.train, classifier, part, one_epoch, state, Checkpoint(ae.RunOptions()), console)
+    training = seconds(device, ae.train, classifier, part, one_epoch, state, checkpoint, QUIET)
     evaluated = 2 * (min(n, ae.EVALUATE_BATCHES * experiment.batch_size) + 1)  # at step 0 and after the epoch
     evaluated += fast_steps // ae.EVALUATE_EVERY * evaluated // 2
     return feature_seconds + (training - evaluated * per_message) / fast_steps * steps + per_message * predicted
@@ -155,14 +145,7 @@ def time_fast(classifier, experiment, messages, fast_steps):
 
 def measure(number, arguments):
     """Print the line of a row: seconds of the plain and of the fast path."""
-    options = ["--row", str(number), "--weights", "random", "--features", arguments.features]
-    options += ["--device", arguments.device, "--precision", arguments.precision, "--data_dir", arguments.data_dir]
-    if arguments.model_size:
-        options += ["--model_size", arguments.model_size]
-    options += arguments.options.split()
-    experiment, *_ = ae.parse_args(options)
-    if arguments.dataset == "sample":
-        experiment = replace(experiment, dataset="sample")
+    experiment, *_ = ae.parse_args([f"--row={number}", *options_of(arguments)])
     device, _ = resolve_device(experiment.device)
     set_precision(experiment.precision, device)
     splits, _ = datasets.load_splits(experiment.data_dir, experiment.dataset)
@@ -173,14 +156,10 @@ def measure(number, arguments):
     peak = product_peak(device, experiment.precision)
     classifier = ae.build_classifier(experiment, n_classes=2).to(device)
     slow = time_plain(classifier, replace(experiment, precision="fp32"), token_lists, max_tokens, messages, device)
-    classifier = ae.build_classifier(experiment, n_classes=2).to(device)
-    ae.optimize_frozen_blocks(classifier)
+    classifier = ae.optimize_frozen_blocks(ae.build_classifier(experiment, n_classes=2).to(device))
     fast, about = time_fast(classifier, experiment, messages, arguments.fast_steps), "~" * bool(arguments.fast_steps)
-    print(
-        f"| {number} | {experiment.model_size}, {experiment.precision} | ~{slow:.0f} | {about}{fast:.0f} "
-        f"| {slow / fast:.2f} | {peak / 1e9:.0f} |",
-        flush=True,
-    )
+    figures = f"~{slow:.0f} | {about}{fast:.0f} | {slow / fast:.2f} | {peak / 1e9:.0f}"
+    print(f"| {number} | {experiment.model_size}, {experiment.precision} | {figures} |", flush=True)
 
 
 # --- a trained classifier ---
@@ -190,10 +169,8 @@ def classify(arguments):
     """Print the messages a second of this program and of transformers."""
     from transformers import pipeline
 
-    options = ["--trainable_token_pos=flexible", "--weights=random", f"--data_dir={arguments.data_dir}"]
-    options += [f"--model_size={arguments.model_size}"] if arguments.model_size else []
-    experiment, *_ = ae.parse_args([*options, f"--device={arguments.device}", *arguments.options.split()])
-    splits, _ = datasets.load_splits(experiment.data_dir, arguments.dataset)
+    experiment, *_ = ae.parse_args(["--trainable_token_pos=flexible", *options_of(arguments)])
+    splits, _ = datasets.load_splits(experiment.data_dir, experiment.dataset)
     texts = [text for frame in splits.values() for text in frame["Text"]]
     experiment = replace(experiment, context_length=120)
     device, _ = resolve_device(experiment.device)
@@ -207,10 +184,11 @@ def classify(arguments):
         ae.export_classifier(f"{folder}/out", classifier, saved)
         ae.optimize_frozen_blocks(classifier.to(device)).eval()
         peak = product_peak(device, "fp32")
-        start, logits = time.perf_counter(), []
-        for first in range(0, len(texts), 1000):
-            logits.append(ae.predict_texts(classifier, experiment, texts[first : first + 1000]))
-        found = torch.cat(logits).argmax(-1).tolist()
+        pieces = [texts[first : first + 1000] for first in range(0, len(texts), 1000)]
+        start = time.perf_counter()
+        found = [
+            label for piece in pieces for label in ae.predict_texts(classifier, experiment, piece).argmax(-1).tolist()
+        ]
         ours = len(texts) / (time.perf_counter() - start)
         print(f"| this program | {ours:.1f} | {peak / 1e9:.0f} |", flush=True)
 
@@ -229,9 +207,6 @@ def classify(arguments):
 
 def sitting(rows, arguments):
     """Print the seconds of whole commands without and with a cache, and what became of the frozen features."""
-    given = [f"--{name}={getattr(arguments, name)}" for name in ("device", "precision", "data_dir", "features")]
-    given += [f"--model_size={arguments.model_size}"] if arguments.model_size else []
-    given += [*arguments.options.split(), "--weights=random", "--results="]
     print("| row | without s | with s | peak GFLOP/s | |\n| --- | --- | --- | --- | --- |")
     totals = [0.0, 0.0]
     with tempfile.TemporaryDirectory() as cache:
@@ -240,7 +215,8 @@ def sitting(rows, arguments):
             taken = []
             for folder in caches:
                 start = time.perf_counter()
-                command = [sys.executable, ae.__file__, f"--row={number}", f"--feature_cache={folder}", *given]
+                command = [sys.executable, ae.__file__, f"--row={number}", *options_of(arguments), "--results="]
+                command += [f"--feature_cache={folder}"]
                 out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
                 taken.append(time.perf_counter() - start)
             told = re.search(r"tokens, (.*)", out)[1].replace(f"{cache}/", "")

@@ -32,14 +32,8 @@ def encoded(experiment):
 
 
 def train_quietly(classifier, messages, experiment):
-    ae.train(
-        classifier,
-        messages,
-        experiment,
-        ae.make_training_state(classifier, experiment),
-        Checkpoint(RunOptions()),
-        QUIET,
-    )
+    state = ae.make_training_state(classifier, experiment)
+    ae.train(classifier, messages, experiment, state, Checkpoint(RunOptions()), QUIET)
 
 
 def records_in(folder="results"):
@@ -103,7 +97,10 @@ def processes():
 
 
 def start_together(n, folder, function, *arguments):
-    """Start `n` processes as torchrun does, each with function(*arguments), in `folder`, where they write out.txt."""
+    """Start `n` processes as torchrun does, each with function(*arguments), in `folder`, where they write out.txt.
+
+    A single one starts as without torchrun.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -111,6 +108,7 @@ def start_together(n, folder, function, *arguments):
     for number in range(n):
         launched = dict(TORCHELASTIC_RUN_ID="test", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
         launched |= dict(RANK=number, WORLD_SIZE=n, LOCAL_RANK=number, LOCAL_WORLD_SIZE=n)
+        launched = launched if n > 1 else {}
         started.append(processes().Process(target=run_launched, args=(launched, folder, function, arguments)))
         started[-1].start()
     return started
@@ -126,13 +124,17 @@ def run_launched(launched, folder, function, arguments):
     sys.exit(function(*arguments))
 
 
-def finish_together(*arguments):
-    """`start_together`, and what they have written when all have ended; their exit status must be 0."""
-    started = start_together(*arguments)
+def end_together(started, folder):
+    """The exit statuses of processes that were started together, and what they have written in `folder`."""
     for process in started:
         process.join()
-    out = (arguments[1] / "out.txt").read_text()
-    assert [process.exitcode for process in started] == [0] * len(started), out
+    return [process.exitcode for process in started], (folder / "out.txt").read_text()
+
+
+def finish_together(n, folder, *arguments):
+    """`start_together`, and what the processes have written when all have ended; their exit status must be 0."""
+    statuses, out = end_together(start_together(n, folder, *arguments), folder)
+    assert statuses == [0] * n, out
     return out
 
 

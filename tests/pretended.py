@@ -1,10 +1,9 @@
 """Devices and systems that are not at hand, pretended.
 
-An accelerator: tensors that say `mps` or `cuda` and hold their values on the CPU.
-
-It computes what the CPU does, and is as strict as an accelerator: a computation with tensors of both devices raises, as
-does a float64 on `mps` (with PyTorch's own message). What an accelerator has to wait for is counted: copies from and to
-it, and questions for a value. A fault can be planted: `falsify(name, args, result)` sees what each operation gave.
+An accelerator is tensors that say `mps` or `cuda` and hold their values on the CPU. It computes what the CPU does, and
+is as strict as an accelerator: a computation with tensors of both devices raises, as does a float64 on `mps` (with
+PyTorch's own message). What it has to wait for is counted: copies from and to it, and questions for a value. A fault
+can be planted: `falsify(name, args, result)` sees what each operation gave.
 """
 
 import errno
@@ -43,18 +42,12 @@ class PretendedTensor(torch.Tensor):
         tensor.inner = inner
         return tensor
 
-    @property
-    def device(self):
-        return torch.device(self.kind)
-
-    @property
-    def data(self):
-        return torch.Tensor.data.__get__(self)
-
-    @data.setter
-    def data(self, value):
+    def set_data(self, value):
         torch.Tensor.data.__set__(self, value)
         self.inner = value.inner
+
+    device = property(lambda self: torch.device(self.kind))
+    data = property(torch.Tensor.data.__get__, set_data)
 
     def cpu(self):
         return self.to("cpu")
@@ -68,9 +61,6 @@ class PretendedTensor(torch.Tensor):
 
     def __reduce_ex__(self, protocol):
         return self.inner.__reduce_ex__(protocol)  # in a file it is read for the CPU
-
-    def __repr__(self):
-        return f"PretendedTensor({self.inner})"
 
     @classmethod
     def __torch_dispatch__(cls, function, types, args=(), kwargs=None):

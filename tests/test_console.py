@@ -1,22 +1,20 @@
 """What is printed, and what becomes of errors: exit status, closed streams."""
 
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-import additional_experiments
+import additional_experiments as ae
 from runner.console import Console, exit_status
 from runner.files import NonFiniteError, UserError
-
-SCRIPT = Path(additional_experiments.__file__)
 
 
 @pytest.mark.parametrize(
     "error, status, message",
     [
-        (UserError("a"), 2, "error: a\n"),
         (UserError("a"), 2, "error: a\n"),
         (UserError("a", status=1), 1, "error: a\n"),
         (NonFiniteError("a"), 1, "error: a\n"),
@@ -33,8 +31,8 @@ def test_errors_become_a_line_and_an_exit_status(capsys, error, status, message)
 
 
 def test_errors_of_the_program_are_raised():
-    with pytest.raises(RuntimeError, match="shape"):
-        exit_status(lambda: (_ for _ in ()).throw(RuntimeError("shape")))
+    with pytest.raises(ZeroDivisionError):
+        exit_status(lambda: 1 / 0)
 
 
 def test_a_quiet_console_prints_results_and_warnings(capsys):
@@ -47,20 +45,9 @@ def test_a_quiet_console_prints_results_and_warnings(capsys):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a POSIX shell")
-@pytest.mark.parametrize(
-    "closed", ["<&- >&- 2>&-", *(pytest.param(one, marks=pytest.mark.slow) for one in ("<&-", ">&-", "2>&-"))]
-)
-def test_closed_streams(nano, tmp_path, closed):
-    command = [sys.executable, SCRIPT, *nano, "--trainable_layers", "last_layer"]
-    script = " ".join(f"'{word}'" for word in command)
-    run = subprocess.run(["sh", "-c", f"{script} {closed}"], cwd=tmp_path, capture_output=True, text=True)
-    assert run.returncode == 0 and "Traceback" not in run.stderr
-    assert len(list((tmp_path / "results").iterdir())) == 1
-    assert ("Test accuracy" in run.stdout) == (" >&-" not in f" {closed}")
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="needs a POSIX shell")
-def test_errors_with_closed_streams(tmp_path):
-    for options, status in (("--no_such_option", 2), ("--report missing.csv", 2)):
-        run = subprocess.run(["sh", "-c", f"'{sys.executable}' '{SCRIPT}' {options} >&- 2>&-"], cwd=tmp_path)
+def test_closed_streams(nano):
+    for options, status in ((nano, 0), (["--no_such_option"], 2)):
+        command = shlex.join([sys.executable, ae.__file__, *options])
+        run = subprocess.run(["sh", "-c", f"{command} <&- >&- 2>&-"])
         assert run.returncode == status
+    assert len(list(Path("results").iterdir())) == 1

@@ -26,47 +26,39 @@ from runner.machine import devices
 from runner.results.records import read_records
 from runner.rows import ROWS
 
-KINDS = ["mps", "cuda"]
-
-
 # --- which device ---
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-@pytest.mark.parametrize(
-    "kind, reason",  # of CUDA that of a CPU build, that of a CUDA build
-    [("cuda", "Torch not compiled with CUDA enabled|Found no NVIDIA driver.*"), ("mps", "Could not run .*")],
-)
-def test_a_device_that_is_not_there(capsys, kind, reason):
+@pytest.mark.parametrize("kind", ["mps", "cuda"])
+def test_a_device_that_is_not_there(capsys, kind):
     assert main(["--device", kind]) == 2
-    assert re.fullmatch(f"error: --device {kind}: ({reason}); use --device auto or cpu\n", capsys.readouterr().err)
+    assert re.fullmatch(f"error: --device {kind}: .+; use --device auto or cpu\n", capsys.readouterr().err)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_device_on_which_nothing_can_be_computed(monkeypatch, capsys, options, kind):
+def test_a_device_on_which_nothing_can_be_computed(monkeypatch, capsys, options):
     """As a GPU that PyTorch no longer supports."""
+    why = "no kernel image is available for execution on the device"
 
     def fail(name, args, result):
-        raise RuntimeError("no kernel image is available for execution on the device\nCompile with ...")
+        raise RuntimeError(f"{why}\nCompile with ...")
 
-    why = "no kernel image is available for execution on the device"
-    with pretended_device(monkeypatch, kind, fail):
-        assert main([*options, "--device", kind]) == 2
-        assert capsys.readouterr().err == f"error: --device {kind}: {why}; use --device auto or cpu\n"
+    with pretended_device(monkeypatch, "cuda", fail):
+        assert main([*options, "--device", "cuda"]) == 2
+        assert capsys.readouterr().err == f"error: --device cuda: {why}; use --device auto or cpu\n"
         assert main([*options, "--device", "auto"]) == 0
     out, err = capsys.readouterr()
-    assert err == f"warning: {kind.upper()} is not used: {why}\n"
+    assert err == f"warning: CUDA is not used: {why}\n"
     assert out.startswith("Device: CPU, ") and "| CPU, " in out
 
 
-@pytest.mark.parametrize("message", ["CUDA error: uncorrectable ECC error encountered\nmore", "MPS backend: lost\n"])
-def test_a_device_that_fails_while_it_trains_costs_one_line(monkeypatch, capsys, options, message):
+def test_a_device_that_fails_while_it_trains_costs_one_line(monkeypatch, capsys, options):
     def fail(*_):
-        raise RuntimeError(message)
+        raise RuntimeError("CUDA error: uncorrectable ECC error encountered\nmore")
 
     monkeypatch.setattr(ae, "train", fail)
     assert main(options) == 1
-    assert capsys.readouterr().err.startswith(f"error: the device failed: {message.splitlines()[0]}\nTry: ")
+    assert capsys.readouterr().err.startswith("error: the device failed: CUDA error: uncorrectable ECC error")
 
 
 # --- the program on a pretended device ---
@@ -110,22 +102,21 @@ def test_every_configuration_gives_the_numbers_of_the_cpu(tiny_size, data_dir, m
         assert_same_numbers(found, expected)
 
 
-@pytest.mark.parametrize("layers", ["last_block", "last_two_blocks", "lora"])
+@pytest.mark.parametrize("layers", ["last_block", "lora"])
 def test_reduced_precision(tiny_size, data_dir, monkeypatch, layers):
     expected = run(experiment(data_dir, device="cpu", trainable_layers=layers))
     for kind, precision in [("mps", "bf16"), ("cuda", "bf16"), ("cuda", "tf32")]:
-        lowered = []
-        with pretended_device(monkeypatch, kind, lambda name, args, result: lowered.append(result) or result):
+        types = set()
+        with pretended_device(monkeypatch, kind, lambda *call: types.add(getattr(call[2], "dtype", None)) or call[2]):
             found = run(experiment(data_dir, device=kind, trainable_layers=layers, precision=precision))
-        in_bf16 = [result for result in lowered if isinstance(result, torch.Tensor) and result.dtype == torch.bfloat16]
-        assert bool(in_bf16) == (precision == "bf16")
+        assert (torch.bfloat16 in types) == (precision == "bf16")
         assert found.history.train_losses == pytest.approx(expected.history.train_losses, abs=0.05)
         assert torch.get_float32_matmul_precision() == ("high" if precision == "tf32" else "highest")
     torch.set_float32_matmul_precision("highest")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a process cannot send this signal on Windows")
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["mps", "cuda"])
 def test_a_run_is_resumed_and_its_classifier_used(options, monkeypatch, capsys, kind):
     messages = ["--classify", "You have won", "ok, see you"]
     command = [*options, "--num_epochs", "1", "--batch_size", "8", "--trainable_token_pos", "flexible"]
@@ -151,7 +142,7 @@ def test_a_run_is_resumed_and_its_classifier_used(options, monkeypatch, capsys, 
     torch.testing.assert_close(found, again, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("kind, layers", [("mps", "last_block"), ("cuda", "last_two_blocks"), ("cuda", "last_layer")])
+@pytest.mark.parametrize("kind, layers", [("mps", "last_block"), ("cuda", "last_layer")])
 def test_features_in_each_placement(tiny_size, data_dir, monkeypatch, capsys, kind, layers):
     expected = run(experiment(data_dir, device="cpu", trainable_layers=layers))
     monkeypatch.setattr(features, "MIN_SECONDS", 0)
@@ -171,20 +162,15 @@ def test_features_in_each_placement(tiny_size, data_dir, monkeypatch, capsys, ki
 
 @pytest.mark.parametrize("layers, copies", [("last_block", 5), ("all", 4)])
 def test_what_an_update_waits_for(tiny_size, data_dir, monkeypatch, layers, copies):
-    """Each copy to the device and each question for a value costs an accelerator more than the arithmetic.
-
-    To the device go x, positions, labels and weights, and of standardized features the indices of the residual; the one
-    question is whether the loss is finite.
-    """
+    """To the device go x, positions, labels, weights, and of standardized features the indices of the residual; the one
+    question is whether the loss is finite."""
+    in_updates, accumulate_gradients = Counter(), ae.accumulate_gradients
     with pretended_device(monkeypatch, "cuda") as counts:
-        in_updates = Counter()
-        accumulate_gradients = ae.accumulate_gradients
 
         def counted(*arguments):
             before = counts.copy()
             result = accumulate_gradients(*arguments)
-            in_updates.update(counts - before)
-            in_updates["updates"] += 1
+            in_updates.update(counts - before, updates=1)
             return result
 
         monkeypatch.setattr(ae, "accumulate_gradients", counted)
@@ -204,16 +190,8 @@ def wrong_gradient(name, args, result):
     return result
 
 
-def wrong_logit(name, args, result):
-    """One logit of the head."""
-    if name == "addmm" and result.ndim == 2 and result.shape[1] == 2:
-        result = result.clone()
-        result[-1, 0] += 0.1
-    return result
-
-
-def changing_product(name, args, result, calls=[]):
-    """Wrong in every second call."""
+def changing_logits(name, args, result, calls=[]):
+    """Those of every second call."""
     if name == "addmm" and result.ndim == 2 and result.shape[1] == 2:
         calls.append(name)
         return result * 1.2 if len(calls) % 2 == 0 else result
@@ -228,8 +206,7 @@ def infinite(name, args, result):
     "kind, fault, what",
     [
         ("mps", wrong_gradient, r"the gradient of gpt\.[\w.]+norm\d?\.weight differs by 50.0%"),
-        ("cuda", wrong_logit, "the logits differs by"),
-        ("mps", changing_product, "the logits differs by"),
+        ("cuda", changing_logits, "the logits differs by"),
         ("cuda", infinite, "a training loss is not finite"),
     ],
 )
@@ -247,15 +224,14 @@ def test_a_device_that_disagrees_ends_the_run(options, tmp_path, monkeypatch, ca
     assert "| CPU, " in out and len(list((tmp_path / "results").iterdir())) == 1
 
 
-def wrong_without_input_gradient(name, args, result):
-    """What PyTorch on MPS did: a norm's own gradients are right only where its input takes one (issue 183825)."""
-    is_wrong = name == "native_layer_norm_backward" and not args[-1][0]
-    return (result[0], result[1] * 2, result[2] * 2) if is_wrong else result
+def test_a_norm_over_frozen_features_learns_on_mps_all_the_same(tiny_size, data_dir, monkeypatch):
+    """As PyTorch on MPS did: a norm's own gradients are right only where its input takes one (issue 183825)."""
 
+    def wrong_without_input_gradient(name, args, result):
+        is_wrong = name == "native_layer_norm_backward" and not args[-1][0]
+        return (result[0], result[1] * 2, result[2] * 2) if is_wrong else result
 
-@pytest.mark.parametrize("layers", ["last_block", "last_two_blocks"])
-def test_a_norm_over_frozen_features_learns_on_mps_all_the_same(tiny_size, data_dir, monkeypatch, layers):
-    on_cpu = experiment(data_dir, device="cpu", trainable_layers=layers)
+    on_cpu = experiment(data_dir, device="cpu")
     expected = run(on_cpu)
     with pretended_device(monkeypatch, "mps", wrong_without_input_gradient):
         assert_same_numbers(run(replace(on_cpu, device="mps")), expected)
@@ -279,14 +255,10 @@ def test_on_mps_products_and_attention_take_forms_without_known_faults(tiny_size
 
 
 def test_deviations():
-    expected = {"the logits": torch.tensor([2.0, -4.0]), "the gradient of a": torch.tensor([1e-9, 1.0])}
-    expected["the gradient of b"] = torch.tensor([1e-9])
+    expected = {"the gradient of a": torch.tensor([1e-9, 1.0]), "the gradient of b": torch.tensor([1e-9])}
     found = {name: tensor.clone() for name, tensor in expected.items()}
-    assert devices.largest_deviation(found, expected)[0] == 0
     found["the gradient of b"] *= 3  # negligible beside the other one: rounding
     assert devices.largest_deviation(found, expected) == (pytest.approx(2e-6), "the gradient of b")
-    found["the logits"][0] += 0.4
-    assert devices.largest_deviation(found, expected) == (pytest.approx(0.1), "the logits")
     found["the gradient of a"][0] = torch.nan
     assert devices.largest_deviation(found, expected) == (float("inf"), "the gradient of a")
 
@@ -294,36 +266,29 @@ def test_deviations():
 # --- memory ---
 
 
-def test_free_memory_is_what_the_system_and_the_control_groups_leave(monkeypatch):
-    monkeypatch.setattr(devices, "free_in_control_groups", lambda: [])
+def test_free_memory_is_what_the_system_and_the_control_groups_leave(monkeypatch, tmp_path):
+    """The limits above a group hold too; page cache counts as free."""
+    root, own = tmp_path / "root", tmp_path / "cgroup"
+    groups = [("", 2000, 1000, 0), ("outer", 4000, 1000, 0), ("outer/without", "max", 1000, 0)]
+    groups.append(("outer/inner", 4000, 3900, 3400))
+    for folder, limit, used, cache in groups:
+        stat = f"file {cache}\ninactive_anon 7\nactive_file {cache // 4}\ninactive_file {cache - cache // 4}"
+        (root / folder).mkdir(parents=True)
+        for name, value in dict(max=limit, current=used, stat=stat).items():
+            (root / folder / f"memory.{name}").write_text(f"{value}\n")
+    in_container = "/docker/0123456789ab"  # a path on the host: in a container only its own part is mounted
+    for group, free in {
+        "/outer/inner": [3500, 3000, 1000],
+        "/outer/without": [3000, 1000],
+        in_container: [1000],
+    }.items():
+        own.write_text(f"5:cpu,cpuacct:/box\n0::{group}\n")
+        assert devices.free_in_control_groups(own, root) == free
+    assert devices.free_in_control_groups(tmp_path / "missing", root) == []
+
     assert devices.free_memory(CPU) > 10**8
     monkeypatch.setattr(devices, "free_in_control_groups", lambda: [3, 2])
     assert devices.free_memory(CPU) == 2
-
-
-GB = 10**9
-
-
-@pytest.mark.parametrize(
-    "own, free",
-    [
-        ("/outer/inner", [3_500_000_000, 3 * GB, GB]),  # the limits above it hold too
-        ("/outer/without", [3 * GB, GB]),
-        ("/docker/0123456789ab", [GB]),  # a path on the host: in a container only its own part is mounted
-    ],
-)
-def test_what_control_groups_leave(tmp_path, own, free):
-    """Page cache counts as free."""
-    groups = [("", 2 * GB, GB, 0), ("outer", 4 * GB, GB, 0), ("outer/without", "max", GB, 0)]
-    groups.append(("outer/inner", 4 * GB, 3_900_000_000, 3_400_000_000))
-    for folder, limit, used, cache in groups:
-        stat = f"file {cache}\ninactive_anon 7\nactive_file {cache // 4}\ninactive_file {cache - cache // 4}"
-        (tmp_path / "root" / folder).mkdir(parents=True)
-        for name, value in dict(max=limit, current=used, stat=stat).items():
-            (tmp_path / "root" / folder / f"memory.{name}").write_text(f"{value}\n")
-    (tmp_path / "cgroup").write_text(f"5:cpu,cpuacct:/box\n0::{own}\n")
-    assert devices.free_in_control_groups(tmp_path / "cgroup", tmp_path / "root") == free
-    assert devices.free_in_control_groups(tmp_path / "missing", tmp_path / "root") == []
 
 
 def test_peak_memory_is_that_of_the_process():

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import TINY, TINY_SIZE
-from helpers import CPU, finish_together, records_in, save_random_weights, start_together
+from helpers import CPU, end_together, finish_together, records_in, save_random_weights, start_together
 
 import additional_experiments as ae
 from gpt_download import find_weights
@@ -49,12 +49,12 @@ RUNS = {
 
 
 def make_tiny():
-    """Set what the tests of this file need, here or in another process: losses are printed every other batch."""
+    """Set what the tests of this file need in another process: losses are printed every other batch."""
     GPT_SIZES[TINY], ae.EVALUATE_EVERY, features.MIN_SECONDS = TINY_SIZE, 2, 0
     processes.TIMEOUT = timedelta(minutes=1)
 
 
-def results(data_dir, weights, shard=False, names=(*CONFIGURATIONS, *RUNS)):
+def results(data_dir, weights, shard, names):
     """{configuration: what its runs have found}, at the tiny size."""
     base = dict(model_size=TINY, device="cpu", data_dir=str(data_dir), weights="random", learning_rate=5e-4)
     base |= dict(num_epochs=1)
@@ -69,7 +69,7 @@ def results(data_dir, weights, shard=False, names=(*CONFIGURATIONS, *RUNS)):
         run_options = dict(results="", feature_cache="", shard=shard) | RUNS.get(name, {})
         found[name] = [
             dict(
-                losses=[record.history.train_losses, record.history.val_losses],
+                losses=record.history.train_losses + record.history.val_losses,
                 accuracies=record.history.train_accuracies,
                 mistakes={split: len(confusion.mistakes) for split, confusion in record.confusions.items()},
             )
@@ -81,50 +81,34 @@ def results(data_dir, weights, shard=False, names=(*CONFIGURATIONS, *RUNS)):
 def write_results(data_dir, weights):
     make_tiny()
     with processes.process_group():
-        for shard in (False, True):
-            names = SHARDED if shard else (*CONFIGURATIONS, *RUNS)
-            found = results(data_dir, weights, shard, names)
+        for shard in (False, True)[: processes.world_size()]:
+            found = results(data_dir, weights, shard, SHARDED if shard else (*CONFIGURATIONS, *RUNS))
             if processes.rank() == 0:
                 Path(f"{shard}.json").write_text(json.dumps(found))
 
 
-@pytest.fixture
-def tiny(monkeypatch):
-    """What `make_tiny` sets, until the end of the test."""
-    monkeypatch.setitem(GPT_SIZES, TINY, TINY_SIZE)
-    monkeypatch.setattr(ae, "EVALUATE_EVERY", 2)
-    monkeypatch.setattr(features, "MIN_SECONDS", 0)
-    monkeypatch.setattr(processes, "TIMEOUT", processes.TIMEOUT)
-    make_tiny()
-
-
-@pytest.fixture(scope="module")
-def tiny_weights(tmp_path_factory):
-    return save_random_weights(tmp_path_factory.mktemp("weights"), emb_dim=16)
-
-
-@pytest.fixture(scope="module")
-def of_one_process():
-    """What `results` gives for one process, once it is known."""
-    return {}
+def folders(tmp_path, *names):
+    for name in names:
+        (tmp_path / name).mkdir()
+        yield tmp_path / name
 
 
 @pytest.mark.parametrize("n", [2, pytest.param(3, marks=pytest.mark.slow)])
-def test_the_numbers_are_those_of_one_process(data_dir, tmp_path, tiny_weights, of_one_process, tiny, n):
-    if not of_one_process:
-        of_one_process |= results(data_dir, tiny_weights)
-    out = finish_together(n, tmp_path, write_results, data_dir, tiny_weights)
+def test_the_numbers_are_those_of_one_process(data_dir, tmp_path, n):
+    alone, together = folders(tmp_path, "alone", "together")
+    weights = save_random_weights(tmp_path, emb_dim=16)
+    finish_together(1, alone, write_results, data_dir, weights)
+    of_one_process = json.loads((alone / "False.json").read_text())
+    out = finish_together(n, together, write_results, data_dir, weights)
     assert out.count("and kept in features/") == out.count("read from features/") == 2  # printed by one process
     assert f"{n} × CPU, 1 thread" in out
     for shard in (False, True):
-        found = json.loads((tmp_path / f"{shard}.json").read_text())
+        found = json.loads((together / f"{shard}.json").read_text())
         assert found.keys() == (set(SHARDED) if shard else of_one_process.keys())
         for name, runs in found.items():
             for run, expected in zip(runs, of_one_process[name], strict=True):
-                losses, expected_losses = torch.tensor(run.pop("losses")), torch.tensor(expected["losses"])
-                tolerance = 2e-3 if "bf16" in name else 1e-5
-                assert torch.allclose(losses, expected_losses, rtol=0, atol=tolerance), (name, shard)
-                assert run == {key: value for key, value in expected.items() if key != "losses"}, (name, shard)
+                expected_losses = pytest.approx(expected["losses"], rel=0, abs=2e-3 if "bf16" in name else 1e-5)
+                assert run == expected | dict(losses=expected_losses), (name, shard)
 
 
 # --- how they end ---
@@ -143,10 +127,8 @@ def main(options, elsewhere=None, slow=1):
 
 
 ENDINGS = {
-    "last_block": (signal.SIGTERM, ""),
     "all": (signal.SIGKILL, "--trainable_layers all --accumulation_steps 3 --checkpoint_minutes 0"),
     "sharded": (signal.SIGTERM, "--trainable_layers last_two_blocks --shard"),
-    "lora, sharded": (signal.SIGKILL, "--trainable_layers lora --no_padding --shard"),
     "repeats": (signal.SIGINT, "--trainable_layers last_layer --repeats 2"),
 }
 
@@ -157,21 +139,8 @@ def long_options(options):
     return [*options, "--num_epochs", "5", "--batch_size", "8", "--checkpoint", "run.ckpt"]
 
 
-def wait_for(path, text):
-    while not path.exists() or text not in path.read_text():
-        time.sleep(0.005)
-
-
-def folders(tmp_path, *names):
-    for name in names:
-        (tmp_path / name).mkdir()
-        yield tmp_path / name
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "lora, sharded")) for name in ENDINGS]
-)
-def test_ended_together_and_resumed(long_options, tmp_path, tiny, monkeypatch, name):
+@pytest.mark.parametrize("name", ENDINGS)
+def test_ended_together_and_resumed(long_options, tmp_path, name):
     """At a random moment of training, by a signal to one of them. Resumed by as many, by one, and sharded by three."""
     number, own = ENDINGS[name]
     options = [*long_options, *own.split()]
@@ -179,11 +148,11 @@ def test_ended_together_and_resumed(long_options, tmp_path, tiny, monkeypatch, n
     finish_together(2, whole, main, options)
 
     started = start_together(2, ended, main, options)
-    wait_for(ended / "out.txt", f"Ep {random.choice((2, 3))} (")
+    printed, moment = ended / "out.txt", f"Ep {random.choice((2, 3))} ("
+    while not printed.exists() or moment not in printed.read_text():
+        time.sleep(0.005)
     os.kill(started[-1].pid, number)
-    for process in started:
-        process.join(15)
-    statuses, out = [process.exitcode for process in started], (ended / "out.txt").read_text()
+    statuses, out = end_together(started, ended)
     if number == signal.SIGKILL:
         assert statuses == [1, -number]
     else:
@@ -194,26 +163,13 @@ def test_ended_together_and_resumed(long_options, tmp_path, tiny, monkeypatch, n
         shutil.copy(ended / "run.ckpt", folder)
     assert "Resuming from run.ckpt after" in finish_together(2, ended, main, options)
     assert records_in(ended / "results") == records_in(whole / "results")
-    monkeypatch.chdir(by_one)
-    monkeypatch.setattr(ae, "EVALUATE_EVERY", 5)
-    assert ae.main([option for option in options if option != "--shard"]) == 0
+    finish_together(1, by_one, main, [option for option in options if option != "--shard"])
     if name == "sharded":
         finish_together(3, by_three, main, options)
     for folder in (by_one, by_three) if name == "sharded" else (by_one,):
         for record, expected in zip(*(read_records([each / "results"])[0] for each in (folder, whole)), strict=True):
-            assert record.confusions.keys() == expected.confusions.keys() and record.test == expected.test
-            assert record.history.train_accuracies == expected.history.train_accuracies
-            for losses in ("train_losses", "val_losses"):
-                found = getattr(record.history, losses)
-                assert found == pytest.approx(getattr(expected.history, losses), abs=1e-5)
-
-
-def end_together(folder, *arguments):
-    """The exit statuses of two processes, and what they have written."""
-    started = start_together(2, folder, *arguments)
-    for process in started:
-        process.join()
-    return [process.exitcode for process in started], (folder / "out.txt").read_text()
+            assert record.test == expected.test
+            assert record.history.train_losses == pytest.approx(expected.history.train_losses, abs=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -224,7 +180,7 @@ def end_together(folder, *arguments):
     ],
 )
 def test_what_all_find_is_told_once(long_options, tmp_path, further, status, message):
-    statuses, out = end_together(tmp_path, main, [*long_options, *further])
+    statuses, out = end_together(start_together(2, tmp_path, main, [*long_options, *further]), tmp_path)
     assert statuses == [status] * 2 and out.count(message) == out.count("error") == 1 and "Traceback" not in out
 
 
@@ -233,7 +189,7 @@ def test_what_one_finds_ends_all(long_options, tmp_path):
     here, elsewhere = folders(tmp_path, "here", "elsewhere")
     options = [*long_options, "--trainable_layers", "last_layer", "--shard", "--checkpoint_minutes", "0.001"]
     finish_together(2, here, main, options, None, 1000)  # with shards all have to take part in saving
-    statuses, out = end_together(here, main, options, elsewhere)
+    statuses, out = end_together(start_together(2, here, main, options, elsewhere), here)
     assert statuses == [2, 2]
     assert out.endswith("error: --checkpoint run.ckpt: not all hosts have the same file there\n")
 
@@ -279,10 +235,7 @@ def test_torchrun_is_ended(nano):
     command += [*nano, "--trainable_layers", "all", "--num_epochs", "200", "--shard"]
     command += ["--checkpoint", "run.ckpt", "--checkpoint_minutes", "0"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    lines = [process.stdout.readline()]
-    while "Step" not in lines[-1]:
-        lines.append(process.stdout.readline())
-        assert lines[-1], lines
+    assert any("Step" in line for line in process.stdout)
     process.terminate()
     out = process.communicate(timeout=40)[0]
     assert process.returncode != 0 and "\ninterrupted; the same command resumes from run.ckpt" in "\n" + out

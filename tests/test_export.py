@@ -30,7 +30,7 @@ def tokenizer(tmp_path_factory):
     return AutoTokenizer.from_pretrained(path)
 
 
-@pytest.mark.parametrize("layers", ["last_layer", "last_block", "last_two_blocks", "all", "lora", "lora_alternative"])
+@pytest.mark.parametrize("layers", ["last_block", "all", "lora"])
 def test_transformers_computes_the_same(tiny_size, tmp_path, sample_splits, tokenizer, layers):
     texts = [*sample_splits["train"]["Text"][:198], "the end <|endoftext|> is not", "é" * 2000]  # some are cut
     how, n_classes = (dict(no_padding=True), 7) if layers == "last_block" else (dict(trainable_token_pos="flexible"), 3)
@@ -50,16 +50,8 @@ def test_transformers_computes_the_same(tiny_size, tmp_path, sample_splits, toke
     with torch.no_grad():
         found = model(**padded).logits
         alone = [model(**tokenizer(text, truncation=True, return_tensors="pt")).logits for text in texts[::20]]
-    assert (found - expected).abs().max() < 1e-5 and (torch.cat(alone) - expected[::20]).abs().max() < 1e-5
-    assert found.argmax(-1).equal(expected.argmax(-1)) and len(found.argmax(-1).unique()) > 1
-
-
-@settings(deadline=None, max_examples=300)
-@given(text=st.text(max_size=60))
-def test_any_text_has_the_same_tokens(tokenizer, text):
-    expected = load_vocabulary().encode_ordinary(text)
-    assert tokenizer(text)["input_ids"] == expected
-    assert tokenizer(text, truncation=True)["input_ids"] == expected[:40]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(torch.cat(alone), expected[::20], rtol=0, atol=1e-5)
 
 
 def test_messages_and_all_tokens_are_the_same(tokenizer, sample_splits):
@@ -70,6 +62,12 @@ def test_messages_and_all_tokens_are_the_same(tokenizer, sample_splits):
     texts += ["a<|endoftext|>b", "<|endoftext|>", "aaa" * 99, "  \t\n \u00a0\u2028 x", "I'LL we'll 東京 ½½ 12345"]
     for text, found in zip(texts, tokenizer(texts)["input_ids"], strict=True):
         assert found == vocabulary.encode_ordinary(text), text
+
+
+@settings(deadline=None, max_examples=100)
+@given(text=st.text(max_size=60))
+def test_any_text_has_the_same_tokens(tokenizer, text):
+    assert tokenizer(text, truncation=True)["input_ids"] == load_vocabulary().encode_ordinary(text)[:40]
 
 
 # --- beside training, and from a file ---
@@ -134,17 +132,14 @@ def test_the_model_card(flexible, data_dir, capfd):
 # --- what is refused, and what is never overwritten ---
 
 
-@pytest.mark.parametrize(
-    "further",
-    ["--average_embeddings", "--disable_causal_mask", "--trainable_token_pos first", "--trainable_token_pos last"],
-)
-def test_what_the_format_cannot_express(flexible, capfd, further):
-    assert ae.main([*flexible, *further.split(), "--export", "out"]) == 2
-    captured = capfd.readouterr()
-    assert captured.err.startswith("error: --export needs --trainable_token_pos flexible") and captured.out == ""
-    assert ae.main([*flexible, *further.split(), "--save_model", "trained"]) == 0
+def test_what_the_format_cannot_express(flexible, capfd):
+    for further in ("--average_embeddings", "--disable_causal_mask", "--trainable_token_pos=first"):
+        assert ae.main([*flexible, further, "--export", "out"]) == 2
+        told = capfd.readouterr()
+        assert told.err.startswith("error: --export needs --trainable_token_pos flexible") and told.out == ""
+    assert ae.main([*flexible, further, "--save_model", "trained"]) == 0
     assert ae.main(["--load_model", "trained", "--export", "out"]) == 2
-    assert captured.err == capfd.readouterr().err and not Path("out").exists()
+    assert told.err == capfd.readouterr().err and not Path("out").exists()
 
 
 def test_more_classes_than_the_model_is_wide(flexible, data_dir, capfd):
@@ -153,21 +148,15 @@ def test_more_classes_than_the_model_is_wide(flexible, data_dir, capfd):
     assert capfd.readouterr().err == "error: --export takes 16 classes at most, the width of the model; there are 17\n"
 
 
-@pytest.mark.parametrize(
-    "path, message",
-    [
-        ("mine", " is not a new or empty folder"),
-        ("mine/notes.txt", " is not a new or empty folder"),
-        ("itself", " is not a new or empty folder"),
-        ("nowhere/out", " cannot be written: "),
-    ],
-)
-def test_folders_that_are_not_new_or_empty(flexible, capfd, path, message):
+def test_folders_that_are_not_new_or_empty(flexible, capfd):
     Path("mine").mkdir()
     Path("mine/notes.txt").write_text("a")
     Path("itself").symlink_to("itself")
-    assert ae.main([*flexible, "--export", path]) == 2
-    assert capfd.readouterr().err.startswith(f"error: --export {path}{message}")
+    for path in ("mine", "mine/notes.txt", "itself"):
+        assert ae.main([*flexible, "--export", path]) == 2
+        assert capfd.readouterr().err == f"error: --export {path} is not a new or empty folder\n"
+    assert ae.main([*flexible, "--export", "nowhere/out"]) == 2
+    assert capfd.readouterr().err.startswith("error: --export nowhere/out cannot be written: ")
     assert Path("mine/notes.txt").read_text() == "a"
 
 

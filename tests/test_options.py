@@ -20,9 +20,8 @@ def parse(*options):
 
 
 def test_options_given_with_a_preset_win():
-    assert parse("--row", 11, "--lora_rank", 4) == parse(
-        "--trainable_layers", "lora", "--lora_rank", 4, "--lora_alpha", 16
-    )
+    spelled_out = parse("--trainable_layers", "lora", "--lora_rank", 4, "--lora_alpha", 16)
+    assert parse("--row", 11, "--lora_rank", 4) == spelled_out
     assert parse("--batch_size", 2, "--row", 14).batch_size == 2
     demo = parse("--demo", "--num_epochs", 1)
     assert (demo.model_size, demo.weights, demo.trainable_layers) == (NANO, "random", "all")
@@ -43,7 +42,6 @@ def test_dashes_and_short_names():
     "options, message",
     [
         ("--batch 8", "there is no option --batch; the nearest is --batch_size"),  # no guessing of abbreviations
-        ("--model 3", "there is no option --model; the nearest is --model_size"),
         ("--epochs=8", "there is no option --epochs=8; the nearest is --num_epochs"),
         ("--learning-rte 1", "there is no option --learning_rte; the nearest is --learning_rate"),
         ("-row 2", "there is no option -row; the nearest is --row"),
@@ -53,22 +51,16 @@ def test_dashes_and_short_names():
         ("--context_length 0", '"0" is not a whole number from 1 to 1024'),
         ("--context_length long", '"long" is not a whole number from 1 to 1024, nor longest_training_example'),
         ("--batch_size 0", '"0" is not a whole number of at least 1'),
-        ("--batch_size 1.5", '"1.5" is not a whole number'),
         ("--seed " + "9" * 5000, "is not a whole number"),
         ("--learning_rate 0", '"0" is not a finite number of at least 1e-12'),
         ("--learning_rate nan", '"nan" is not a finite number'),
-        ("--weight_decay inf", '"inf" is not a finite number'),
         ("--lora_rank 769", "--lora_rank 769 exceeds the width 768 of gpt2-small (124M)"),
         ("--ignore_index 9223372036854775808", "is not a whole number"),
         ("--weights missing.safetensors", "no such file"),
         ("--model_size gpt2-nano", "gpt2-nano (7M) has no pretrained weights"),
-        (
-            "--average_embeddings --trainable_token_pos first",
-            "--average_embeddings (all positions) cannot be combined with --trainable_token_pos first",
-        ),
+        ("--average_embeddings --trainable_token_pos first", "cannot be combined with --trainable_token_pos first"),
         ("--dataset sample --data_dir here", "--data_dir is not read with the sample"),
         ("--demo --row 3", "not allowed with argument"),
-        ("--demo please", "there is no option please"),
         ("--row 20", '"20" is not a whole number from 1 to 19'),
         ("--weights random --precision tf32 --device cpu", "--precision tf32 is for CUDA"),
         ("--write a.png", "--write needs --report"),
@@ -76,9 +68,7 @@ def test_dashes_and_short_names():
         ("--load_model a", "--load_model needs --classify"),
         ("--plot a.gif", '"a.gif" does not end in .png, .pdf, .svg'),
         ("--repeats 2 --save_model a", "are for one classifier, --repeats trains several"),
-        ("--checkpoint nowhere/a", "--checkpoint nowhere/a cannot be written: No such file or directory"),
         ("--checkpoint .", "--checkpoint . is not a regular file"),
-        ("--checkpoint=", "--checkpoint  is not a regular file"),
         ("--checkpoint /dev/null", "--checkpoint /dev/null is not a regular file"),
         ("--weights random --data_dir . --save_model train.csv", "--save_model train.csv would overwrite the data"),
         ("--checkpoint a --save_model ./A", "--save_model ./A would overwrite --checkpoint"),  # on macOS and Windows
@@ -88,12 +78,11 @@ def test_dashes_and_short_names():
         ("--load_model missing --classify a", "missing cannot be read as a saved classifier"),
     ],
 )
-def test_bad_options_are_refused_in_one_line(options, message, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_bad_options_are_refused_in_one_line(options, message, capsys):
     assert main(options.split()) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1 and message in err
-    assert list(tmp_path.iterdir()) == []
+    assert list(Path().iterdir()) == []
 
 
 # --- help and settings ---
@@ -122,64 +111,43 @@ def test_help_names_every_option_and_its_default(capsys):
         (dict(model_size=NANO), "no pretrained weights"),
         (dict(model_size="xl"), "--model_size does not take 'xl'"),
         (dict(precision="fp16"), "--precision does not take 'fp16'; choose from fp32, bf16, tf32"),
-        (dict(num_epochs=0), '--num_epochs: "0" is not a whole number of at least 1'),
         (dict(num_epochs="3"), "--num_epochs does not take '3'"),
         (dict(num_epochs=2.5), '--num_epochs: "2.5" is not a whole number'),
-        (dict(num_epochs=True), '--num_epochs: "True" is not a whole number'),
-        (dict(num_epochs=None), '--num_epochs: "None" is not a whole number'),
         (dict(learning_rate=math.nan), '--learning_rate: "nan" is not a finite number'),
-        (dict(learning_rate=[5e-5]), "is not a finite number"),
-        (dict(context_length="120"), "--context_length does not take '120'"),
-        (dict(context_length=1025), '--context_length: "1025" is not a whole number from 1 to 1024'),
         (dict(no_padding=0), "--no_padding does not take 0"),
-        (dict(no_padding="yes"), "--no_padding does not take 'yes'"),
         (dict(weights=None), "--weights does not take None"),
         (dict(device=["cpu"]), "--device does not take ['cpu']; choose from auto, cpu, mps, cuda"),
         (dict(repeats=0), '--repeats: "0" is not a whole number'),
-        (dict(quiet=None), "--quiet does not take None"),
-        (dict(checkpoint=3), "--checkpoint does not take 3"),
-        (dict(plot="a.gif"), '"a.gif" does not end in .png'),
     ],
 )
 def test_settings_are_checked_without_a_command_line_too(settings, message):
-    kind = Experiment if settings.keys() <= Experiment.__dataclass_fields__.keys() else RunOptions
+    kind = RunOptions if "repeats" in settings else Experiment
     with pytest.raises(UserError) as error:
         kind(**settings)
     assert message in str(error.value)
 
 
 def test_settings_of_a_command_line_and_of_python_are_the_same():
-    settings = dict(
-        context_length=50, learning_rate=1, weight_decay=0, lora_alpha=1e-9, ignore_index=-1, seed=2**63 - 1
-    )
+    settings = dict(context_length=50, learning_rate=1, weight_decay=0, ignore_index=-1, seed=2**63 - 1)
     given = [word for name, value in settings.items() for word in (f"--{name}", value)]
     assert Experiment(no_padding=True, **settings) == parse("--no_padding", *given)
     assert RunOptions(classify=("a", "b"), load_model="c") == parse_args(["--load_model=c", "--classify", "a", "b"])[1]
 
 
-def read_only(monkeypatch, folder):
-    """Refuse files in a folder, also to root."""
-    temporary_file = tempfile.TemporaryFile
-
-    def refuse(dir):
-        if Path(dir).resolve() == folder.resolve():
-            raise PermissionError(13, "Permission denied")
-        return temporary_file(dir=dir)
-
-    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
-
-
 @pytest.mark.parametrize("option", ["--results", "--checkpoint", "--save_model", "--plot", "--write"])
 @pytest.mark.parametrize("place", ["read-only", "missing", "dangling link", "circular link"])
 def test_what_cannot_be_written_is_found_before_training(tmp_path, monkeypatch, capsys, option, place):
+    def refuse(dir):
+        raise PermissionError(13, "Permission denied")
+
     folder = tmp_path / "folder"
     if place == "read-only":
         folder.mkdir()
-        read_only(monkeypatch, folder)
+        monkeypatch.setattr(tempfile, "TemporaryFile", refuse)  # also to root
     if place.endswith("link"):
         folder.symlink_to(folder if place == "circular link" else tmp_path / "nowhere" / "deeper")
     path = folder / "a.png" if option != "--results" else folder / "results" if place == "missing" else folder
-    given = [option, str(path)]
-    assert main(["--report", str(tmp_path), *given] if option == "--write" else ["--demo", *given]) == 2
+    command = ["--report", str(tmp_path)] if option == "--write" else ["--demo", "--results="]
+    assert main([*command, option, str(path)]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1 and str(folder) in err
