@@ -161,7 +161,7 @@ def test_a_disk_that_becomes_full_while_training(options, capsys):
 
 
 def test_memory_that_cannot_be_enough_is_told_item_by_item(nano, monkeypatch, capfd):
-    monkeypatch.setattr(features, "free_for_each", lambda device: 50_000_000)
+    monkeypatch.setattr(features, "free_memory", lambda device: 50_000_000)
     assert ae.main([*nano, "--trainable_layers", "all"]) == 0
     assert capfd.readouterr().err == (
         "warning: each process needs 0.12 GB and 0.05 GB are free: weights 0.03 GB, gradients 0.03 GB, "
