@@ -9,10 +9,9 @@ import math
 
 import pytest
 import torch
-from helpers import train_quietly
+from helpers import assert_equal_to_rounding, train_quietly
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from torch.testing import assert_close
 from transformers import GPT2Config, GPT2Model
 
 from additional_experiments import (
@@ -75,10 +74,6 @@ def randomize_B(module):
     for part in module.modules():
         if isinstance(part, LinearWithLoRA):
             nn.init.normal_(part.B, std=0.1)
-
-
-def assert_equal_to_rounding(ours, theirs):
-    assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
 
 
 # --- one layer ---
