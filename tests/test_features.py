@@ -251,49 +251,48 @@ def test_a_file_that_is_no_use_is_told_and_replaced(tiny, tmp_path, monkeypatch,
 # --- several runs at once ---
 
 
-def test_who_waits_says_so_and_reads_what_was_written_meanwhile(tiny, tmp_path):
-    experiment, classifier, messages = tiny
-    make(*tiny, tmp_path / "kept")
-    [path] = (tmp_path / "kept").iterdir()
-    path.rename(tmp_path / path.name)
-    lock, lines = FileLock(re.sub(r"-[\d.]+s\.npy", ".lock", str(path))), []
-    lock.acquire()
-
-    def end_waiting(line):
-        lines.append(line)
-        if len(lines) == 1:
-            (tmp_path / path.name).rename(path)
-            lock.release()
-
-    console = console_of(end_waiting, lines.append)
-    run_options = ae.RunOptions(feature_cache=str(tmp_path / "kept"))
-    FrozenFeatures(experiment, run_options, Weights(TINY, "random"), console).of(classifier, messages, 123)
-    assert lines[0] == "Frozen features: waiting for another run, which computes them"
-    assert told(lines[1]).startswith("read from ")
-
-
 def run_into(out, *options):
     """A run in a process of its own, which prints into a file."""
     features.MIN_SECONDS = 0
-    with open(out, "w") as file, redirect_stdout(file), redirect_stderr(file):
+    with open(out, "w", buffering=1) as file, redirect_stdout(file), redirect_stderr(file):
         sys.exit(ae.main(options))
 
 
-def test_a_run_takes_over_from_one_that_is_killed(tmp_path):
-    """At a random moment, while it computes and the other waits."""
-    options = "--dataset sample --context_length 40 --trainable_layers last_layer --num_epochs 1 --device cpu"
-    options += f" --model_size gpt2-nano --weights random --feature_cache {tmp_path / 'cache'}"
-    outs = [tmp_path / "first.txt", tmp_path / "second.txt"]
-    first, second = (processes().Process(target=run_into, args=(out, *options.split())) for out in outs)
-    first.start()
-    while not list(tmp_path.glob("cache/*.part")) and first.is_alive():
+def run_slowly(go, *arguments):
+    """`run_into`, which gives the file of features its name only when the file `go` is there."""
+    publish = FeatureFiles.publish
+
+    def publish_late(*rest):
+        wait_until(go.exists)
+        return publish(*rest)
+
+    FeatureFiles.publish = publish_late
+    run_into(*arguments)
+
+
+def wait_until(condition):
+    give_up = time.time() + 60
+    while not condition() and time.time() < give_up:
         time.sleep(0.01)
+    assert condition()
+
+
+@pytest.mark.parametrize("is_killed, how", [(False, "read from "), (True, "computed in 0 s and kept in ")])
+def test_who_waits_reads_what_was_written_or_takes_over(nano, tmp_path, is_killed, how):
+    options = [*nano, "--feature_cache", str(tmp_path / "cache")]
+    go, out = tmp_path / "go", tmp_path / "second.txt"
+    first = processes().Process(target=run_slowly, args=(go, tmp_path / "first.txt", *options))
+    second = processes().Process(target=run_into, args=(out, *options))
+    first.start()
+    wait_until(lambda: list(tmp_path.glob("cache/*.part")))
     second.start()
-    time.sleep(random.uniform(0, 1))
-    first.kill()
+    waits = "Frozen features: waiting for another run, which computes them\n"
+    wait_until(lambda: out.exists() and waits in out.read_text())
+    first.kill() if is_killed else go.touch()
     first.join()
     second.join()
-    assert second.exitcode == 0 and "warning" not in outs[1].read_text()
+    assert second.exitcode == 0 and "warning" not in out.read_text() and told(out.read_text()).startswith(how)
+    assert is_killed or numbers(out.read_text()) == numbers((tmp_path / "first.txt").read_text()) != []
     [name] = files_in(tmp_path / "cache")  # no lock, nothing half-written
     assert name.endswith("s.npy")
 

@@ -76,17 +76,6 @@ def test_hidden_states_with_and_without_causal_mask(n_tokens):
     assert (differences > 1e-3).all() if n_tokens > 1 else (differences < 1e-12).all()
 
 
-def test_hidden_states_of_unequal_lengths():
-    theirs = transformers_gpt2()
-    bidirectional = hidden_states(loaded(theirs.state_dict(), causal=False), key_mask=KEY_MASK)
-    assert_equal_to_rounding(bidirectional, hidden_states(theirs, key_mask=KEY_MASK))
-
-    causal = hidden_states(loaded(theirs.state_dict()), key_mask=KEY_MASK)
-    for message, length in enumerate(LENGTHS):
-        alone = hidden_states(theirs, TOKEN_IDS[message : message + 1, :length])
-        assert_equal_to_rounding(causal[message, :length], alone[0])
-
-
 # --- loading ---
 
 
@@ -258,16 +247,13 @@ def test_fused_weights_are_views_of_one_tensor_and_change_no_output(causal, qkv_
     assert_equal_to_rounding(block(x, KEY_MASK), everywhere)
 
 
-@pytest.mark.parametrize("std", [0.1, 0.3, 0.5])
 @torch.no_grad()
-def test_attention_without_keys_is_no_less_exact_in_bfloat16(std):
+def test_attention_without_keys_is_no_less_exact_in_bfloat16():
     """Away from initialisation, where scores are large: their rounding would show."""
     ratios = []
     for seed in range(8):
-        block = TransformerBlock(GPTConfig(emb_dim=64, n_layers=1, n_heads=4))
+        block = randomize(TransformerBlock(GPTConfig(emb_dim=64, n_layers=1, n_heads=4)))
         torch.manual_seed(seed)
-        for parameter in block.parameters():
-            nn.init.normal_(parameter, std=std)
         x = torch.randn(16, 40, 64)  # (B, T, D)
         last = torch.full((16,), 39)
         exact = block.double().att(block.norm1(x.double()), None, last)
