@@ -25,6 +25,11 @@ CPU = torch.device("cpu")
 QUIET = Console(quiet=True)
 
 
+def assert_equal_to_rounding(ours, theirs):
+    """Of float64."""
+    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
 def encoded(experiment):
     """{split: Messages} of an experiment."""
     splits, _ = datasets.load_splits(experiment.data_dir, experiment.dataset)

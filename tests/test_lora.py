@@ -9,21 +9,13 @@ import math
 
 import pytest
 import torch
-from helpers import train_quietly
+from helpers import assert_equal_to_rounding, train_quietly
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from torch.testing import assert_close
 from transformers import GPT2Config, GPT2Model
 
-from additional_experiments import (
-    Experiment,
-    LinearWithLoRA,
-    LinearWithMergedLoRA,
-    add_lora,
-    build_classifier,
-    copy_trained_parameters,
-    optimize_frozen_blocks,
-)
+import additional_experiments as ae
+from additional_experiments import Experiment, LinearWithLoRA, LinearWithMergedLoRA
 from runner.data.datasets import SPLITS
 from runner.data.messages import Batch, Messages, Stage
 
@@ -31,7 +23,6 @@ RANK, ALPHA, CLASSES = 3, 2.5, 4
 NANO = dict(model_size="gpt2-nano (7M)", weights="random", lora_rank=RANK, lora_alpha=ALPHA)
 D, LAYERS = 128, 4  # of nano
 KINDS = {"lora": LinearWithLoRA, "lora_alternative": LinearWithMergedLoRA}
-each_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 
 SHAPES = {  # (in, out) of a block's linear layers, in the order in which they are drawn
     "att.W_query": (D, D),
@@ -63,11 +54,10 @@ TRAINED = {
     "lora": LORA,
     "lora_alternative": LORA,
 }
-each_setting = pytest.mark.parametrize("trainable_layers", TRAINED)
 
 
-def build(trainable_layers, weights=None, **others):
-    return build_classifier(Experiment(trainable_layers=trainable_layers, **NANO, **others), CLASSES, weights)
+def build(trainable_layers, **others):
+    return ae.build_classifier(Experiment(trainable_layers=trainable_layers, **NANO, **others), CLASSES)
 
 
 def randomize_B(module):
@@ -77,14 +67,10 @@ def randomize_B(module):
             nn.init.normal_(part.B, std=0.1)
 
 
-def assert_equal_to_rounding(ours, theirs):
-    assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
-
-
 # --- one layer ---
 
 
-@each_kind
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(6, 5), (2, 4, 5)])
 def test_layer_gives_outputs_and_gradients_of_peft(kind, bias, shape):
@@ -111,33 +97,7 @@ def test_layer_gives_outputs_and_gradients_of_peft(kind, bias, shape):
         assert_equal_to_rounding(our_gradient, their_gradient)
 
 
-@each_kind
-def test_wrapped_layer_starts_as_the_bare_one(kind):
-    torch.manual_seed(0)
-    linear, x = nn.Linear(5, 7), torch.randn(6, 5)
-    bare = linear(x)
-    wrapped = kind(linear, RANK, ALPHA)
-    assert wrapped.A.abs().min() > 0 and wrapped.B.equal(torch.zeros(RANK, 7))
-    assert wrapped(x).equal(bare)
-    assert wrapped.linear is linear
-
-
 # --- the whole classifier ---
-
-
-@each_kind
-def test_add_lora_wraps_every_linear_layer_at_any_depth(kind):
-    inner = nn.ModuleDict({"linear": nn.Linear(3, 4), "norm": nn.LayerNorm(4)})
-    module = nn.Sequential(nn.Linear(2, 3), nn.ModuleList([inner]), nn.Embedding(5, 2))
-    before = dict(module.named_modules())
-    add_lora(module, kind, 1, ALPHA)
-
-    assert {name: type(part) for name, part in module.named_modules() if name not in before} == {
-        "0.linear": nn.Linear,
-        "1.0.linear.linear": nn.Linear,
-    }
-    assert type(module[0]) is type(module[1][0]["linear"]) is kind
-    assert [name for name, part in before.items() if module.get_submodule(name) is not part] == ["0", "1.0.linear"]
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -160,33 +120,12 @@ def test_what_is_wrapped_and_in_which_order_it_is_drawn(name):
         assert wrapped[name].B.equal(torch.zeros(RANK, n_out)), name
 
 
-def batch(n_tokens=6):
+def batch():
     """Three messages of unequal lengths."""
     torch.manual_seed(2)
-    lengths = torch.tensor([n_tokens, 2, 4])
-    key_mask = (torch.arange(n_tokens) < lengths[:, None])[:, None, None]
-    return Batch(Stage.TOKEN_IDS, torch.randint(50257, (3, n_tokens)), lengths - 1, key_mask)
-
-
-def logits_and_gradients(classifier):
-    logits = classifier(batch())
-    nn.functional.cross_entropy(logits, torch.tensor([0, 3, 1])).backward()
-    gradients = {name: p.grad for name, p in classifier.named_parameters() if p.requires_grad}
-    return logits.detach(), gradients
-
-
-@pytest.mark.parametrize("average_embeddings", [False, True])
-def test_the_two_kinds_agree(average_embeddings):
-    classifiers = [build(name, average_embeddings=average_embeddings).double() for name in KINDS]
-    for classifier in classifiers:
-        randomize_B(classifier)
-    (logits, gradients), (merged_logits, merged_gradients) = map(logits_and_gradients, classifiers)
-
-    assert_equal_to_rounding(merged_logits, logits)
-    assert sorted(gradients) == sorted(merged_gradients) == sorted(LORA)
-    assert [name for name, gradient in gradients.items() if gradient.abs().max() < 1e-8] == []
-    for name, gradient in gradients.items():
-        assert_equal_to_rounding(merged_gradients[name], gradient)
+    lengths = torch.tensor([6, 2, 4])
+    key_mask = (torch.arange(6) < lengths[:, None])[:, None, None]
+    return Batch(Stage.TOKEN_IDS, torch.randint(50257, (3, 6)), lengths - 1, key_mask)
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -205,24 +144,11 @@ def test_classifier_with_lora_is_the_bare_one_with_other_weights(name):
 # --- what is trained ---
 
 
-@each_setting
-def test_names_of_the_trained_parameters(trainable_layers):
-    parameters = dict(build(trainable_layers).named_parameters())
-    trained = [name for name, parameter in parameters.items() if parameter.requires_grad]
-    assert sorted(trained) == sorted(TRAINED[trainable_layers])
-
-
-def random_messages(n):
-    lengths = torch.arange(n) % 5 + 2
-    token_ids = torch.randint(50257, (int(lengths.sum()),))
-    return Messages(Stage.TOKEN_IDS, token_ids, lengths, lengths - 1, torch.arange(n) % CLASSES)
-
-
 def changed(classifier, before):
     return {name for name, parameter in classifier.named_parameters() if not parameter.equal(before[name])}
 
 
-@each_setting
+@pytest.mark.parametrize("trainable_layers", TRAINED)
 @pytest.mark.parametrize("from_file", [False, True], ids=["random", "from file"])
 def test_one_step_changes_what_is_trained_and_nothing_else(trainable_layers, from_file):
     tensors = {}
@@ -232,11 +158,14 @@ def test_one_step_changes_what_is_trained_and_nothing_else(trainable_layers, fro
     tensors_before = {name: tensor.clone() for name, tensor in tensors.items()}
     # Weight decay would also change what gets no gradient.
     experiment = Experiment(trainable_layers=trainable_layers, **NANO, num_epochs=1, weight_decay=0.0)
-    classifier = build_classifier(experiment, CLASSES, tensors or None)
-    optimize_frozen_blocks(copy_trained_parameters(classifier))
+    classifier = ae.build_classifier(experiment, CLASSES, tensors or None)
+    ae.optimize_frozen_blocks(ae.copy_trained_parameters(classifier))
     before = {name: parameter.detach().clone() for name, parameter in classifier.named_parameters()}
-    messages = {split: random_messages(experiment.batch_size) for split in SPLITS}  # one batch, so one step
     trained = set(TRAINED[trainable_layers])
+    assert {name for name, parameter in classifier.named_parameters() if parameter.requires_grad} == trained
+    lengths, labels = torch.arange(8) % 5 + 2, torch.arange(8) % CLASSES
+    tokens = torch.randint(50257, (int(lengths.sum()),))
+    messages = dict.fromkeys(SPLITS, Messages(Stage.TOKEN_IDS, tokens, lengths, lengths - 1, labels))  # one batch
     maybe = {name for name in trained if name.endswith("W_key.bias")}  # its gradient is zero but for rounding
 
     train_quietly(classifier, messages, experiment)
