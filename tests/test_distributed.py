@@ -199,7 +199,7 @@ def test_a_finished_run_is_skipped_by_all(options, tmp_path):
     here, elsewhere = folders(tmp_path, "here", "elsewhere")
     options = [*options, "--trainable_layers", "last_layer", "--batch_size", "8", "--skip_finished"]
     finish_together(2, here, main, options)
-    statuses, out = end_together(here, main, options, elsewhere)
+    statuses, out = end_together(start_together(2, here, main, options, elsewhere), here)
     assert statuses == [0, 0] and out.count("Finished before: ") == 1
 
 
@@ -223,7 +223,8 @@ def main_with_a_last_fault(fault, options):
 )
 def test_the_last_state_ends_all(long_options, tmp_path, fault, status, told):
     options = [*long_options, "--num_epochs", "1", "--trainable_layers", "last_layer", "--shard"]
-    statuses, out = end_together(tmp_path, main_with_a_last_fault, fault, options)
+    started = start_together(2, tmp_path, main_with_a_last_fault, fault, options)
+    statuses, out = end_together(started, tmp_path)
     assert statuses == [status] * 2 and out.count(told) == 1 and "Traceback" not in out
 
 

@@ -30,8 +30,8 @@ def assert_history(history, expected):
 
 
 def assert_accuracies(measured, fractions):
-    for accuracy, fraction in zip(measured, fractions, strict=True):
-        assert abs(accuracy.correct - fraction * accuracy.total) < 1.001  # one message, for other processors
+    for (correct, total), fraction in zip(measured, fractions, strict=True):
+        assert abs(correct - fraction * total) < 1.001  # one message, for other processors
 
 
 def slow(numbers, some):
