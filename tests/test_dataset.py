@@ -167,11 +167,8 @@ def test_without_padding_nothing_is_cut_to_the_longest_training_message(nano, da
     """As in the original. The limit is the model's, or the number that is asked for."""
     long = "word " * 1100
     write(data_dir, test=f"Label,Text\n0,{long}\n1,{long[:300]}\n")
-    for options, expected in (
-        ("--no_padding", [1024, 61]),
-        ("--no_padding --context_length 50", [50, 50]),
-        ("", [12, 12]),
-    ):
+    cases = {"--no_padding": [1024, 61], "--no_padding --context_length 50": [50, 50], "": [12, 12]}
+    for options, expected in cases.items():
         experiment, *_ = parse_args([*nano, *options.split()])
         data = ae.prepare_data(experiment)
         assert data.messages["test"].lengths.tolist() == expected
