@@ -27,7 +27,6 @@ class GPTConfig:
     n_heads: int
     vocab_size: int = 50257
     context_length: int = 1024
-    qkv_bias: bool = True
     causal: bool = True  # a token attends to itself and to those before it; False: to every token
 
 
@@ -65,9 +64,9 @@ class MultiHeadAttention(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.n_heads, self.causal = cfg.n_heads, cfg.causal
-        self.W_query = nn.Linear(cfg.emb_dim, cfg.emb_dim, bias=cfg.qkv_bias)
-        self.W_key = nn.Linear(cfg.emb_dim, cfg.emb_dim, bias=cfg.qkv_bias)
-        self.W_value = nn.Linear(cfg.emb_dim, cfg.emb_dim, bias=cfg.qkv_bias)
+        self.W_query = nn.Linear(cfg.emb_dim, cfg.emb_dim)
+        self.W_key = nn.Linear(cfg.emb_dim, cfg.emb_dim)
+        self.W_value = nn.Linear(cfg.emb_dim, cfg.emb_dim)
         self.out_proj = nn.Linear(cfg.emb_dim, cfg.emb_dim)
         self.W_qkv = None
 
@@ -127,8 +126,7 @@ class MultiHeadAttention(nn.Module):
                 scores = scores.masked_fill(~key_mask.squeeze(1), float("-inf"))
             mean = scores.softmax(dim=-1) @ x_hat  # (B, H, D)
             context = torch.einsum("bhe,hde->bhd", mean * norm.weight + norm.bias, W_value).flatten(1)
-            if self.W_value.bias is not None:
-                context = context + self.W_value.bias
+            context = context + self.W_value.bias
         return self.out_proj(context).unsqueeze(1)
 
     @torch.no_grad()
@@ -139,11 +137,9 @@ class MultiHeadAttention(nn.Module):
         """
         parts = (self.W_query, self.W_key, self.W_value)
         weight = torch.cat([part.weight for part in parts])  # (3 D, D)
-        bias = torch.cat([part.bias for part in parts]) if self.W_query.bias is not None else None
+        bias = torch.cat([part.bias for part in parts])
         for number, part in enumerate(parts):
-            part.weight.data = weight.chunk(3)[number]
-            if bias is not None:
-                part.bias.data = bias.chunk(3)[number]
+            part.weight.data, part.bias.data = weight.chunk(3)[number], bias.chunk(3)[number]
         self.W_qkv = (weight, bias)
 
 

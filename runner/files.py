@@ -35,7 +35,7 @@ def require_finite(tensors, what):
     for name, tensor in tensors.items():
         # Unlike isfinite, aminmax makes no copy. A NaN is passed on, and an infinity is one of the ends.
         is_checked = tensor.is_floating_point() and tensor.numel()
-        if is_checked and not all(end.isfinite() for end in tensor.aminmax()):
+        if is_checked and not all(end.float().isfinite() for end in tensor.aminmax()):
             raise NonFiniteError(f"{what} {name} has values that are infinite or not a number")
 
 

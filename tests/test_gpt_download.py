@@ -376,12 +376,13 @@ def test_first_run_downloads_everything_and_the_second_nothing(collection, hub, 
 # --- opening ---
 
 
-def test_weights_with_values_that_are_not_finite(tmp_path, nano_weights):
-    """The masks of some files are infinite."""
+@pytest.mark.parametrize("dtype, value", [(torch.float32, torch.nan), (torch.float64, 1e300)])
+def test_weights_with_values_that_are_not_finite(tmp_path, nano_weights, dtype, value):
+    """In float32, which the model takes. The masks of some files are infinite."""
     tensors, name = open_weights(nano_weights), "transformer.h.2.mlp.c_fc.weight"
     tensors |= {f"transformer.h.0.attn.{kind}": torch.tensor(-torch.inf) for kind in ("bias", "masked_bias")}
-    tensors[name] = tensors[name].clone()
-    tensors[name][3, 5] = torch.nan
+    tensors[name] = tensors[name].to(dtype, copy=True)
+    tensors[name][3, 5] = value
     save_file(tensors, tmp_path / "weights")
     with pytest.raises(UserError, match=f"cannot be used as gpt2-nano .*: tensor {name} has values"):
         gpt_download.find_weights(str(tmp_path / "weights"), "gpt2-nano (7M)")

@@ -166,24 +166,22 @@ def test_parameter_counts():
 # --- shortcuts in a block ---
 
 
-def block_and_input(causal, qkv_bias=True):
-    block = randomize(TransformerBlock(config(causal=causal, qkv_bias=qkv_bias))).double()
+def block_and_input(causal):
+    block = randomize(TransformerBlock(config(causal=causal))).double()
     x = torch.randn(4, 9, D, dtype=torch.float64) + 0.5  # (B, T, D); a mean of zero would leave nothing to subtract
     return block, x
 
 
 LAST, ANY = [8, 3, 0, 5], [2, 3, 0, 1]  # (B,) positions: the last that KEY_MASK shows, and any of those
-each_bias = pytest.mark.parametrize("qkv_bias", [True, False])
 
 
 @pytest.mark.parametrize(
     "causal, key_mask, positions",
     [(True, None, [8, 8, 8, 8]), (True, KEY_MASK, LAST), (False, None, [8, 0, 3, 5]), (False, KEY_MASK, ANY)],
 )
-@each_bias
-def test_one_query_gives_that_position_of_the_whole_block(causal, key_mask, positions, qkv_bias):
+def test_one_query_gives_that_position_of_the_whole_block(causal, key_mask, positions):
     """From the input, and from its kept parts, which give the gradients too."""
-    block, x = block_and_input(causal, qkv_bias)
+    block, x = block_and_input(causal)
     outputs = block(x, key_mask, torch.tensor(positions))
     assert_equal_to_rounding(outputs, block(x, key_mask)[range(4), positions].unsqueeze(1))
     residual = x[range(4), positions].unsqueeze(1)  # (B, 1, D)
@@ -194,19 +192,17 @@ def test_one_query_gives_that_position_of_the_whole_block(causal, key_mask, posi
     upstream = torch.randn_like(outputs)
     gradients = dict(zip(names, torch.autograd.grad(outputs, parameters, upstream)))
     gradients_from_kept = dict(zip(names, torch.autograd.grad(from_kept, parameters, upstream, allow_unused=True)))
-    if qkv_bias:  # the same for every key, so that it cancels in the softmax
-        of_key_bias = gradients.pop("att.W_key.bias")
-        assert_close(of_key_bias, torch.zeros_like(of_key_bias), rtol=0, atol=1e-12)
-        assert gradients_from_kept.pop("att.W_key.bias") is None
+    of_key_bias = gradients.pop("att.W_key.bias")  # the same for every key, so that it cancels in the softmax
+    assert_close(of_key_bias, torch.zeros_like(of_key_bias), rtol=0, atol=1e-12)
+    assert gradients_from_kept.pop("att.W_key.bias") is None
     assert [name for name, gradient in gradients.items() if gradient.abs().max() < 1e-3] == []
     for name, gradient in gradients.items():
         assert_equal_to_rounding(gradients_from_kept[name], gradient)
 
 
 @pytest.mark.parametrize("causal", [True, False])
-@each_bias
-def test_fused_weights_are_views_of_one_tensor_and_change_no_output(causal, qkv_bias):
-    block, x = block_and_input(causal, qkv_bias)
+def test_fused_weights_are_views_of_one_tensor_and_change_no_output(causal):
+    block, x = block_and_input(causal)
     before = {name: parameter.detach().clone() for name, parameter in block.named_parameters()}
     everywhere, one = block(x, KEY_MASK), block(x, KEY_MASK, torch.tensor(LAST))
     block.att.fuse()
