@@ -860,6 +860,7 @@ def use(run_options, given):
         classifier, experiment, saved = load_classifier(run_options.load_model, given)
         export.check_experiment(experiment)
         export_classifier(run_options.export, classifier, saved)
+        print(f"Wrote the export to {run_options.export}", file=sys.stderr)  # answers alone are in standard output
     if run_options.classify:
         chunks = classifiers.chunks_of_texts(run_options.classify)
         classifier, experiment, saved = load_classifier(run_options.load_model, given)
