@@ -10,6 +10,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
+import torch
+
 from gpt_download import COLLECTION_NAMES
 from previous_chapters import GPT_SIZES, GPTConfig
 from runner.data.datasets import SPLITS
@@ -159,6 +161,8 @@ class RunOptions:
                 raise UserError(f"--{name} needs --{needed}")
         if self.shard and not processes.is_launched():
             raise UserError("--shard needs several processes: torchrun --nproc_per_node N additional_experiments.py")
+        if self.shard and torch.__version__ < "2.8":  # a TorchVersion, which knows that 2.10 is later
+            raise UserError(f"--shard needs PyTorch 2.8 or later; this is {torch.__version__}")
         if self.load_model is not None and not self.classify and self.export is None:
             raise UserError("--load_model needs --classify or --export")
         if (self.save_model or self.export) and self.repeats > 1:
