@@ -17,6 +17,7 @@ import torch
 from conftest import TINY, TINY_SIZE
 from filelock import FileLock
 from helpers import CPU, QUIET, finish_together, no_file_above, processes, save_random_weights
+from torch.torch_version import TorchVersion
 
 import additional_experiments as ae
 from gpt_download import Weights, find_weights
@@ -351,6 +352,7 @@ def test_several_processes_compute_together(options, tmp_path, monkeypatch, capf
 def test_memory_is_counted_for_each_process(tiny, monkeypatch):
     for name, value in dict(TORCHELASTIC_RUN_ID="", RANK="0", WORLD_SIZE="2", LOCAL_WORLD_SIZE="2").items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.13"))  # older ones have no shards
     monkeypatch.setattr(features.processes, "from_main", lambda value: value)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=20_000_000))
     experiment = replace(tiny[0], model_size="gpt2-nano (7M)", trainable_layers="all")
