@@ -59,11 +59,10 @@ class Console:
     def write_output(self, what, path, write, *arguments):
         """`write(path, *arguments)`. A failure costs a warning now and, at the end, the exit status: see `close`."""
         if self.is_silent:
-            return None
+            return
         try:
-            written = write(path, *arguments)
+            written = write(path, *arguments)  # a file in the folder `path`, or None
             self.info(f"Wrote {what} to {written or path}")
-            return written
         except (OSError, SafetensorError) as error:
             reason = getattr(error, "strerror", None) or error
             self.not_written.append(f"{what} could not be written to {path}: {reason}")

@@ -163,6 +163,12 @@ def test_warnings_come_before_training(nano, data_dir, capsys):
     ]
 
 
+def test_a_text_may_be_as_long_as_a_book(data_dir):
+    write(data_dir, test=f"Label,Text\n0,{'word ' * 30_000}\n1,b\n")
+    splits, _ = datasets.load_splits(data_dir, "uci")
+    assert len(splits["test"]["Text"][0]) == 150_000
+
+
 def test_without_padding_nothing_is_cut_to_the_longest_training_message(nano, data_dir):
     """As in the original. The limit is the model's, or the number that is asked for."""
     long = "word " * 1100

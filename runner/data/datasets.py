@@ -94,6 +94,7 @@ def read_labelled_csv(path):
     file and line. (Not pandas: it knows no line numbers.)
     """
     rows, line, content = [], 1, path.read_bytes()
+    csv.field_size_limit(2**31 - 1)  # by default a text of more than 131,072 characters is an error
     try:
         encoding = "utf-16" if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
         file = io.StringIO(content.decode(encoding), newline="")

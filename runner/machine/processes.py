@@ -28,14 +28,15 @@ def is_launched():
     return dist.is_torchelastic_launched()
 
 
-def told(name, alone):
-    """The number that torchrun has put into an environment variable; `alone` for the only process."""
+def number_from_torchrun(name, alone):
+    """What torchrun has put into an environment variable; `alone` for the only process."""
     return int(os.environ[name]) if is_launched() else alone
 
 
 # The number of this process, 0 for the one that prints and writes, and how many there are; the same on this host.
-rank, world_size = partial(told, "RANK", 0), partial(told, "WORLD_SIZE", 1)
-local_rank, local_world_size = partial(told, "LOCAL_RANK", 0), partial(told, "LOCAL_WORLD_SIZE", 1)
+rank, local_rank = partial(number_from_torchrun, "RANK", 0), partial(number_from_torchrun, "LOCAL_RANK", 0)
+world_size = partial(number_from_torchrun, "WORLD_SIZE", 1)
+local_world_size = partial(number_from_torchrun, "LOCAL_WORLD_SIZE", 1)
 
 
 @contextmanager
