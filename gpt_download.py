@@ -211,63 +211,61 @@ def open_weights(path):
         raise UserError(f"{path} cannot be read as a .safetensors file: {describe_error(error)}") from error
 
 
-@dataclass
+@dataclass(frozen=True)
 class Weights:
-    """The weights from which a classifier starts: a file's, or random ones."""
+    """The weights from which a classifier starts: random ones, or those of a file."""
 
     model_size: str
     source: str  # "random", "pretrained" or the path of a file
-    sha256: str | None = None  # of the file, if there is one
-    tensors: dict | None = None  # {name: tensor}, memory-mapped, once the file is opened
-    path: Path | None = None  # of the file, likewise
-    stat: tuple | None = None  # its size and the time of its last change before it was hashed
+    sha256: str | None = None  # of the file; None for random weights, as are the following
+    tensors: dict | None = None  # {name: tensor}, memory-mapped
+    path: Path | None = None
+    stat: tuple | None = None  # `size_and_time` before the file was hashed
 
     @property
     def is_random(self):
-        """Whether they are drawn and not read."""
         return self.source == "random"
 
     @property
     def is_published(self):
-        """Whether they are the pretrained ones, regardless of their source."""
+        """Whether these are the pretrained weights of this model size, whatever their source."""
         return self.model_size in PRETRAINED and self.sha256 == PRETRAINED[self.model_size].sha256
 
-    def open(self, quiet=False):
-        """Open the published file, downloaded if need be; any other one is open. Raises UserError."""
-        if self.source == "pretrained":
-            self.path = fetch_weights(self.model_size, quiet)
-            self.tensors, self.stat = open_weights(self.path), size_and_time(self.path)
+    @property
+    def identity(self):
+        """What identifies the weights, together with the seed if they are random."""
+        return self.sha256 or "random"
 
     def require_unchanged(self):
-        """Raises UserError if the file was changed since it was hashed: what was computed may be of other weights."""
+        """Raise UserError if the file was changed since it was hashed: results may come from other weights."""
         if self.path is not None and size_and_time(self.path) != self.stat:
             raise UserError(f"the weights file {self.path} was changed while this run used it", status=1)
 
 
 def size_and_time(path):
-    """The size of a file, and the time of its last change in nanoseconds."""
-    facts = os.stat(path)
-    return facts.st_size, facts.st_mtime_ns
+    """Return the size of a file and the time of its last change in nanoseconds."""
+    stat = os.stat(path)
+    return stat.st_size, stat.st_mtime_ns
 
 
-def find_weights(source, model_size):
-    """The Weights that `source`, the value of --weights, names: pretrained, random or the path of a file.
+def load_weights(source, model_size, quiet=False):
+    """Return the Weights that `source`, the value of --weights, names; the pretrained ones are downloaded if need be.
 
-    A file is opened and checked now, the published one by `Weights.open`. Raises UserError for a file that cannot be
-    read, or whose tensors are not those of the model.
+    Raises UserError if the download fails, if the file cannot be read, or if its tensors do not fit the model.
     """
     if source == "random":
         return Weights(model_size, source)
+    path = fetch_weights(model_size, quiet) if source == "pretrained" else Path(source)
+    stat, tensors = size_and_time(path), open_weights(path)
     if source == "pretrained":
-        return Weights(model_size, source, PRETRAINED[model_size].sha256)
-    stat, tensors = size_and_time(source), open_weights(source)
+        return Weights(model_size, source, PRETRAINED[model_size].sha256, tensors, path, stat)
     try:
         require_finite({name: tensor for name, tensor in tensors.items() if not is_mask(name)}, "tensor")
         with torch.device("meta"):
             load_gpt2_weights(GPTModel(GPTConfig(**GPT_SIZES[model_size])), tensors)
     except (NonFiniteError, WeightsError) as error:
         raise UserError(f"--weights {source} cannot be used as {model_size}: {error}") from None
-    return Weights(model_size, source, sha256_of(source), tensors, Path(source), stat)
+    return Weights(model_size, source, sha256_of(path), tensors, path, stat)
 
 
 # --- the collection ---

@@ -1,8 +1,8 @@
 """GPT-2 in plain PyTorch: sizes, attention, transformer blocks, the model, and loading of named tensors.
 
 The model follows Radford et al., "Language Models are Unsupervised Multitask Learners" (2019): learned
-position embeddings, layer norm before attention and feed-forward (pre-norm), tanh GELU, a query-key-value
-bias. It ends at the final norm; the head is put on by whoever uses the model.
+position embeddings, layer norm before attention and feed-forward (pre-norm), tanh GELU, a bias in the query, key
+and value projections. The model ends at the final norm; `classifier.py` adds the head.
 
 In the shapes B is messages in a batch, T tokens in a message, D the embedding width, H attention heads.
 """
@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """All that `GPTModel` needs to know: `emb_dim` is D, `n_heads` is H."""
+    """The settings of a `GPTModel`: `emb_dim` is D, `n_heads` is H."""
 
     emb_dim: int
     n_layers: int
@@ -28,6 +28,7 @@ class GPTConfig:
     vocab_size: int = 50257
     context_length: int = 1024
     causal: bool = True  # a token attends to itself and to those before it; False: to every token
+    activation_checkpointing: bool = False  # recompute each block in the backward pass, to save memory
 
 
 GPT_SIZES = {
@@ -43,9 +44,9 @@ GPT_SIZES = {
 
 
 class LayerNorm(nn.LayerNorm):
-    """nn.LayerNorm that learns on MPS too: PyTorch up to 2.12 gives wrong gradients there over a frozen input.
+    """nn.LayerNorm with a workaround for MPS, where PyTorch up to 2.12 computes wrong gradients over a frozen input.
 
-    (pytorch issue 183825: they are right where the input takes a gradient, so here it takes one that nobody reads.)
+    They are right if the input requires a gradient, so here it requires one that is never read (pytorch issue 183825).
     """
 
     def forward(self, x):
@@ -71,14 +72,15 @@ class MultiHeadAttention(nn.Module):
         self.W_qkv = None
 
     def forward(self, x, key_mask=None, query_positions=None):
-        """x (B, T, D) to (B, T, D), or to (B, 1, D) for the one query per message that `query_positions` (B,) names.
+        """Return the attention output of x (B, T, D): (B, T, D), or (B, 1, D) for one query per message.
 
-        `key_mask` (B, 1, 1, T) is True where a token may be attended to. For all queries under the causal mask it is
-        not needed and not read: pads come after the tokens, where no token sees them. One query sees whatever
-        `key_mask` lets it; under the causal mask that must be the tokens up to and including it.
+        `query_positions` (B,) are the positions of these queries. `key_mask` (B, 1, 1, T) is True where a token may be
+        attended to. With the causal mask and all queries it is ignored: padding is on the right, where no token attends
+        to it. A single query attends to all that `key_mask` allows; with the causal mask these must be the tokens up to
+        its own position.
         """
         one_query = query_positions is not None
-        # Inputs of products are 2-dimensional: on some Macs PyTorch multiplies 3-dimensional ones wrongly.
+        # Matmul inputs are 2-dimensional: on some Macs PyTorch multiplies 3-dimensional ones wrongly.
         if self.W_qkv is not None and not one_query:
             projected = F.linear(x.flatten(0, 1), *self.W_qkv).chunk(3, dim=-1)
         else:
@@ -86,8 +88,8 @@ class MultiHeadAttention(nn.Module):
             queries = self.W_query(query_input.flatten(0, 1))
             projected = queries, self.W_key(x.flatten(0, 1)), self.W_value(x.flatten(0, 1))
         queries, keys, values = (self.split_heads(part, len(x)) for part in projected)
-        # Attention is in float32 also under bf16, but for CUDA: on a CPU the fused kernel is slower in bfloat16,
-        # backward by half; on MPS it has let tokens see later ones, and misread tensors that are not contiguous.
+        # Except on CUDA, attention is in float32 with bf16 too: on a CPU the backward pass of the fused kernel takes
+        # half as long again in bfloat16; on MPS the kernel has ignored the causal mask and misread strided tensors.
         if x.device.type != "cuda" and queries.dtype == torch.bfloat16:
             queries, keys, values = queries.float(), keys.float(), values.float()
         if x.device.type == "mps":
@@ -104,7 +106,7 @@ class MultiHeadAttention(nn.Module):
         return x.view(batch_size, -1, self.n_heads, x.shape[-1] // self.n_heads).transpose(1, 2)  # to (B, H, T, D/H)
 
     def attend_to_normalized(self, query_input, x_hat, norm, key_mask=None):
-        """What `forward` gives for one query per message, without forming keys and values.
+        """Return what `forward` returns for one query per message, without computing keys and values.
 
         query_input (B, 1, D) is the normed input at the query's position; x_hat (B, T, D) is the input of `norm`,
         standardized but not yet scaled and shifted: the norm gives g x_hat + b. With k_t = W_k (g x_hat_t + b) + c,
@@ -117,7 +119,7 @@ class MultiHeadAttention(nn.Module):
         W_key = self.W_key.weight.unflatten(0, (self.n_heads, head_dim))  # (H, D/H, D)
         W_value = self.W_value.weight.unflatten(0, (self.n_heads, head_dim))
 
-        # In full precision also under autocast, like the attention in `forward`: bfloat16 would round the scores.
+        # In full precision under autocast too, like the attention in `forward`: bfloat16 would round the scores.
         with torch.autocast(x_hat.device.type, enabled=False):
             queries, x_hat = queries.to(W_key.dtype), x_hat.to(W_key.dtype)
             folded = torch.einsum("bhd,hde->bhe", queries, W_key) * norm.weight  # (B, H, D)
@@ -131,15 +133,15 @@ class MultiHeadAttention(nn.Module):
 
     @torch.no_grad()
     def fuse(self):
-        """Hold query, key and value as one product, for a block that is not trained and stays where it is.
+        """Join the query, key and value projections into one matmul, for a frozen block that is on its device.
 
         The three layers' weights and biases become views of the joined ones.
         """
         parts = (self.W_query, self.W_key, self.W_value)
         weight = torch.cat([part.weight for part in parts])  # (3 D, D)
         bias = torch.cat([part.bias for part in parts])
-        for number, part in enumerate(parts):
-            part.weight.data, part.bias.data = weight.chunk(3)[number], bias.chunk(3)[number]
+        for index, part in enumerate(parts):
+            part.weight.data, part.bias.data = weight.chunk(3)[index], bias.chunk(3)[index]
         self.W_qkv = (weight, bias)
 
 
@@ -165,7 +167,10 @@ class TransformerBlock(nn.Module):
         self.norm2 = LayerNorm(cfg.emb_dim)
 
     def forward(self, x, key_mask=None, query_positions=None):
-        """x (B, T, D) to (B, T, D), or to (B, 1, D) with `query_positions`; arguments as in the attention."""
+        """Return the block's output for x (B, T, D): (B, T, D), or (B, 1, D) with `query_positions`.
+
+        The arguments are those of `MultiHeadAttention.forward`.
+        """
         residual = x if query_positions is None else select_positions(x, query_positions)
         return self.feed_forward(residual + self.att(self.norm1(x), key_mask, query_positions))
 
@@ -173,21 +178,21 @@ class TransformerBlock(nn.Module):
         return x + self.ff(self.norm2(x).flatten(0, 1)).view_as(x)
 
     def forward_normalized(self, residual, x_hat, key_mask=None):
-        """What `forward` gives for one query per message, from the kept parts of a frozen input x (B, T, D).
+        """Return what `forward` returns for one query per message, from two parts of a frozen input x (B, T, D).
 
-        residual (B, 1, D) is x at the query's position; x_hat (B, T, D) is x standardized, as `standardize` does.
+        residual (B, 1, D) is x at the query's position; x_hat (B, T, D) is `standardize(x)`.
         """
         return self.feed_forward(
             residual + self.att.attend_to_normalized(self.norm1(residual), x_hat, self.norm1, key_mask)
         )
 
     def standardize(self, x):
-        """`norm1` without its scale and shift: all of it that does not change when the block is trained."""
+        """Apply `norm1` without its scale and shift, the part that training the block does not change."""
         return F.layer_norm(x, x.shape[-1:], eps=self.norm1.eps)
 
 
 class GPTModel(nn.Module):
-    """Token ids to final hidden states. Modules are created in the order in which their weights are drawn."""
+    """GPT-2 from token ids to the final norm. Modules are created in the order in which their weights are drawn."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -196,32 +201,31 @@ class GPTModel(nn.Module):
         self.pos_emb = nn.Embedding(cfg.context_length, cfg.emb_dim)
         self.trf_blocks = nn.ModuleList(TransformerBlock(cfg) for _ in range(cfg.n_layers))
         self.final_norm = LayerNorm(cfg.emb_dim)
-        self.activation_checkpointing = False  # whether blocks compute again in the backward pass what it needs
 
     def embed(self, token_ids):
-        """(B, T) to (B, T, D)."""
+        """Return the sum of token and position embeddings (B, T, D) of token ids (B, T)."""
         return self.tok_emb(token_ids) + self.pos_emb.weight[: token_ids.shape[1]]
 
     def blocks(self, x, start, end, key_mask=None, query_positions=None):
-        """Blocks `start` to `end` (not included), x (B, T, D) to (B, T, D).
+        """Apply blocks `start` to `end` (exclusive) to x (B, T, D) and return (B, T, D).
 
-        With `query_positions` (B,) the model's very last block asks only for the output at that position: to (B, 1, D).
+        With `query_positions` (B,), the last block of the model computes its output at those positions only: (B, 1, D).
         """
-        for number, block in enumerate(self.trf_blocks[start:end], start + 1):
-            arguments = x, key_mask, query_positions if number == len(self.trf_blocks) else None
-            if self.activation_checkpointing and torch.is_grad_enabled():
+        for index, block in enumerate(self.trf_blocks[start:end], start):
+            arguments = x, key_mask, query_positions if index == len(self.trf_blocks) - 1 else None
+            if self.cfg.activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)  # nothing is drawn
             else:
                 x = block(*arguments)
         return x
 
     def forward(self, token_ids, key_mask=None):
-        """(B, T) token ids to (B, T, D) hidden states after the final norm."""
+        """Return the hidden states after the final norm (B, T, D) of token ids (B, T)."""
         return self.final_norm(self.blocks(self.embed(token_ids), 0, len(self.trf_blocks), key_mask))
 
 
 def select_positions(x, positions):
-    """The vector of each message at its own position: x (B, T, D), positions (B,) to (B, 1, D)."""
+    """Return the vector of each message at its own position: x (B, T, D) and positions (B,) give (B, 1, D)."""
     return x[torch.arange(len(x), device=x.device), positions].unsqueeze(1)
 
 
@@ -245,18 +249,18 @@ MASK_BUFFER = re.compile(r"(?:transformer\.)?h\.\d+\.attn\.(bias|masked_bias)")
 
 
 class WeightsError(ValueError):
-    """Tensors that are not those of the model; the message names the tensor."""
+    """A checkpoint's tensors do not fit the model; the message names the tensor."""
 
 
 def load_gpt2_weights(model, tensors):
-    """Make the parameters of `model` those of a GPT-2 checkpoint, every one of them and nothing else.
+    """Replace every parameter of `model` by the tensor of a GPT-2 checkpoint.
 
-    `tensors` maps names to tensors, as GPT-2 checkpoints name them: with or without `transformer.` before
-    each, linear weights (in, out), query, key and value side by side in `c_attn` (D, 3 D). Mask buffers and an
-    `lm_head.weight` that equals `wte.weight` are skipped. A float32 tensor is not copied but viewed, so
-    that a memory-mapped file is read where the model reads it; other floats are converted.
+    `tensors` maps the names of GPT-2 checkpoints, with or without the prefix `transformer.`, to tensors: linear weights
+    are (in, out), and query, key and value are side by side in `c_attn` (D, 3 D). Mask buffers and an `lm_head.weight`
+    that equals `wte.weight` are skipped. A float32 tensor becomes a view, so that a memory-mapped file is read only
+    when the model uses it; other floating-point types are converted.
 
-    Raises WeightsError for a tensor that is missing, left over, there twice, of another shape or not of floats.
+    Raises WeightsError if a tensor is missing, unexpected, duplicated, of another shape or not floating-point.
     """
     for name in tensors:
         if f"transformer.{name}" in tensors:
@@ -292,7 +296,10 @@ def load_gpt2_weights(model, tensors):
 
 
 def gpt2_tensors(model):
-    """The parameters of `model`, {name: tensor}, as a GPT-2 checkpoint holds them: what `load_gpt2_weights` takes."""
+    """Return the parameters of `model` as a GPT-2 checkpoint names and stores them, {name: tensor}.
+
+    This is the inverse of `load_gpt2_weights`.
+    """
     parts = {}
     for name, parameter in model.named_parameters():
         tensor = parameter.detach()
@@ -301,17 +308,17 @@ def gpt2_tensors(model):
 
 
 def is_mask(name):
-    """Whether a checkpoint's tensor of this name is a mask buffer and no parameter."""
+    """Return whether a checkpoint's tensor of this name is a mask buffer and not a parameter."""
     return MASK_BUFFER.fullmatch(name) is not None
 
 
 def is_linear(name):
-    """Whether a parameter of this name is one of a linear layer."""
+    """Return whether a parameter of this name belongs to a linear layer."""
     return name.startswith("trf_blocks.") and "norm" not in name
 
 
 def checkpoint_name(name):
-    """`trf_blocks.3.att.W_key.bias` to `h.3.attn.c_attn.bias`."""
+    """Translate a parameter's name: `trf_blocks.3.att.W_key.bias` is in `h.3.attn.c_attn.bias`."""
     if not name.startswith("trf_blocks."):
         return CHECKPOINT_NAMES[name]
     _, layer, *module, kind = name.split(".")
@@ -319,7 +326,7 @@ def checkpoint_name(name):
 
 
 def checkpoint_shape(name, shape):
-    """The shape under which a checkpoint stores the parameter `name`: (in, out), `c_attn` three times as wide."""
+    """Return the shape of a parameter in a checkpoint: linear weights are (in, out), `c_attn` is thrice as wide."""
     times = 3 if name.split(".")[-2] in THIRD_OF_C_ATTN else 1
     shape = (times * shape[0], *shape[1:])
     return tuple(reversed(shape)) if is_linear(name) else shape

@@ -1,4 +1,4 @@
-"""What a run prints, and what becomes of its errors: lines, warnings, progress bars, exit status."""
+"""What a run prints: lines, warnings, progress bars; and its exit status."""
 
 import os
 import platform
@@ -19,21 +19,21 @@ from runner.wording import markdown_table
 
 
 class Console:
-    """Prints results and warnings always, everything else unless `quiet`. Progress bars need a terminal.
+    """Prints rows and warnings always, other lines and progress bars unless `quiet`, and writes outputs.
 
-    Of several processes only process 0 prints, and only it writes outputs.
+    Only rank 0 prints and writes.
     """
 
     def __init__(self, quiet=False):
         self.is_silent = processes.rank() > 0
         self.quiet = quiet or self.is_silent
-        self.not_written = []  # a message for each output of the run that could not be written
+        self.not_written = []  # a message for each output that could not be written
 
     def print(self, line):
-        """Print a line, also in a quiet run, and also while there is a progress bar."""
+        """Print a line, in a quiet run too; a progress bar stays below it."""
         if not self.is_silent:
             tqdm.write(line, file=sys.stdout)
-            sys.stdout.flush()  # a run that is killed has printed all its lines, also into a pipe or a log file
+            sys.stdout.flush()  # a run that is killed has written its lines, to a pipe or a log file too
 
     def info(self, line):
         """Print a line unless the run is quiet."""
@@ -46,22 +46,22 @@ class Console:
             tqdm.write(f"warning: {line}", file=sys.stderr)
 
     def table_row(self, cells):
-        """Print a row of the table, {title: cell}, its header before it unless quiet."""
+        """Print a row of the table {title: cell}, below its header unless the run is quiet."""
         *header, row = markdown_table(cells, [cells.values()], align=False)
         self.info("\n" + "\n".join(header))
         self.print(row)
 
     def progress(self, description, total, unit, initial=0):
-        """A tqdm progress bar."""
-        disable = True if self.quiet else None  # None: where standard error is no terminal
+        """Return a tqdm progress bar."""
+        disable = True if self.quiet else None  # None: only if standard error is no terminal
         return tqdm(desc=description, total=total, unit=unit, initial=initial, disable=disable)
 
     def write_output(self, what, path, write, *arguments):
-        """`write(path, *arguments)`. A failure costs a warning now and, at the end, the exit status: see `close`."""
+        """Call `write(path, *arguments)` on rank 0. A failure is a warning now, and an error in `close`."""
         if self.is_silent:
             return
         try:
-            written = write(path, *arguments)  # a file in the folder `path`, or None
+            written = write(path, *arguments)  # the path of a file in the folder `path`, or None
             self.info(f"Wrote {what} to {written or path}")
         except (OSError, SafetensorError) as error:
             reason = getattr(error, "strerror", None) or error
@@ -69,33 +69,33 @@ class Console:
             self.warning(self.not_written[-1])
 
     def close(self):
-        """Call at the end of a run. Raises UserError where an output could not be written."""
+        """End the run: raise UserError if an output could not be written."""
         if self.not_written:
             raise UserError("training finished, but " + "; ".join(self.not_written), status=1)
 
 
-def describe_data(name, splits):
-    """What the data are, and how many messages each split has: one line."""
-    counts = ", ".join(f"{len(messages):,} {split}" for split, messages in splits.items())
-    return f"Data: {DATASET_NAMES[name]}; messages: {counts}"
+def describe_data(data):
+    """Return a line with the name of a Dataset and the number of messages in each split."""
+    counts = ", ".join(f"{len(messages):,} {split}" for split, messages in data.splits.items())
+    return f"Data: {DATASET_NAMES[data.name]}; messages: {counts}"
 
 
-def describe_setup(experiment, data, device):
-    """Device, data and tokens of a run: three lines, known before its weights are there."""
+def describe_setup(experiment, data, longest, device):
+    """Return three lines on the device, the data and the tokens of a run; the longest message has `longest` tokens."""
     versions = f"Python {platform.python_version()}, PyTorch {torch.__version__}, tiktoken {tiktoken.__version__}"
-    tokens = f"Tokens per message: {data.longest} at most, {'not padded' if experiment.no_padding else 'padded'}"
-    return f"Device: {describe_devices(device)}; {versions}\n{describe_data(data.name, data.messages)}\n{tokens}"
+    tokens = f"Tokens per message: {longest} at most, {'not padded' if experiment.no_padding else 'padded'}"
+    return f"Device: {describe_devices(device)}; {versions}\n{describe_data(data)}\n{tokens}"
 
 
 def describe_model(experiment, classifier):
-    """Model, weights and numbers of parameters: one line."""
+    """Return a line with the model, its weights and the numbers of its parameters."""
     n_trained = sum(p.numel() for p in classifier.parameters() if p.requires_grad)
     n_frozen = sum(p.numel() for p in classifier.parameters()) - n_trained
     words = f"Model: {experiment.model_size}, weights: {experiment.weights}, trained: {experiment.trainable_layers}"
     return f"{words}; {n_trained:,} trainable and {n_frozen:,} frozen parameters"
 
 
-# What PyTorch's errors say that are no faults of the program, and what to tell the user.
+# Words in errors of PyTorch that are no fault of the program, and what the user is told.
 FAILURES = {
     ("out of memory", "can't allocate memory", "DefaultCPUAllocator", "ALLOC_FAILED"): (
         "out of memory\n"
@@ -111,9 +111,9 @@ FAILURES = {
 
 
 def prepare_streams():
-    """Make standard output and error take any text, and replace them where they were closed.
+    """Make standard output and error accept any text, and replace closed ones.
 
-    Into a file or a pipe they write UTF-8 on every system. A terminal without an en dash shows a question mark for it.
+    Files and pipes get UTF-8 on every system. A terminal shows a question mark for a character that it lacks.
     """
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
@@ -123,15 +123,15 @@ def prepare_streams():
 
 
 def exit_status(command):
-    """Call `command()` and return the exit status; a user error becomes one line.
+    """Call `command()` and return the exit status. Errors that a user can act on become one line.
 
-    0; 1: something could not be downloaded or written, memory is out, or a number is not finite; 2: an option or a file
-    cannot be used; 130: Ctrl-C; 143: SIGTERM; 129: SIGHUP. Errors of the program itself are raised.
+    The status is 0 for success; 1 if a download, an output, memory or training failed; 2 if an option or a file cannot
+    be used; 130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP. Errors of the program itself are raised.
     """
     try:
         command()
         return 0
-    except BrokenPipeError:  # the reader of the output has gone; Python's own last flush must not complain either
+    except BrokenPipeError:  # the reader of the output has ended; Python's last flush must not complain either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (KeyboardInterrupt, Interrupted) as error:
@@ -145,8 +145,8 @@ def exit_status(command):
         advice = [advice for words, advice in FAILURES.items() if any(word in text for word in words)]
         if not advice:
             raise
-        print("error:", advice[0].format(error=text.splitlines()[0]), file=sys.stderr)  # others may not have it
+        print("error:", advice[0].format(error=text.splitlines()[0]), file=sys.stderr)  # on this rank alone
         return 1
-    if processes.rank() == 0:  # all have raised the same: see `processes.agreed`
+    if processes.rank() == 0:  # `raise_on_all_ranks` has raised the same on all
         print(message, file=sys.stderr)
     return status

@@ -6,8 +6,9 @@ The lowest module of the project: it imports no other.
 import hashlib
 import json
 import os
+import re
 import secrets
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -90,3 +91,25 @@ def write_bytes(path, content):
     """Write `content` (bytes) to `path`, whole or not at all. Raises OSError."""
     with atomic_write(path) as temporary:
         temporary.write_bytes(content)
+
+
+def make_room(folder, names, size, max_bytes):
+    """Create `folder` and remove the least recently used files until `size` bytes more fit into `max_bytes`.
+
+    Only files whose names match the regular expression `names` count and are removed. A system that removes a file in
+    use lets the processes that have it mapped go on reading it. Raises OSError if `size` alone is too much.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if size > max_bytes:
+        raise OSError("they would take more than --feature_cache_gb")
+    found = []
+    for path in folder.iterdir():
+        if re.fullmatch(names, path.name):
+            with suppress(FileNotFoundError):  # another process has just removed it
+                found.append((path.stat().st_mtime, path.stat().st_size, path))
+    total = size + sum(file_size for _, file_size, _ in found)
+    for _, file_size, path in sorted(found):
+        if total > max_bytes:
+            with suppress(OSError):  # Windows removes no file that is mapped
+                path.unlink()
+                total -= file_size

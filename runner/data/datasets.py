@@ -1,4 +1,4 @@
-"""The labelled messages: which data, the user's own CSV files, labels, messages that are repeated."""
+"""The labelled messages: the collection or the user's own CSV files, labels, repeated messages."""
 
 import codecs
 import csv
@@ -23,53 +23,54 @@ DATASET_NAMES = {
     "own": "your own data (numbers do not compare with the table)",
 }
 
-FEATURES = "features"  # in the folder of the data: what earlier runs have kept
+FEATURES = "features"  # the subfolder of --data_dir with the cached frozen features
 
 
-@dataclass
+@dataclass(frozen=True)
 class Dataset:
     """Labelled messages, and what identifies them."""
 
     name: str  # "uci", "sample" or "own"
+    splits: dict  # {split: DataFrame with columns Label (int) and Text (str)}
     class_names: list  # of the K classes
-    sha256: str  # of all labels and texts
-    test_texts: list  # of the test messages
-    repeats: dict  # of validation and test, Repeats
-    warnings: list  # lines about what is probably not meant
-    messages: dict | None = None  # of each split, Messages
-    limit: int | None = None  # in tokens, to which messages are cut, and padded where they are
-    longest: int | None = None  # tokens of the longest message, pads included
+    sha256: str  # of all labels and texts, as they were read
+    repeats: dict  # {split: Repeats} of validation and test
+    warnings: list  # lines about what the user probably did not intend
+
+    @property
+    def test_texts(self):
+        return list(self.splits["test"]["Text"])
 
 
 def load(data_dir, dataset, ignore_index):
-    """(a Dataset without its messages, the splits with numbered labels). Errors: `load_splits`, `number_labels`."""
+    """Return the Dataset that --data_dir and --dataset name. Raises UserError: see `load_splits`, `encode_labels`."""
     splits, name = load_splits(data_dir, dataset)
-    sha256, test_texts = sha256_of_splits(splits), list(splits["test"]["Text"])
-    splits, names, warnings = number_labels(splits, name, data_dir, ignore_index)
-    return Dataset(name, names, sha256, test_texts, find_repeats(splits), warnings), splits
+    sha256 = sha256_of_splits(splits)
+    splits, class_names, warnings = encode_labels(splits, name, data_dir, ignore_index)
+    return Dataset(name, splits, class_names, sha256, find_repeats(splits), warnings)
 
 
 # --- which data ---
 
 
 def load_splits(data_dir, dataset):
-    """The labelled messages of each split, and what they are: "uci", "sample" or "own".
+    """Return the splits {split: DataFrame with columns Label and Text (str)}, and their name: "uci", "sample" or "own".
 
-    Returns ({split: DataFrame with columns Label and Text (str)}, name). Label is an int, or the name of a class where
-    the user's own labels are names: see `number_labels`. Downloads the collection if need be. Raises UserError for
-    files that cannot be used, for a folder that was probably meant to hold other data, and for a download that failed.
+    Label is an int, or the name of a class where the user's own labels are names: see `encode_labels`. The collection
+    is downloaded if it is missing. Raises UserError for files that cannot be used, for a folder that was probably meant
+    to hold other data, and for a failed download.
     """
     if dataset == "sample":
         return gpt_download.balanced_splits(gpt_download.sample_path()), "sample"
     paths = {split: Path(data_dir, f"{split}.csv") for split in SPLITS}
-    present = {split: path for split, path in paths.items() if os.path.lexists(path)}  # also a link that leads nowhere
+    present = {split: path for split, path in paths.items() if os.path.lexists(path)}  # a broken link too
     is_uci = all(sha256_of(path) == gpt_download.UCI_SPLITS_SHA256[split] for split, path in present.items())
     if len(present) == len(SPLITS):
         return {split: read_labelled_csv(path) for split, path in paths.items()}, "uci" if is_uci else "own"
     if not is_uci:
         found = " and ".join(path.name for path in present.values())
         raise UserError(f"--data_dir {data_dir} holds {found} alone; your own data needs all three files")
-    if not present and str(data_dir) != DEFAULT_DATA_DIR:  # which is made, and may hold other files
+    if not present and data_dir != DEFAULT_DATA_DIR:  # the default folder is created, and may hold other files
         names = set(os.listdir(data_dir)) - {FEATURES} if os.path.isdir(data_dir) else {"no folder"}
         if {name for name in names if name[0] != "."} and names.isdisjoint(gpt_download.COLLECTION_NAMES):
             problem = (
@@ -80,7 +81,7 @@ def load_splits(data_dir, dataset):
 
 
 def sha256_of_splits(splits):
-    """SHA-256 of the labels and texts of all splits."""
+    """Return the SHA-256 of the labels and texts of all splits."""
     return sha256_of_json([[splits[split][column].tolist() for column in ("Label", "Text")] for split in SPLITS])
 
 
@@ -88,10 +89,10 @@ def sha256_of_splits(splits):
 
 
 def read_labelled_csv(path):
-    """The messages of a CSV file: a DataFrame with columns Label, Text, and line, the one on which a row begins.
+    """Return the messages of a CSV file, a DataFrame with columns Label, Text and line (where a row begins).
 
-    UTF-8, or UTF-16 with its byte order mark; the separator is a comma, semicolon or tab. Raises UserError that names
-    file and line. (Not pandas: it knows no line numbers.)
+    The file is UTF-8, or UTF-16 with a byte order mark; the separator is a comma, semicolon or tab. Raises UserError
+    that names file and line; pandas cannot be used here, because it does not report line numbers.
     """
     rows, line, content = [], 1, path.read_bytes()
     csv.field_size_limit(2**31 - 1)  # by default a text of more than 131,072 characters is an error
@@ -109,7 +110,7 @@ def read_labelled_csv(path):
                 if not (row["label"].strip() and row["text"].strip()):
                     raise ValueError("the label or the text is empty")
                 rows.append((parse_label(row["label"]), row["text"], line))
-            line = reader.line_num + 2  # the next row's; the header is a line too
+            line = reader.line_num + 2  # of the next row; the header is a line too
         if not rows:
             raise ValueError("no messages below the header")
     except (csv.Error, ValueError) as error:
@@ -124,7 +125,7 @@ def read_labelled_csv(path):
 
 
 def parse_header(header):
-    """Separator and columns, in small letters, of a CSV file with this first line. Raises ValueError."""
+    """Return the separator and the lower-case columns of a CSV file with this first line. Raises ValueError."""
     for separator in ",;\t":
         columns = [column.strip() for column in next(csv.reader([header.lower()], delimiter=separator))]
         if columns.count("label") == columns.count("text") == 1:
@@ -133,7 +134,7 @@ def parse_header(header):
 
 
 def parse_label(text):
-    """A label as an int, from "1.0" too, or as a name."""
+    """Return a label as an int ("1.0" is 1), or as a name."""
     with suppress(ValueError):
         if (number := float(text)).is_integer():
             return int(number)
@@ -143,12 +144,12 @@ def parse_label(text):
 # --- labels ---
 
 
-def number_labels(splits, name, data_dir, ignore_index):
-    """The splits with labels as numbers from 0 to K-1, the names of these K classes, and warnings, a list.
+def encode_labels(splits, name, data_dir, ignore_index):
+    """Return the splits with labels as numbers from 0 to K-1, the names of these K classes, and a list of warnings.
 
     `splits` and `name` are what `load_splits` returns. Labels that are names are numbered in alphabetical order. A
-    negative number equal to `ignore_index` marks a message without a label: it adds nothing to the loss and is not
-    counted in an accuracy. Raises UserError for labels from which nothing can be learned.
+    negative number equal to `ignore_index` marks a message without a label: it adds nothing to the loss and does not
+    count in an accuracy. Raises UserError for labels from which nothing can be learned.
     """
     if name != "own":
         return splits, ["ham", "spam"], []
@@ -160,20 +161,20 @@ def number_labels(splits, name, data_dir, ignore_index):
         classes, unlabelled = sorted(found), []
     else:
         classes = list(takewhile(found.__contains__, count()))
-    numbers = {label: number for number, label in enumerate(classes)} | {label: label for label in unlabelled}
+    codes = {label: code for code, label in enumerate(classes)} | {label: label for label in unlabelled}
     for split, frame in splits.items():
-        if len(unknown := frame[~frame["Label"].isin(numbers)]):
+        if len(unknown := frame[~frame["Label"].isin(codes)]):
             label, line = str(unknown["Label"].iloc[0])[:50], unknown["line"].iloc[0]
             problem = f"label {label} is none of the classes {textwrap.shorten(', '.join(map(str, classes)), 100)}"
             advice = "the labels of train.csv must be names, or 0, 1, 2 and so on"
             raise UserError(f"{data_dir}/{split}.csv, line {line}: {problem}; {advice}")
     labelled = {split: frame[~frame["Label"].isin(unlabelled)] for split, frame in splits.items()}
-    splits = {split: frame.assign(Label=frame["Label"].map(numbers)) for split, frame in splits.items()}
+    splits = {split: frame.assign(Label=frame["Label"].map(codes)) for split, frame in splits.items()}
     return splits, [str(label) for label in classes], warnings_about(labelled)
 
 
 def warnings_about(labelled):
-    """What is probably not meant in the messages that have a label, {split: DataFrame}: a list of lines."""
+    """Return lines about what the user probably did not intend, from the messages that have a label, by split."""
     none = [split for split, frame in labelled.items() if frame.empty]
     warnings = [f"no message of {split}.csv has a label: loss and accuracy on it are not known" for split in none]
     texts = pd.concat(labelled.values())[["Label", "Text"]].drop_duplicates()["Text"]
@@ -214,7 +215,7 @@ def letters_of(text):
 def describe_repeats(data):
     """A line on the repeated messages of a Dataset, if it has any: a list."""
     counts = [
-        f"{len(found.exact)} of {len(data.messages[split]):,} {split} messages word for word, {len(found.similar)} but "
+        f"{len(found.exact)} of {len(data.splits[split]):,} {split} messages word for word, {len(found.similar)} but "
         "for case, digits and punctuation"
         for split, found in data.repeats.items()
         if found.similar

@@ -1,4 +1,4 @@
-"""Messages on their way through the classifier: concatenated, in batches, in passes of bounded size.
+"""Messages on their way through the classifier: the pool of distinct messages, splits of it, batches and passes.
 
 In the shapes B is messages in a batch, T tokens in a message, D the embedding width.
 """
@@ -6,12 +6,14 @@ In the shapes B is messages in a batch, T tokens in a message, D the embedding w
 from dataclasses import dataclass, replace
 from enum import Enum
 
+import numpy as np
 import torch
-import torch.nn.functional as F
+
+from runner.machine import processes
 
 
 class Stage(Enum):
-    """How far messages are processed: what `x` of Batch and Messages holds."""
+    """How far messages are processed: what `x` of a Batch or a MessagePool holds."""
 
     TOKEN_IDS = "token ids"  # (B, T)
     HIDDEN_STATES = "hidden states"  # (B, T, D) after some of the blocks
@@ -26,20 +28,19 @@ class Batch:
     stage: Stage
     x: torch.Tensor  # (B, T) or (B, T, D), see Stage
     positions: torch.Tensor  # (B,) the position that is classified, or the last one that is averaged over
-    key_mask: torch.Tensor | None  # (B, 1, 1, T) True where there is something to attend to; None: everywhere
+    key_mask: torch.Tensor | None  # (B, 1, 1, T) True where a token may be attended to; None: everywhere
     residual: torch.Tensor | None = None  # (B, 1, D) with standardized x: the hidden states at `positions`
-    n_blocks: int = 0  # that x has been through
+    n_blocks: int = 0  # the number of blocks that x has passed
 
 
 @dataclass
-class Messages:
-    """The n messages of a split, of unequal lengths, concatenated."""
+class MessagePool:
+    """The n distinct messages of all splits, of unequal lengths, concatenated."""
 
     stage: Stage
-    x: torch.Tensor  # (N,) token ids, or (N, D) what the frozen blocks made of them, perhaps mapped from a file
+    x: torch.Tensor  # (N,) token ids, or (N, D) the output of the frozen part, possibly mapped from a file
     lengths: torch.Tensor  # (n,) tokens of each message in x
     positions: torch.Tensor  # (n,) as in Batch
-    labels: torch.Tensor  # (n,)
     residual: torch.Tensor | None = None  # (n, D) as in Batch
     n_blocks: int = 0  # as in Batch
 
@@ -50,22 +51,22 @@ class Messages:
         return len(self.lengths)
 
     def token_indices(self, indices):
-        """Where in x the tokens of the messages `indices` (B,) are: (B, T), and (B, T) False where there is a pad.
+        """Return the indices in x (B, T) of the tokens of messages (B,), and a mask (B, T) that is False for padding.
 
-        Pads point at the message's last token.
+        Padding points at the last token of its message.
         """
         lengths = self.lengths[indices, None]
         offsets = torch.arange(int(lengths.max()))
         return self.starts[indices, None] + offsets.minimum(lengths - 1), offsets < lengths
 
     def select(self, indices):
-        """The messages `indices` (B,) as Messages, without a residual."""
+        """Return a MessagePool of the messages `indices` (B,), without a residual."""
         tokens, is_real = self.token_indices(indices)
-        parts = {name: getattr(self, name)[indices] for name in ("lengths", "positions", "labels")}
-        return replace(self, x=self.x[tokens[is_real]], residual=None, **parts)
+        x = self.x[tokens[is_real]]
+        return replace(self, x=x, lengths=self.lengths[indices], positions=self.positions[indices], residual=None)
 
     def batch(self, indices, device):
-        """The messages `indices` (B,) as a Batch on `device`."""
+        """Return the messages `indices` (B,) as a Batch on `device`."""
         tokens, is_real = self.token_indices(indices)
         return Batch(
             self.stage,
@@ -77,17 +78,51 @@ class Messages:
         )
 
 
-# --- from texts to tokens ---
+@dataclass(frozen=True)
+class Split:
+    """The labelled messages of a split, in their order."""
+
+    indices: torch.Tensor  # (n,) of each message in the MessagePool
+    labels: torch.Tensor  # (n,)
+
+    def __len__(self):
+        return len(self.indices)
+
+
+@dataclass(frozen=True)
+class EncodedData:
+    """The messages of a data set as token ids, each distinct message once."""
+
+    pool: MessagePool
+    splits: dict  # {name: Split}
+    limit: int  # the number of tokens to which messages are cut, and padded unless padding is off
+    longest: int  # tokens of the longest message, padding included
+
+
+# --- from texts to the pool ---
 
 
 def tokenize(tokenizer, texts):
-    """The token ids of each text, a list of tensors; a special token in a text is text like any other."""
-    return [torch.tensor(tokenizer.encode_ordinary(text), dtype=torch.int32) for text in texts]
+    """Return the token ids of each text, a list of int32 arrays. Special tokens in a text are text like any other."""
+    return [np.array(tokenizer.encode_ordinary(text), dtype=np.int32) for text in texts]
 
 
-def cut_and_pad(token_ids, lengths, pad):
-    """Messages, a list of tensors, one after the other (N,), each cut or padded to its own of `lengths` (n,)."""
-    return torch.cat([F.pad(part, (0, n - len(part)), value=pad) for part, n in zip(token_ids, lengths.tolist())])
+def make_pool(token_ids, lengths, positions, pad_token):
+    """Return the MessagePool of the distinct messages, and the index in it (n,) of each message.
+
+    Each of the messages, a list of n arrays, is cut or padded to its own of `lengths` (n,). Two messages are the same
+    if their tokens and their `positions` (n,) are.
+    """
+    index_of, indices = {}, []
+    for ids, length, position in zip(token_ids, lengths.tolist(), positions.tolist(), strict=True):
+        padding = np.full(max(length - len(ids), 0), pad_token, dtype=ids.dtype)
+        message = np.concatenate([ids[:length], padding]).tobytes(), position
+        indices.append(index_of.setdefault(message, len(index_of)))
+    contents, distinct_positions = zip(*index_of, strict=True)
+    x = torch.frombuffer(bytearray(b"".join(contents)), dtype=torch.int32)
+    distinct_lengths = torch.tensor([len(content) // 4 for content in contents])
+    pool = MessagePool(Stage.TOKEN_IDS, x, distinct_lengths, torch.tensor(distinct_positions))
+    return pool, torch.tensor(indices)
 
 
 # --- passes ---
@@ -97,10 +132,29 @@ TOKENS_PER_PASS = {"cpu": 1024, "mps": 4096, "cuda": 16384}
 
 
 def split_into_passes(lengths, device):
-    """Indices of messages of these lengths (n,), from short to long, cut into tensors for one pass each."""
+    """Yield the indices of messages of these lengths (n,), from short to long, in tensors of one pass each."""
     lengths, order = lengths.sort(stable=True)
     start, longest = 0, lengths.tolist()
     for end in range(1, len(order) + 1):
         if end == len(order) or (end + 1 - start) * longest[end] > TOKENS_PER_PASS[device.type]:
             yield order[start:end]
             start = end
+
+
+def run_passes(classifier, pool, indices, compute):
+    """Yield (message indices, what `compute` returns for their Batch) for each pass over messages (n,) of a pool.
+
+    `compute` returns a list of tensors. The classifier is in evaluation mode, and no gradients are computed. Each rank
+    computes its share of the passes, and all get every result.
+    """
+
+    @torch.no_grad()
+    def compute_pass(own):
+        return compute(pool.batch(indices[own], classifier.device))
+
+    was_training = classifier.training
+    classifier.eval()
+    passes = split_into_passes(pool.lengths[indices], classifier.device)
+    for own, results in processes.distribute_passes(passes, compute_pass):
+        yield indices[own], results
+    classifier.train(was_training)

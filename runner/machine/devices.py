@@ -1,6 +1,5 @@
-"""Where a run computes: the device, whether it can be trusted, its precision, its memory, its random state."""
+"""The device on which a run computes: which one, its precision, its memory, its random state."""
 
-import math
 import platform
 import re
 import sys
@@ -10,35 +9,35 @@ from pathlib import Path
 import psutil
 import torch
 
-from runner.files import NonFiniteError, UserError
+from runner.files import UserError
 from runner.machine import processes
 
 # --- the device ---
 
 
 def resolve_device(name):
-    """(the torch.device that `--device` names, why `auto` passed over another one or None): a product is tried.
+    """Return (torch.device that --device names, why `auto` did not take a better one or None), after a trial matmul.
 
-    Of several processes it is this one's. Raises UserError where PyTorch cannot compute on a device of that kind, or
-    there is not one for each process.
+    Each rank gets its own device. Raises UserError if PyTorch cannot compute on such a device, or if there are fewer of
+    them than ranks.
     """
     is_available = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
     why_not = None
     for kind in [kind for kind in is_available if is_available[kind]] if name == "auto" else [name]:
-        device = own_device(kind)
+        device = device_of_rank(kind)
         try:
             ones = torch.ones(2, 2, device=device)
             (ones @ ones).sum().item()
             return device, why_not
         except (RuntimeError, AssertionError) as error:
             reason = str(error).splitlines()[0].split(". ")[0]
-            if name != "auto" or processes.is_launched():  # all processes compute on devices of one kind
+            if name != "auto" or processes.is_launched():  # all ranks must compute on devices of one kind
                 raise UserError(f"--device {kind}: {reason}; use --device auto or cpu") from None
             why_not = f"{kind.upper()} is not used: {reason}"
 
 
-def own_device(kind):
-    """This process's torch.device of a kind. Raises UserError where there are fewer than processes."""
+def device_of_rank(kind):
+    """Return the torch.device of this rank, of a kind ("cpu", "mps", "cuda"). Raises UserError if there are too few."""
     n_processes = processes.local_world_size()
     if kind == "mps" and n_processes > 1:
         raise UserError("--device mps is for one process; use --device cpu with several")
@@ -51,13 +50,13 @@ def own_device(kind):
 
 
 def describe_devices(device):
-    """The devices of all processes, which are alike: `2 × NVIDIA A100-SXM4-40GB`, or one's name alone."""
+    """Return the name of the devices of all ranks, which are alike: `2 × NVIDIA A100-SXM4-40GB`."""
     n = processes.world_size()
     return f"{n} × " * (n > 1) + describe_device(device)
 
 
 def describe_device(device):
-    """The device by name: `NVIDIA A100-SXM4-40GB`, `MPS, arm64`, `CPU, 8 threads`."""
+    """Return the name of a device: `NVIDIA A100-SXM4-40GB`, `MPS, arm64`, `CPU, 8 threads`."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type == "mps":
@@ -67,51 +66,16 @@ def describe_device(device):
 
 
 def describe_system(device):
-    """The device with the versions on which its products depend."""
+    """Return the name of a device with the versions on which its results depend."""
     system = f"CUDA {torch.version.cuda}" if device.type == "cuda" else f"macOS {platform.mac_ver()[0]}"
     return f"{describe_device(device)} (PyTorch {torch.__version__}, {system})"
-
-
-# --- compared with the CPU ---
-
-TOLERANCE = {"fp32": 0.01, "tf32": 0.1, "bf16": 0.1}  # of bf16, 0.02 was the most seen, of float32 below 0.0001
-NEGLIGIBLE = 1e-3
-
-
-def compare_results(compute, expected, precision):
-    """Compare what `compute()` gives with what is `expected`, {name: tensor}: (why they differ or None, by how much).
-
-    It is called twice: a product that changes from call to call may be right once.
-    """
-    try:
-        deviation, name = max(largest_deviation(compute(), expected) for _ in range(2))
-    except (NonFiniteError, NotImplementedError) as error:
-        return str(error).splitlines()[0], None
-    is_wrong = deviation > TOLERANCE[precision]
-    return f"{name} differs by {deviation:.1%} of the largest entry" if is_wrong else None, f"{deviation:.1e} ({name})"
-
-
-def largest_deviation(found, expected):
-    """(how far, which): the largest difference between results {name: tensor}, relative to the tensor's largest entry.
-
-    A gradient that is NEGLIGIBLE beside the largest one is rounding (that of the key's bias is nothing else: it cancels
-    in the softmax); its difference is relative to NEGLIGIBLE times the largest. NaN is infinitely far.
-    """
-    sizes = {name: tensor.abs().max().item() for name, tensor in expected.items()}
-    least = NEGLIGIBLE * max((size for name, size in sizes.items() if "gradient" in name), default=0.0)
-    deviations = []
-    for name, tensor in expected.items():
-        difference = (found[name].float() - tensor).abs().max().item()
-        deviation = difference / max(sizes[name], least, torch.finfo(torch.float32).tiny)
-        deviations.append((math.inf if math.isnan(deviation) else deviation, name))
-    return max(deviations)
 
 
 # --- precision ---
 
 
 def set_precision(precision, device):
-    """Allow or forbid TF32 in float32 products. Raises UserError for `tf32` on a device without it."""
+    """Allow or forbid TF32 in float32 matmuls. Raises UserError for `tf32` on a device without it."""
     if precision == "tf32" and device.type != "cuda":
         raise UserError(f"--precision tf32 is for CUDA; the device is {device}")
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
@@ -121,13 +85,13 @@ def set_precision(precision, device):
 
 
 def release_memory(device):
-    """Give back what PyTorch keeps for later tensors, so that `free_memory` counts it as free."""
+    """Release the memory that PyTorch caches for later tensors, so that `free_memory` counts it as free."""
     if device.type != "cpu":
         getattr(torch, device.type).empty_cache()
 
 
 def free_memory(device):
-    """Bytes that this process can still allocate on `device`: the processes of a host share its main memory."""
+    """Return how many bytes this rank can still allocate on `device`. The ranks of a host share its main memory."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if device.type == "mps":
@@ -136,10 +100,10 @@ def free_memory(device):
 
 
 def free_in_control_groups(groups=Path("/proc/self/cgroup"), root=Path("/sys/fs/cgroup")):
-    """Bytes below each memory limit of this process's Linux control group (version 2) and of those above it.
+    """Return the free bytes below each memory limit of this process's Linux control group (v2) and its ancestors.
 
-    Page cache counts as free, since the kernel drops it before it refuses memory. `groups` says which group this is,
-    `root` is where groups are mounted. (Linux documentation, admin-guide/cgroup-v2.)
+    The page cache counts as free, since the kernel drops it before it refuses memory. `groups` names the group of this
+    process, `root` is where groups are mounted (Linux documentation, admin-guide/cgroup-v2).
     """
     free = []
     with suppress(OSError, StopIteration):
@@ -154,7 +118,7 @@ def free_in_control_groups(groups=Path("/proc/self/cgroup"), root=Path("/sys/fs/
 
 
 def peak_memory(device):
-    """The most memory that this process has held so far, in bytes: of the device, or main memory."""
+    """Return the most memory in bytes that this process has held so far, of the device or main memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if device.type == "mps":
@@ -166,11 +130,26 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def training_memory(classifier, n_shards=1):
+    """Return the bytes that training takes, but for activations and features, {what: bytes}, from sizes alone."""
+    weights = sum(p.nbytes for p in classifier.parameters()) // n_shards
+    trained = sum(p.nbytes for p in classifier.parameters() if p.requires_grad) // n_shards
+    return {"weights": weights, "gradients": trained, "optimizer": 2 * trained}  # AdamW keeps two moments
+
+
+def describe_shortage(needs, device):
+    """Return a warning if `needs` {what: bytes} exceed the free memory of `device`, else None."""
+    needed, free = sum(needs.values()), free_memory(device)
+    listed = ", ".join(f"{what} {size / 1e9:.2f} GB" for what, size in needs.items())
+    if needed > free:
+        return f"each process needs {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free: {listed}"
+
+
 # --- random state ---
 
 
 def random_states(device):
-    """The states of PyTorch's random generators, of the CPU and of `device`, by device type."""
+    """Return the states of PyTorch's random generators on the CPU and on `device`, by device type."""
     states = {"cpu": torch.get_rng_state()}
     if device.type != "cpu":
         states[device.type] = getattr(torch, device.type).get_rng_state()
@@ -178,7 +157,7 @@ def random_states(device):
 
 
 def set_random_states(states):
-    """Restore what `random_states` gave."""
+    """Restore what `random_states` returned."""
     for kind, state in states.items():
         generator = torch if kind == "cpu" else getattr(torch, kind)
         generator.set_rng_state(state.clone())

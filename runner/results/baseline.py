@@ -17,8 +17,8 @@ from runner.results.records import file_name, new_record, write_record
 def run_baselines(experiment, run_options):
     """Train and evaluate each baseline on the data of `experiment`, print its row and write its Record."""
     console = Console(run_options.quiet)
-    data, splits = load(experiment.data_dir, experiment.dataset, experiment.ignore_index)
-    console.info(describe_data(data.name, splits))
+    data = load(experiment.data_dir, experiment.dataset, experiment.ignore_index)
+    console.info(describe_data(data))
     for warning in data.warnings:
         console.warning(warning)
     letters = TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 5), sublinear_tf=True)
@@ -30,7 +30,7 @@ def run_baselines(experiment, run_options):
     for name, model in models.items():
         console.info(f"\n{name}")
         start = time.perf_counter()
-        confusions = evaluate(model, splits, len(data.class_names))
+        confusions = evaluate(model, data.splits, len(data.class_names))
         seconds = time.perf_counter() - start
         for line in describe_test(confusions["test"], data, " (with their margins)"):
             console.info(line)

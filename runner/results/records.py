@@ -17,7 +17,6 @@ from runner.files import UserError, sha256_of_json, write_bytes
 from runner.machine.devices import describe_devices
 from runner.results.accuracy import Confusion, Mistake
 from runner.rows import ROWS
-from runner.saved.checkpoints import run_identity
 from runner.wording import changed_options, describe_settings
 
 
@@ -65,7 +64,6 @@ class Record:
     data: str  # "uci", "sample" or "own"
     data_sha256: str
     class_names: list  # of the K classes
-    tokens_per_message: int | None  # of the longest message, pads included
     confusions: dict  # {split: Confusion}
     repeats: dict  # {split: Repeats} of validation and test
     texts: list  # of the most confident test mistakes, in the order of `most_confident`
@@ -75,6 +73,7 @@ class Record:
     date: str = field(default_factory=lambda: datetime.now().astimezone().isoformat(timespec="seconds"))
     versions: dict = field(default_factory=lambda: dict(python=platform.python_version()) | VERSIONS)
     # What a baseline does without.
+    tokens_per_message: int | None = None  # of the longest message, padding included
     row: int | None = None  # of the published table, if the run was one of its rows
     options: dict = field(default_factory=dict)  # what tells it from row 1, but for seed, device, precision and paths
     settings: dict = field(default_factory=dict)  # the Experiment's, by name
@@ -122,18 +121,25 @@ class Record:
         return cls(**parts)
 
 
-# --- what makes a run this run ---
+# --- what makes a run the same run ---
 
-# No part of a configuration: noted apart, without effect on a number, or known by the content of the files.
-FREE_OPTIONS = ("seed", "device", "precision", "features", "data_dir")
+# Options that change no number of a run: where it computes, and where its files are.
+NOT_IDENTIFYING = ("device", "features", "activation_checkpointing", "shard", "data_dir")
 
 
-def identify(experiment, data, weights, device):
-    """What makes a run this run, known before it starts: the fields run, row, configuration and options of its Record.
+def run_identity(experiment, data, weights):
+    """Return what makes a run the same run, {name: value}: with any other value its numbers would differ."""
+    settings = {name: value for name, value in asdict(experiment).items() if name not in NOT_IDENTIFYING}
+    return settings | dict(weights=weights.identity, data=data.sha256)
 
-    The name of its file, `row16-seed123-3f9c2a1b`, has a hash of its `run_identity`.
+
+def identify(experiment, data, weights):
+    """Return the fields run, row, configuration and options of a run's Record, which are known before it starts.
+
+    The name of the run, `row16-seed123-3f9c2a1b`, ends with a hash of its `run_identity`.
     """
-    options = {name: value for name, value in changed_options(experiment).items() if name not in FREE_OPTIONS}
+    excluded = ("seed", "precision", *NOT_IDENTIFYING)
+    options = {name: value for name, value in changed_options(experiment).items() if name not in excluded}
     if weights.is_published:
         options.pop("weights", None)
     elif not weights.is_random:
@@ -143,22 +149,28 @@ def identify(experiment, data, weights, device):
     row = next((number for number, row in ROWS.items() if row.options == options), None)
     configuration = describe_settings(options)
     words = f"row{row}" if row else configuration[:100]
-    run = file_name(f"{words} seed{experiment.seed}", run_identity(experiment, data, weights, device))
+    run = file_name(f"{words} seed{experiment.seed}", run_identity(experiment, data, weights))
     return dict(run=run, row=row, configuration=configuration, options=options)
 
 
+def find_record(folder, experiment, data, weights):
+    """Return (path, Record) of this run in a folder, whatever device it ran on, or None. Raises UserError."""
+    name = identify(experiment, data, weights)["run"]
+    paths = sorted(Path(folder).glob(f"{name}*.json"))
+    return (paths[0], read_record(paths[0])) if paths else None
+
+
 def file_name(words, identity):
-    """Words as any file system takes them, and 8 digits of a hash of what JSON can hold."""
+    """Return a name that any file system takes: words, and 8 digits of a hash of `identity`, which JSON can hold."""
     return re.sub(r"[^a-z0-9.]+", "-", f"{words} {sha256_of_json(identity)[:8]}".lower())
 
 
 def new_record(data, confusions, **further):
-    """The Record of a run that finishes now on a Dataset, with these {split: Confusion} and `further` fields."""
+    """Return the Record of a run on a Dataset that finishes now; {split: Confusion}, and `further` fields."""
     return Record(
         data=data.name,
         data_sha256=data.sha256,
         class_names=list(data.class_names),
-        tokens_per_message=data.longest,
         confusions=confusions,
         repeats=data.repeats,
         texts=[data.test_texts[mistake.number] for mistake in confusions["test"].most_confident(10)],
@@ -166,9 +178,11 @@ def new_record(data, confusions, **further):
     )
 
 
-def make_record(experiment, data, weights, confusions, state, **noted):
-    """The Record of a run of GPT-2 that finishes now, with this TrainingState; `noted` are further fields."""
-    usage = state.usage()
+def make_record(experiment, data, weights, confusions, state, **further):
+    """Return the Record of a run of GPT-2 that finishes now with this TrainingState; `further` are other fields."""
+    usage, identity = state.usage(), identify(experiment, data, weights)
+    if state.device.type != "cpu":  # runs on several types of device have a file each
+        identity["run"] += f"-{state.device.type}"
     return new_record(
         data,
         confusions,
@@ -181,8 +195,8 @@ def make_record(experiment, data, weights, confusions, state, **noted):
         device=state.device.type,
         device_name=describe_devices(state.device),
         history=state.history,
-        **identify(experiment, data, weights, state.device),
-        **noted,
+        **identity,
+        **further,
     )
 
 

@@ -1,6 +1,5 @@
-"""Interrupted runs: the state of training, the file that keeps it, and the signals that end a run."""
+"""Interrupted runs: the state of training, the checkpoint file that keeps it, and the signals that end a run."""
 
-import json
 import signal
 import threading
 import time
@@ -15,160 +14,109 @@ from runner.files import UserError, atomic_write, require_finite
 from runner.machine import processes
 from runner.machine.devices import peak_memory, random_states, set_random_states
 
-FORMAT = 5
+FORMAT = 6
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 class TrainingState:
-    """All that training changes, and how far it has come: what a run needs to continue as if it had never stopped.
+    """All that training changes, and how far one seed has come: what is needed to continue as if it had not stopped.
 
-    It is made when training begins; `started` is when its seed did, by `time.perf_counter`, by default now.
+    It is made when training begins. `environment` {name: value} is what may change the last digits of its numbers;
+    `started` is when the seed started, by `time.perf_counter`.
     """
 
-    def __init__(self, classifier, optimizer, history, started=None):
+    def __init__(self, classifier, optimizer, history, seed, environment, started):
         self.parameters = {name: p for name, p in classifier.named_parameters() if p.requires_grad}
         self.optimizer, self.history, self.device = optimizer, history, classifier.device
-        self.batches_done = 0  # whose updates are made
+        self.seed, self.environment = seed, environment
+        self.batches_done = 0  # batches whose update is made
         self.order = torch.empty(0, dtype=torch.long)  # message indices of the current epoch, batch after batch
-        now = time.perf_counter()
-        self.started, self.earlier_peak = dict(training=now, total=started or now), 0
+        self.started, self.earlier_peak = dict(training=time.perf_counter(), total=started), 0
 
     def usage(self):
-        """Seconds of `training` and in `total`, and the `peak_memory` of the process; interrupted parts included."""
-        seconds = {kind: time.perf_counter() - start for kind, start in self.started.items()}
+        """Return the seconds of `training` and in `total` and the `peak_memory`, interrupted parts included."""
+        seconds = {name: time.perf_counter() - start for name, start in self.started.items()}
         return seconds | dict(peak_memory=max(peak_memory(self.device), self.earlier_peak))
 
     def full_parameters(self):
-        """The trained parameters, {name: tensor}; with shards as in `state_dict`."""
-        return {name: processes.full(parameter.detach()) for name, parameter in self.parameters.items()}
+        """Return the trained parameters {name: tensor}: with shards, in full on rank 0 and empty on the others."""
+        return {name: processes.gather_full(parameter.detach()) for name, parameter in self.parameters.items()}
 
     def state_dict(self):
-        """What `load_state_dict` restores: nested dicts of tensors, numbers and texts.
+        """Return nested dicts of tensors, numbers and texts, from which `load_state_dict` restores the state.
 
-        With shards all processes have to call it, and only process 0 gets the tensors.
+        With sharded parameters this is a collective, and only rank 0 gets the tensors.
         """
         moments = {name: self.optimizer.state[parameter] for name, parameter in self.parameters.items()}
         return dict(
+            seed=self.seed,
+            environment=self.environment,
             batches_done=self.batches_done,
             order=self.order,
             history=asdict(self.history),
             usage=self.usage(),
             random_states=random_states(self.device),
             parameters=self.full_parameters(),
-            optimizer={name: {key: processes.full(t) for key, t in kept.items()} for name, kept in moments.items()},
+            optimizer={n: {key: processes.gather_full(t) for key, t in kept.items()} for n, kept in moments.items()},
         )
 
     @torch.no_grad()
     def load_state_dict(self, state):
-        """Restore what `state_dict` gave."""
+        """Restore what `state_dict` returned, possibly on another type of device."""
         self.batches_done, self.order = state["batches_done"], state["order"]
         self.history = type(self.history)(**state["history"])
-        self.started = {kind: start - state["usage"][kind] for kind, start in self.started.items()}
+        self.started = {name: start - state["usage"][name] for name, start in self.started.items()}
         self.earlier_peak = state["usage"]["peak_memory"]
         for name, parameter in self.parameters.items():
-            parameter.copy_(processes.divided_like(state["parameters"][name], parameter))
-            for key, tensor in state["optimizer"][name].items():  # none of a parameter that had no gradient
-                tensor = processes.divided_like(tensor, parameter)
-                # On a device the optimizer's count of updates is there too, because it is a fused one.
+            parameter.copy_(processes.shard_like(state["parameters"][name], parameter))
+            for key, tensor in state["optimizer"][name].items():  # empty for a parameter that had no gradient
+                tensor = processes.shard_like(tensor, parameter)
+                # The fused optimizer keeps its count of updates on the device too.
                 self.optimizer.state[parameter][key] = tensor.to(parameter.device)
-        set_random_states(state["random_states"])
+        set_random_states({kind: s for kind, s in state["random_states"].items() if kind in ("cpu", self.device.type)})
 
 
 class Interrupted(UserError):
-    """A signal has ended the run, in a state that can be resumed if there is a checkpoint."""
-
-
-def run_identity(experiment, data, weights, device):
-    """What makes a run the same run, by name: with any other value it would give other numbers."""
-    settings = asdict(experiment)
-    del settings["features"], settings["data_dir"]  # without effect, and identified by their content
-    return settings | dict(weights=weights.sha256 or "random", device=device.type, data=data.sha256)
+    """A signal ended the run; it can be resumed if it has a checkpoint."""
 
 
 class Checkpoint:
-    """The file from which an interrupted run is resumed. Without a path nothing is written.
+    """The file from which an interrupted run is resumed: the state of one seed, also when that is finished.
 
-    It holds the state of the last seed, also when that is finished, and the records of the seeds before. Of several
-    processes each reads the file, and process 0 writes it.
+    `saved` is the state dict that the file held when it was opened, until it is restored. Without a path nothing is
+    written. Every rank reads the file, rank 0 writes it.
     """
 
-    def __init__(self, options, identity=None, console=None):
-        self.path, self.minutes, self.console = options.checkpoint, options.checkpoint_minutes, console
-        self.identity = dict(identity or {}, format=FORMAT)
-        self.records, self.state, self.environment = [], None, {}
+    def __init__(self, path, minutes, identity, saved, console):
+        self.path, self.minutes, self.identity, self.saved, self.console = path, minutes, identity, saved, console
         self.signal, self.saved_at = 0, time.monotonic()
 
-    @contextmanager
-    def opened(self):
-        """Read the file, if there is one; within `with`, no other run can use it. Raises UserError: see `read`."""
-        if self.path is None:
-            yield
-            return
-        path = Path(self.path).resolve()
-        # A soft lock would outlast a killed run.
-        lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=0, fallback_to_soft=False)
-        try:
-            with processes.main_first():
-                try:
-                    if processes.rank() == 0:
-                        lock.acquire()
-                except Timeout:
-                    raise UserError(f"another run uses the checkpoint {path}; wait, or use another file") from None
-                except OSError as error:
-                    self.console.warning(f"the checkpoint is not locked ({error}); use it in one run at a time")
-                self.read()
-            with processes.agreed():
-                found = len(self.records), self.state and self.state["batches_done"]
-                if processes.from_main(found) != found:
-                    raise UserError(f"--checkpoint {self.path}: not all hosts have the same file there")
-            yield
-        finally:
-            lock.release()
-
-    def read(self):
-        """Read the file, if there is one; nothing in it can run code. Raises UserError if it is not of this run."""
-        try:
-            content = torch.load(self.path, map_location="cpu", weights_only=True)
-            identity = content["identity"]
-        except FileNotFoundError:
-            return
-        except Exception as error:  # of many classes
-            raise UserError(f"{self.path} is no checkpoint ({type(error).__name__}); delete it to start over") from None
-        for name, value in self.identity.items():
-            if (theirs := identity.get(name)) != value:
-                raise UserError(f"{self.path} is of a run with {name} {theirs}, not {value}; delete it to start over")
-        self.records, self.state, self.environment = content["records"], content["state"], content["environment"]
-
-    def add_record(self, record):
-        """Note the Record of a finished seed, as plain types, of which nothing can run; a state is of the next seed."""
-        self.records.append(json.loads(json.dumps(record.to_dict())))
-        self.state = None
-
-    def note_environment(self, environment):
-        """Note what may change the last digits, {name: value}; warn where a seed is resumed with other values."""
-        if self.state is not None and environment != self.environment:
-            before, now = (", ".join(noted.values()) for noted in (self.environment, environment))
-            self.console.warning(f"{self.path} is resumed with {now}; before: {before}; last digits may differ")
-        self.environment = environment
+    def is_past(self, seed):
+        """Return whether the file holds the state of a later seed."""
+        return self.saved is not None and self.saved["seed"] > seed
 
     def restore(self, state):
-        """Restore a TrainingState from the file. Returns whether there was one."""
-        if self.state is None:
-            return False
-        state.load_state_dict(self.state)
-        self.state = None
-        return True
+        """Restore a TrainingState if the file holds one of its seed, and say so; warn if its environment differs."""
+        if self.saved is None or self.saved["seed"] != state.seed:
+            return
+        if state.environment != self.saved["environment"]:
+            before, now = (", ".join(found.values()) for found in (self.saved["environment"], state.environment))
+            self.console.warning(f"{self.path} is resumed with {now}; before: {before}; last digits may differ")
+        state.load_state_dict(self.saved)
+        self.saved = None
+        before = f"Resuming from {self.path} after {state.batches_done:,} batches; printed before:"
+        self.console.info("\n".join([before, *state.history.lines]))
 
     @contextmanager
-    def signals_noted(self):
-        """Within it the first signal that would end the run is noted for `save_if_due`; a second one ends it at once.
+    def defer_signals(self):
+        """Within it the first signal that would end the run waits for `save_if_due`; a second one ends it at once.
 
-        A signal that is ignored stays ignored. Only the main thread can handle signals: in others nothing changes.
+        Ignored signals stay ignored. Python handles signals in the main thread only: in others nothing changes.
         """
 
         def note(number, frame):
             self.signal = number
-            handlers.close()  # restores those that were there before
+            handlers.close()  # restores the handlers that were there before
 
         is_needed = self.path is not None or processes.world_size() > 1
         with ExitStack() as handlers:
@@ -177,41 +125,97 @@ class Checkpoint:
                     if signal.getsignal(number) is not signal.SIG_IGN:
                         handlers.callback(signal.signal, number, signal.signal(number, note))
             yield
-        self.end_if(*processes.largest(self.signal))  # it came while the last state was being saved
+        self.raise_if_interrupted(*processes.all_reduce_max(self.signal))  # it came during the last save
 
-    def end_if(self, number):
-        """Raises Interrupted if there is a signal of this number."""
+    def raise_if_interrupted(self, number):
+        """Raise Interrupted if the number of a signal is not 0."""
         if number:
             can_resume = self.path is not None and Path(self.path).exists()
             advice = f"; the same command resumes from {self.path}" if can_resume else ""
             raise Interrupted(f"interrupted{advice}", status=128 + int(number))
 
     def save_if_due(self, state, is_end_of_epoch=False):
-        """Save the state after an epoch, when the last time is long ago, and when a signal is to end the run.
+        """Save the state after an epoch, when the last save is `minutes` ago, and when a signal is to end the run.
 
-        All processes do the same, whichever has the signal and whatever their clocks say. Raises Interrupted.
+        All ranks do the same, whichever got the signal and whatever their clocks say. Raises Interrupted.
         """
         is_due = is_end_of_epoch or time.monotonic() - self.saved_at >= 60 * self.minutes
-        number, is_due = processes.largest(self.signal, is_due)
+        number, is_due = processes.all_reduce_max(self.signal, is_due)
         if self.path is not None and (number or is_due):
             self.save(state)
-        self.end_if(number)
+        self.raise_if_interrupted(number)
 
     def save(self, state):
-        """Write the file; where that fails, the run warns and goes on.
+        """Write the file. A failed write is a warning, and the run continues.
 
         Raises NonFiniteError for parameters that are not finite, and leaves the file as it was.
         """
-        content = dict(identity=self.identity, environment=self.environment, records=self.records)
-        content["state"] = state.state_dict()
-        with processes.agreed():  # with shards only process 0 has them
+        content = dict(identity=self.identity, state=state.state_dict())
+        with processes.raise_on_all_ranks():  # only rank 0 has sharded parameters
             require_finite(content["state"]["parameters"], "parameter")
         try:
             if processes.rank() == 0:
                 with atomic_write(self.path) as temporary, open(temporary, "wb") as file:
                     torch.save(content, file)
-        except (OSError, RuntimeError) as error:  # PyTorch's own hides that of the file, for example of a full disk
+        except (
+            OSError,
+            RuntimeError,
+        ) as error:  # PyTorch hides the error of a full disk in its own
             reason = error.__context__ if isinstance(error, RuntimeError) else error
             self.console.warning(f"the checkpoint {self.path} could not be written: {reason or error}")
         self.saved_at = time.monotonic()
-        processes.barrier()  # torchrun ends process 0, which may still be writing, when another process has ended
+        processes.barrier()  # when one rank has ended, torchrun ends rank 0, which may still be writing
+
+
+@contextmanager
+def open_checkpoint(path, minutes, identity, seeds, console):
+    """Yield the Checkpoint at `path`, locked against other runs until the end of the block; None is no file.
+
+    `identity` is what makes a run the same run, see `run_identity`; the state may be that of any of `seeds`. Raises
+    UserError for the file of another run, for a file that is no checkpoint or in use, and if hosts see different files.
+    """
+    identity = identity | dict(format=FORMAT)
+    if path is None:
+        yield Checkpoint(path, minutes, identity, None, console)
+        return
+    full_path = Path(path).resolve()
+    # A soft lock would outlast a killed run.
+    lock = FileLock(full_path.with_name(f".{full_path.name}.lock"), timeout=0, fallback_to_soft=False)
+    with processes.rank0_first():
+        try:
+            if processes.rank() == 0:
+                lock.acquire()
+        except Timeout:
+            raise UserError(f"another run uses the checkpoint {full_path}; wait, or use another file") from None
+        except OSError as error:
+            console.warning(f"the checkpoint is not locked ({error}); use it in one run at a time")
+    try:
+        with processes.raise_on_all_ranks():
+            saved = read_checkpoint(path, identity, seeds)
+            progress = saved and (saved["seed"], saved["batches_done"])
+        with processes.raise_on_all_ranks():
+            if processes.from_rank0(progress) != progress:
+                raise UserError(f"--checkpoint {path}: not all hosts have the same file there")
+        yield Checkpoint(path, minutes, identity, saved, console)
+    finally:
+        lock.release()
+
+
+def read_checkpoint(path, identity, seeds):
+    """Return the state dict in a checkpoint, or None if there is no file. Nothing in the file can run code.
+
+    Raises UserError for a file that is no checkpoint, or not of this run and one of these seeds.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        found, state = content["identity"], content["state"]
+    except FileNotFoundError:
+        return None
+    except Exception as error:  # of many types
+        raise UserError(f"{path} is no checkpoint ({type(error).__name__}); delete it to start over") from None
+    expected = identity | dict(seed=state["seed"] if state["seed"] in seeds else seeds[0])
+    for name, value in expected.items():
+        theirs = state["seed"] if name == "seed" else found.get(name)
+        if theirs != value:
+            raise UserError(f"{path} is of a run with {name} {theirs}, not {value}; delete it to start over")
+    return state

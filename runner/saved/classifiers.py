@@ -1,4 +1,4 @@
-"""Trained classifiers on disk: what training changed, and what is needed to use it; the messages of --classify."""
+"""Trained classifiers on disk: the trained parameters, and what is needed to use them; the messages of --classify."""
 
 import json
 import sys
@@ -16,39 +16,40 @@ KIND = "classifier of additional_experiments.py, format 4"
 
 @dataclass
 class SavedClassifier:
-    """What is needed to use the trained parameters of a run again; JSON can hold it."""
+    """What is needed, besides the trained parameters, to use a classifier again. It can be stored as JSON."""
 
-    settings: dict  # the Experiment's, by name
-    limit: int  # tokens to which messages are cut, and padded where they are
+    settings: dict  # of the Experiment, by name
+    limit: int  # the number of tokens to which messages are cut, and padded unless padding is off
     class_names: list  # of the K classes
-    base_sha256: str  # of the weights file under the trained parameters, or what `frozen_sha256` gives
+    base_sha256: str  # see `sha256_of_base`
     record: dict  # of the run that trained it
 
     @property
     def needs_base(self):
-        """Whether there are weights under the trained ones, or all were trained."""
+        """Whether it has frozen weights; with `all`, the trained parameters are all there is."""
         return self.settings["trainable_layers"] != "all"
 
     def settings_with(self, given):
-        """The settings for use, with the weights and the device that `given`, {name: value}, has in place of theirs."""
-        own = self.settings | dict(context_length=self.limit)
-        if own["device"] != "cpu":
-            own |= dict(device="auto", precision=own["precision"].replace("tf32", "fp32"))  # theirs may not be here
+        """Return the settings for use, in which `given` {name: value} replaces weights and device."""
+        own = self.settings | dict(context_length=self.limit, shard=False)
+        if own["device"] != "cpu":  # this machine may have no such device
+            own |= dict(device="auto", precision=own["precision"].replace("tf32", "fp32"))
         return own | given | ({} if self.needs_base else dict(weights="random"))
 
-    def check_base(self, weights, sha256):
-        """Raises UserError if the `weights` given, with this SHA-256, are not those that it was trained on."""
-        if self.needs_base and sha256 != self.base_sha256:
-            raise UserError(f"--weights {weights}: the classifier was trained on other weights (by their SHA-256)")
+    def check_base(self, weights, classifier):
+        """Raise UserError if a Classifier made from these Weights is not on those that this one was trained on."""
+        if self.needs_base and sha256_of_base(weights, classifier) != self.base_sha256:
+            raise UserError(f"--weights {weights.source}: the classifier was trained on other weights (by SHA-256)")
 
 
-def frozen_sha256(classifier):
-    """SHA-256 of the parameters that are not trained: which random weights were drawn."""
-    return sha256_of_tensors({name: p for name, p in classifier.named_parameters() if not p.requires_grad})
+def sha256_of_base(weights, classifier):
+    """Return the SHA-256 of the weights file, or of the frozen parameters if the weights are random."""
+    frozen = {name: p for name, p in classifier.named_parameters() if not p.requires_grad}
+    return weights.sha256 or sha256_of_tensors(frozen)
 
 
 def save_classifier(path, saved, parameters):
-    """Write a SavedClassifier and the trained parameters, {name: tensor}, as a .safetensors file.
+    """Write a SavedClassifier and the trained parameters {name: tensor} as a .safetensors file.
 
     Raises OSError or SafetensorError.
     """
@@ -58,7 +59,7 @@ def save_classifier(path, saved, parameters):
 
 
 def read_classifier(path):
-    """(SavedClassifier, {name: tensor}) of a file that `save_classifier` wrote. Raises UserError for any other."""
+    """Return (SavedClassifier, {name: tensor}) from a file of `save_classifier`. Raises UserError for other files."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -71,38 +72,38 @@ def read_classifier(path):
 
 
 def load_parameters(classifier, parameters):
-    """Copy {name: tensor} into all that `classifier` trains. Raises RuntimeError if a name or a shape is another."""
+    """Replace all trained parameters by {name: tensor}. Raises RuntimeError for other names or shapes."""
     frozen = {name: p for name, p in classifier.named_parameters() if not p.requires_grad}
-    classifier.load_state_dict(frozen | parameters)
+    classifier.load_state_dict(frozen | parameters, assign=True)
 
 
 # --- messages and answers ---
 
-# What would end a field or a line, or change the terminal, and the backslashes of what stands for it.
+# Characters that would end a field or a line or control the terminal, and the backslash, by their escape sequences.
 ESCAPES = {n: chr(n).encode("unicode_escape").decode() for n in (*range(32), 92, *range(127, 160), 0x2028, 0x2029)}
 
 
 def chunks_of_texts(arguments):
-    """The messages of `--classify` in lists: its arguments in one, or the lines of standard input as they arrive.
+    """Yield lists of the messages of `--classify`: all arguments, or the lines of standard input as they arrive.
 
     A message may be empty. Raises UserError for one that is not UTF-8.
     """
     given = [text.encode("utf-8", "surrogatepass") for text in arguments]
-    number = 0
+    count = 0
     for lines in arriving_lines(sys.stdin.buffer) if given == [b"-"] else [given]:
         texts = []
-        for number, line in enumerate(lines, number + 1):
+        for count, line in enumerate(lines, count + 1):
             try:
                 texts.append(line.decode("utf-8-sig"))  # a file may begin with a byte-order mark
             except UnicodeDecodeError:
-                raise UserError(f"message {number}: not UTF-8 text") from None
+                raise UserError(f"message {count}: not UTF-8 text") from None
         yield texts
 
 
 def arriving_lines(file):
-    """Lists of the lines, bytes, of an open file: each time those that have arrived, and at least one."""
+    """Yield lists of the lines (bytes) of an open file: those that have arrived, at least one."""
     rest = b""
-    while piece := file.read1():  # waits for the first byte, and for no more
+    while piece := file.read1():  # waits for the first byte only
         *lines, rest = (rest + piece).split(b"\n")
         if lines:
             yield [line.removesuffix(b"\r") for line in lines]
@@ -110,16 +111,14 @@ def arriving_lines(file):
         yield [rest]
 
 
-def print_answers(texts, probabilities, class_names):
+def print_answers(texts, labels, probabilities):
     """Print label, probability and message, separated by tabs, for each of `texts`.
 
-    probabilities (n, K) are those of the texts that are not empty; an empty one gets an empty label and probability.
+    `labels` and `probabilities` (n, K) are those of the texts that are not blank; a blank one gets empty fields.
     """
-    answers = zip(*(part.tolist() for part in probabilities.max(-1)))
+    answers = zip(labels, probabilities.amax(-1).tolist(), strict=True)
     for text in texts:
-        answer = "", ""
-        if text.strip():
-            probability, best = next(answers)
-            answer = class_names[best], f"{probability:.4f}"
-        print(*answer, text.translate(ESCAPES), sep="\t")
+        label, probability = next(answers) if text.strip() else ("", None)
+        shown = "" if probability is None else f"{probability:.4f}"
+        print(label, shown, text.translate(ESCAPES), sep="\t")
     sys.stdout.flush()

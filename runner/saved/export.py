@@ -1,4 +1,4 @@
-"""Trained classifiers for transformers: a folder from which its AutoModelForSequenceClassification loads."""
+"""Trained classifiers exported to a folder from which transformers' AutoModelForSequenceClassification loads."""
 
 import os
 import tempfile
@@ -16,7 +16,7 @@ from runner.wording import command_line
 
 
 def check_experiment(experiment):
-    """Raises UserError for what GPT2ForSequenceClassification cannot express."""
+    """Raise UserError for settings that GPT2ForSequenceClassification cannot express."""
     position = experiment.trainable_token_pos
     sees_last_real_token = position == "flexible" or (position == "last" and experiment.no_padding)
     if experiment.average_embeddings or experiment.disable_causal_mask or not sees_last_real_token:
@@ -27,7 +27,7 @@ def check_experiment(experiment):
 
 
 def check_folder(path):
-    """Raises UserError without transformers, or if `path` is not a new or empty folder."""
+    """Raise UserError if transformers is not installed, or if `path` is not a new or empty folder."""
     versions = [found.version for found in metadata.distributions(name="transformers")]
     if not versions or int(versions[0].split(".")[0]) < 5:
         raise UserError('--export needs transformers 5 or later: pip install "transformers>=5"')
@@ -36,12 +36,12 @@ def check_folder(path):
 
 
 def write_export(path, classifier, saved, defaults):
-    """Write a Classifier without LoRA, on the CPU in float32, to a new or empty folder, whole or not at all.
+    """Write a Classifier on the CPU, whose LoRA is merged, to a new or empty folder, whole or not at all.
 
-    `saved` is its SavedClassifier, `defaults` the settings that the model card does not name. Raises OSError or
-    SafetensorError; an empty folder is left then.
+    `saved` is its SavedClassifier; the model card omits settings that equal those in `defaults`. Raises OSError or
+    SafetensorError, which leave an empty folder.
     """
-    import transformers  # takes seconds, and nothing else needs it
+    import transformers  # imported here, because this takes seconds
 
     transformers.utils.logging.disable_progress_bar()
     path = Path(path)
@@ -51,18 +51,19 @@ def write_export(path, classifier, saved, defaults):
         make_model(classifier, saved.class_names).save_pretrained(temporary)
         card = Path(temporary, "README.md")
         card.write_text(model_card(path, saved, defaults), encoding="utf-8")
-        mode = card.stat().st_mode  # the usual one: safetensors makes files for their owner only
-        # Nothing loads from a folder without config.json, which is why it comes last.
+        mode = card.stat().st_mode  # safetensors makes files that only their owner can read
+        # config.json comes last: transformers loads nothing from a folder without it.
         for file in sorted(Path(temporary).iterdir(), key=lambda file: file.name == "config.json"):
             file.chmod(mode)
             file.rename(path / file.name)
 
 
 def make_model(classifier, class_names):
-    """A Classifier as a GPT2ForSequenceClassification, which shares its tensors. Its head has no bias (K,).
+    """Return a Classifier as a GPT2ForSequenceClassification, which shares its tensors.
 
-    The logits are W (g x + b) + c, with W (K, D) and the final norm's shift b (D,). They are W (g x + b') with
-    b' = b + W^T (W W^T)^-1 c. Raises UserError for more classes than the model is wide: there is no such b' then.
+    The head of that class has no bias, so the final norm takes it over. With the weight W (K, D) and bias c (K,) of the
+    head and the shift b (D,) of the norm, the logits are W (g x + b) + c = W (g x + b'), b' = b + W^T (W W^T)^-1 c.
+    Raises UserError if there are more classes than dimensions: no such b' exists then.
     """
     from transformers import GPT2Config, GPT2ForSequenceClassification
 
@@ -83,7 +84,7 @@ def make_model(classifier, class_names):
 
 
 def make_tokenizer(limit):
-    """GPT-2's byte-pair encoding as a tokenizer of transformers, which cuts texts to `limit` tokens when asked to."""
+    """Return GPT-2's byte-pair encoding as a tokenizer of transformers whose truncation length is `limit`."""
     from transformers import GPT2Tokenizer
     from transformers.convert_slow_tokenizer import TikTokenConverter
 
@@ -95,7 +96,7 @@ def make_tokenizer(limit):
         pad_token=end,
         model_max_length=limit,
         padding_side="right",
-        split_special_tokens=True,  # in a message it is text like any other
+        split_special_tokens=True,  # in a message a special token is text like any other
     )
 
 
@@ -122,7 +123,7 @@ Messages are cut to {limit} tokens (`truncation=True`) and padded on the right.
 
 
 def model_card(path, saved, defaults):
-    """The text of README.md: how to load the classifier, how it was trained, what it got right."""
+    """Return the text of README.md: how to load the classifier, how it was trained, its accuracies."""
     settings, record = saved.settings, saved.record
     size, base = settings["model_size"], settings["weights"]
     if size in PRETRAINED and saved.base_sha256 == PRETRAINED[size].sha256:

@@ -1,0 +1,65 @@
+"""A device compared with the CPU before a run relies on it: the same computation on both, at the run's own shapes."""
+
+import math
+
+import torch
+
+from runner.files import NonFiniteError, UserError
+from runner.machine import processes
+from runner.machine.devices import describe_system, release_memory
+
+TOLERANCE = {"fp32": 0.01, "tf32": 0.1, "bf16": 0.1}  # the most seen was 0.0001 in fp32, 0.02 in bf16
+NEGLIGIBLE = 1e-3
+
+
+def check_device(device, is_optional, precision, computation_on, console):
+    """Return the device on which to run: `device`, unless it does not compute what the CPU computes.
+
+    `computation_on(device)` returns a function that computes named results {name: tensor on the CPU} on a device, in
+    float32 on the CPU. Where they differ by more than the tolerance of `precision`, the CPU is returned with a warning
+    if the device `is_optional`, else UserError is raised.
+    """
+    if device.type == "cpu":
+        return device
+    expected = computation_on(torch.device("cpu"))()
+    problem, agreement = compare_results(computation_on(device), expected, precision)
+    problem = processes.from_any_rank(problem)
+    release_memory(device)
+    if problem is None:
+        console.info(f"Compared with the CPU: the first update agrees, {agreement}")
+        return device
+    problem = f"{describe_system(device)} does not compute what the CPU computes in the first update: {problem}"
+    if not is_optional:
+        raise UserError(f"{problem}\nTry: --device cpu", status=1)
+    console.warning(f"{problem}; the run continues on the CPU")
+    return torch.device("cpu")
+
+
+def compare_results(compute, expected, precision):
+    """Compare results with the expected ones, and return (how they differ or None, the largest deviation in words).
+
+    `compute()` is called twice, because a matmul that is wrong from time to time may be right once.
+    """
+    try:
+        deviation, name = max(largest_deviation(compute(), expected) for _ in range(2))
+    except (NonFiniteError, NotImplementedError) as error:
+        return str(error).splitlines()[0], None
+    is_wrong = deviation > TOLERANCE[precision]
+    problem = f"{name} differs by {deviation:.1%} of the largest entry" if is_wrong else None
+    return problem, f"largest deviation {deviation:.1e} ({name})"
+
+
+def largest_deviation(found, expected):
+    """Return (deviation, name) of the results {name: tensor} that differ most, relative to their largest entry.
+
+    A gradient that is NEGLIGIBLE beside the largest one is rounding (that of the key bias always is, because it cancels
+    in the softmax); its difference is relative to NEGLIGIBLE times the largest. NaN deviates by infinity.
+    """
+    sizes = {name: tensor.abs().max().item() for name, tensor in expected.items()}
+    least = NEGLIGIBLE * max((size for name, size in sizes.items() if "gradient" in name), default=0.0)
+    deviations = []
+    for name, tensor in expected.items():
+        difference = (found[name].float() - tensor).abs().max().item()
+        deviation = difference / max(sizes[name], least, torch.finfo(torch.float32).tiny)
+        deviations.append((math.inf if math.isnan(deviation) else deviation, name))
+    return max(deviations)
