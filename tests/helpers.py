@@ -14,11 +14,10 @@ import additional_experiments as ae
 from runner.console import Console
 from runner.data import datasets
 from runner.data.datasets import Repeats
-from runner.options import RunOptions
 from runner.results.accuracy import Confusion, Mistake
-from runner.results.records import FREE_OPTIONS, Record, file_name, read_records
+from runner.results.records import NOT_IDENTIFYING, History, Record, file_name, read_records
 from runner.rows import ROWS
-from runner.saved.checkpoints import Checkpoint
+from runner.saved.checkpoints import Checkpoint, TrainingState
 from runner.wording import describe_settings
 
 CPU = torch.device("cpu")
@@ -26,19 +25,21 @@ QUIET = Console(quiet=True)
 
 
 def assert_equal_to_rounding(ours, theirs):
-    """Of float64."""
+    """Assert that float64 tensors differ by rounding only."""
     torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
 
 
 def encoded(experiment):
-    """{split: Messages} of an experiment."""
-    splits, _ = datasets.load_splits(experiment.data_dir, experiment.dataset)
-    return ae.encode(ae.load_vocabulary(), splits, experiment)[0]
+    """Return the EncodedData of an experiment."""
+    splits = datasets.load(experiment.data_dir, experiment.dataset, experiment.ignore_index).splits
+    return ae.encode(ae.load_vocabulary(), splits, experiment)
 
 
-def train_quietly(classifier, messages, experiment):
-    state = ae.make_training_state(classifier, experiment)
-    ae.train(classifier, messages, experiment, state, Checkpoint(RunOptions()), QUIET)
+def train_quietly(classifier, data, experiment):
+    """Train a Classifier on EncodedData, without a checkpoint."""
+    optimizer = ae.make_optimizer(classifier, experiment)
+    state = TrainingState(classifier, optimizer, History(), experiment.seed, {}, started=0.0)
+    ae.train(classifier, data, experiment, state, Checkpoint(None, 10, {}, None, QUIET), QUIET)
 
 
 def records_in(folder="results"):
@@ -61,7 +62,8 @@ def save_random_weights(folder, emb_dim=128, n_layer=4):
 def made_up_record(wrong=(), **changes):
     """A Record of row 1 with mistakes on these of 300 test messages; `changes` are fields, or options as in ROWS."""
     settings = asdict(ae.Experiment())
-    options = {name: changes.pop(name) for name in list(changes) if name in settings and name not in FREE_OPTIONS}
+    excluded = ("seed", "precision", *NOT_IDENTIFYING)
+    options = {name: changes.pop(name) for name in list(changes) if name in settings and name not in excluded}
     confusions = {split: made_up_confusion({}) for split in ("train", "validation")}
     fields = dict(
         configuration=describe_settings(options),

@@ -9,7 +9,8 @@ import math
 
 import torch
 
-from additional_experiments import PAD_TOKEN, LinearWithLoRA
+from additional_experiments import PAD_TOKEN
+from classifier import LinearWithLoRA
 
 
 def linear(module, x):
