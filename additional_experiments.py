@@ -40,7 +40,7 @@ from runner.data.messages import EncodedData, Split, Stage, make_pool, run_passe
 from runner.files import NonFiniteError, UserError
 from runner.machine import processes
 from runner.machine.cpu_check import check_device
-from runner.machine.devices import describe_devices, resolve_device, set_precision
+from runner.machine.devices import resolve_device, set_precision
 from runner.options import DATA, INPUT, MACHINE, MAX_CONTEXT, MODEL, TRAINING, RunOptions, bounded, option
 from runner.results.accuracy import Accuracy, Confusion, describe_test
 from runner.results.pictures import plot_histories
@@ -409,42 +409,38 @@ def prepare(experiment, run_options, console):
         encoded = encode(load_vocabulary(), dataset.splits, experiment)
     for warning in filter(None, [why_not, *dataset.warnings]):
         console.warning(warning)
-    for line in [describe_setup(experiment, dataset, encoded.longest, device), *datasets.describe_repeats(dataset)]:
-        console.info(line)
+    console.info(describe_setup(experiment, dataset, encoded.longest, device))
     with processes.rank0_first():
         weights = load_weights(experiment.weights, experiment.model_size, console.quiet)
 
     n_classes = len(dataset.class_names)
-    with torch.device("meta"):
-        sizes = place(build_classifier(experiment, n_classes), torch.device("meta"))
-    flops = 6 * sum(p.numel() for p in sizes.parameters()) * encoded.longest  # per message, forward and backward
-    window = first_window(experiment, encoded, n_messages=max(COMPARE_FLOPS // flops, 1))
-    update_on = partial(make_first_update, experiment, n_classes, weights, encoded, window)
-    device = check_device(device, experiment.device == "auto", experiment.precision, update_on, console)
+    first_update_on = partial(make_first_update, experiment, n_classes, weights, encoded)
+    device = check_device(device, experiment.device == "auto", experiment.precision, first_update_on, console)
 
     folder = run_options.feature_folder(experiment.data_dir)
     features = FrozenFeatures(experiment.features, folder, run_options.feature_cache_gb * 1e9, weights, console)
-    if warning := features.describe_memory_need(sizes, encoded.pool, device, experiment.shard):
+    with torch.device("meta"):
+        sizes = place(build_classifier(experiment, n_classes), torch.device("meta"))
+    n_shards = processes.world_size() if experiment.shard else 1
+    if warning := features.describe_shortage(sizes, encoded.pool, device, n_shards):
         console.warning(warning)
     return Setup(dataset, encoded, weights, device, features)
 
 
-def first_window(experiment, encoded, n_messages):
-    """Return the first accumulation window of training, cut to `n_messages`: a list of batches."""
-    torch.manual_seed(experiment.seed)
-    batches = islice(make_loaders(encoded.splits, experiment.batch_size)["train"], experiment.accumulation_steps)
-    return torch.cat(list(batches))[:n_messages].split(experiment.batch_size)
-
-
-def make_first_update(experiment, n_classes, weights, encoded, window, device):
+def make_first_update(experiment, n_classes, weights, encoded, device):
     """Return a function that computes what the first update of a run needs on `device`: {name: tensor on the CPU}.
 
-    These are logits, loss and gradients; of sharded parameters the logits only. On the CPU they are in float32.
+    These are logits, loss and gradients; of sharded parameters the logits only. On the CPU they are in float32. Of a
+    large model the window is cut to as many messages as COMPARE_FLOPS allow.
     """
     is_cpu = device.type == "cpu"
     experiment = replace(experiment, precision="fp32") if is_cpu else experiment
     classifier = build_classifier(experiment, n_classes, weights.tensors)
     place(classifier, device, experiment.shard and not is_cpu)
+    torch.manual_seed(experiment.seed)
+    batches = islice(make_loaders(encoded.splits, experiment.batch_size)["train"], experiment.accumulation_steps)
+    flops = 6 * sum(p.numel() for p in classifier.parameters()) * encoded.longest  # per message, forward and backward
+    window = torch.cat(list(batches))[: max(COMPARE_FLOPS // flops, 1)].split(experiment.batch_size)
 
     def compute():
         if experiment.shard:
@@ -479,10 +475,8 @@ def run_seed(experiment, setup, checkpoint, run_options, console):
     features = setup.features.load_or_compute(classifier, setup.encoded.pool, experiment.seed)
     encoded = replace(setup.encoded, pool=features)
 
-    kept = "recomputed" if features.stage is Stage.TOKEN_IDS else "kept"
-    environment = dict(device=describe_devices(setup.device), PyTorch=str(torch.__version__), features=kept)
-    optimizer = make_optimizer(classifier, experiment)
-    state = TrainingState(classifier, optimizer, History(), experiment.seed, environment, started)
+    optimizer, is_kept = make_optimizer(classifier, experiment), features.stage is not Stage.TOKEN_IDS
+    state = TrainingState(classifier, optimizer, History(), experiment.seed, is_kept, started)
     torch.manual_seed(experiment.seed)
     checkpoint.restore(state)
     confusions = {}

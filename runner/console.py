@@ -81,10 +81,19 @@ def describe_data(data):
 
 
 def describe_setup(experiment, data, longest, device):
-    """Return three lines on the device, the data and the tokens of a run; the longest message has `longest` tokens."""
+    """Return lines on the device, the data and the tokens of a run; the longest message has `longest` tokens."""
     versions = f"Python {platform.python_version()}, PyTorch {torch.__version__}, tiktoken {tiktoken.__version__}"
     tokens = f"Tokens per message: {longest} at most, {'not padded' if experiment.no_padding else 'padded'}"
-    return f"Device: {describe_devices(device)}; {versions}\n{describe_data(data)}\n{tokens}"
+    lines = [f"Device: {describe_devices(device)}; {versions}", describe_data(data), tokens]
+    repeats = [
+        f"{len(found.exact)} of {len(data.splits[split]):,} {split} messages word for word, {len(found.similar)} but "
+        "for case, digits and punctuation"
+        for split, found in data.repeats.items()
+        if found.similar
+    ]
+    if repeats:
+        lines.append(f"Also among the training messages: {'; '.join(repeats)}")
+    return "\n".join(lines)
 
 
 def describe_model(experiment, classifier):

@@ -210,14 +210,3 @@ def find_repeats(splits):
 def letters_of(text):
     """A text without case, digits and punctuation."""
     return re.sub(r"[^\w\s]|[\d_]", "", text.lower()).strip()
-
-
-def describe_repeats(data):
-    """A line on the repeated messages of a Dataset, if it has any: a list."""
-    counts = [
-        f"{len(found.exact)} of {len(data.splits[split]):,} {split} messages word for word, {len(found.similar)} but "
-        "for case, digits and punctuation"
-        for split, found in data.repeats.items()
-        if found.similar
-    ]
-    return [f"Also among the training messages: {'; '.join(counts)}"] if counts else []

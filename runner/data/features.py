@@ -10,7 +10,6 @@ import io
 import math
 import os
 import platform
-import secrets
 import time
 from collections import deque
 from contextlib import nullcontext, suppress
@@ -20,10 +19,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from runner.data.messages import MessagePool, Stage, run_passes, split_into_passes
+from runner.data.messages import MessagePool, Stage, draw_pass, run_passes
 from runner.files import atomic_write, make_room, sha256_of, sha256_of_json, sha256_of_tensors
 from runner.machine import processes
-from runner.machine.devices import describe_device, describe_shortage, free_memory, training_memory
+from runner.machine.devices import describe_device, free_memory
 
 CPU = torch.device("cpu")
 MIN_SECONDS = 5  # features that are computed faster are not kept
@@ -32,10 +31,10 @@ FILE_NAMES = r"[0-9a-f]{16}-\d\d\.npy|\.[0-9a-f]{8}\.part\.npy"  # the second is
 # --- computing ---
 
 
-def compute_passes(classifier, pool, method):
-    """Yield (message indices (B,), [x (N, D) of their tokens, perhaps the residual (B, 1, D)]) for each pass of a pool.
+def compute_passes(classifier, pool, indices, method):
+    """Yield (message indices (B,), [x (N, D) of their tokens, perhaps the residual (B, 1, D)]) for each pass.
 
-    `method` is a method of the classifier that takes and returns a Batch.
+    The passes are over the messages `indices` (n,) of a pool; `method` of the classifier takes and returns a Batch.
     """
 
     def compute(batch):
@@ -43,14 +42,14 @@ def compute_passes(classifier, pool, method):
         x = batch.x.flatten(0, 1) if batch.key_mask is None else batch.x[batch.key_mask[:, 0, 0]]
         return [x] if batch.residual is None else [x, batch.residual]
 
-    return run_passes(classifier, pool, torch.arange(len(pool)), compute)
+    return run_passes(classifier, pool, indices, compute)
 
 
 def compute_features(classifier, pool, device, progress_bar=None):
     """Return a MessagePool with the output of the classifier's frozen part, held on `device`."""
     stage, features = classifier.feature_stage, None
     lengths = torch.ones_like(pool.lengths) if stage is Stage.HEAD_INPUT else pool.lengths
-    for indices, (x, *residual) in compute_passes(classifier, pool, classifier.frozen_part):
+    for indices, (x, *residual) in compute_passes(classifier, pool, torch.arange(len(pool)), classifier.frozen_part):
         if features is None:
             tensors = [x.new_empty(int(lengths.sum()), x.shape[1], device=device)]
             tensors += [one.new_empty(len(pool), one.shape[2], device=device) for one in residual]
@@ -66,14 +65,9 @@ def compute_features(classifier, pool, device, progress_bar=None):
 
 
 def compute_random_pass(classifier, pool, n_blocks):
-    """Return (message indices, hidden states (N, D) after `n_blocks` on the CPU, seconds) of one pass.
-
-    The pass is drawn from the system's randomness: PyTorch's random state belongs to the numbers of the run.
-    """
-    start = time.perf_counter()
-    indices = processes.from_rank0(secrets.choice(list(split_into_passes(pool.lengths, classifier.device))))
-    part = pool.select(indices)
-    [(_, [x])] = compute_passes(classifier, part, lambda batch: classifier.run_blocks(batch, n_blocks))
+    """Return (message indices, hidden states (N, D) after `n_blocks` on the CPU, seconds) of one pass of a pool."""
+    start, indices = time.perf_counter(), draw_pass(pool, classifier.device)
+    [(_, [x])] = compute_passes(classifier, pool, indices, lambda batch: classifier.run_blocks(batch, n_blocks))
     return indices, x.cpu(), time.perf_counter() - start
 
 
@@ -132,8 +126,8 @@ class FrozenFeatures:
         self.folder, self.max_bytes = folder and Path(folder), max_bytes
         self.features, self.seconds = None, 0.0
 
-    def placement(self, classifier, pool, device, reserved=0):
-        """Return where the features go: "device", "host" (main memory), "disk", or "off" (recomputed each time).
+    def placement(self, size, device, reserved=0):
+        """Return where features of `size` bytes go: "device", "host" (main memory), "disk", or "off" (recomputed).
 
         `reserved` bytes of `device` will be needed for something else.
         """
@@ -142,17 +136,24 @@ class FrozenFeatures:
         placement = "host" if self.choice == "memory" else "disk" if self.folder else "off"
         for name, holder in (("host", CPU), ("device", device)):
             free = free_memory(holder) - (reserved if holder == device else 0)
-            if feature_bytes(classifier, pool) <= free / 2:
+            if size <= free / 2:
                 placement = name
         return processes.from_rank0(placement)
 
-    def describe_memory_need(self, sizes, pool, device, is_sharded):
-        """Return a warning if a run needs more memory than is free, else None. `sizes` is its classifier, anywhere."""
-        needs = training_memory(sizes, processes.world_size() if is_sharded else 1)
-        placement = self.placement(sizes, pool, device, needs["weights"])
+    def describe_shortage(self, sizes, pool, device, n_shards):
+        """Return a warning if a run needs more memory than is free, activations not counted, else None.
+
+        `sizes` is its classifier, which may be on the meta device.
+        """
+        weights, trained = (sum(p.nbytes for p in sizes.parameters() if p.requires_grad >= least) for least in (0, 1))
+        needs = dict(weights=weights, gradients=trained, optimizer=2 * trained)  # AdamW keeps two moments
+        needs, size = {what: n // n_shards for what, n in needs.items()}, feature_bytes(sizes, pool)
+        placement, free = self.placement(size, device, needs["weights"]), free_memory(device)
         if placement == "device" or placement == "host" and device == CPU:
-            needs["frozen features"] = feature_bytes(sizes, pool)
-        return describe_shortage(needs, device)
+            needs["frozen features"] = size
+        if (needed := sum(needs.values())) > free:
+            listed = ", ".join(f"{what} {n / 1e9:.2f} GB" for what, n in needs.items())
+            return f"each process needs {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free: {listed}"
 
     def load_or_compute(self, classifier, pool, seed):
         """Return the MessagePool with its frozen features, or `pool` itself without frozen blocks or without room.
@@ -165,7 +166,8 @@ class FrozenFeatures:
         if self.features is not None and not self.weights.is_random:
             return self.features
         self.features = None  # there may be no room for those of two seeds
-        placement, start = self.placement(classifier, pool, classifier.device), time.perf_counter()
+        start, size = time.perf_counter(), feature_bytes(classifier, pool)
+        placement = self.placement(size, classifier.device)
         states, seconds, how = pool, 0.0, "computed in {}"
         if placement != "off" and self.folder:
             try:
@@ -179,10 +181,9 @@ class FrozenFeatures:
             with self.console.progress("features", len(pool), "message") as bar:
                 features = compute_features(classifier, states, holder, bar)
             seconds += time.perf_counter() - continued
-        size, now = f"{feature_bytes(classifier, pool) / 1e9:.2f} GB", f"{time.perf_counter() - start:.0f} s"
-        outcome = f"{how.format(now)}; {size} {where}"
+        outcome = f"{how.format(f'{time.perf_counter() - start:.0f} s')}; {size / 1e9:.2f} GB {where}"
         if features is pool:
-            outcome, seconds = f"recomputed each time (they would take {size})", 0.0
+            outcome, seconds = f"recomputed each time (they would take {size / 1e9:.2f} GB)", 0.0
         blocks = f"{classifier.n_frozen_blocks} of {len(classifier.gpt.trf_blocks)} blocks"
         counts = f"{len(pool):,} distinct messages, {len(pool.x):,} tokens"
         self.console.info(f"Frozen features: {blocks}, {counts}, {outcome}")
@@ -237,7 +238,8 @@ class FrozenFeatures:
         states = replace(pool, stage=Stage.HIDDEN_STATES, x=x, n_blocks=n_blocks)
         indices, computed, _ = compute_random_pass(classifier, pool, n_blocks)
         with processes.raise_on_all_ranks():
-            if not states.select(indices).x.equal(computed):
+            tokens, is_real = states.token_indices(indices)
+            if not states.x[tokens[is_real]].equal(computed):
                 raise OSError(f"{path} does not hold what is computed here")
         with suppress(OSError):  # the file of another user
             os.utime(path)  # the time of its last use
@@ -250,7 +252,8 @@ class FrozenFeatures:
         """
         shape, depth = (len(states.x), classifier.gpt.cfg.emb_dim), classifier.n_full_blocks
         header, is_writer = npy_header(shape), processes.rank() == 0
-        passes = compute_passes(classifier, states, lambda batch: classifier.run_blocks(batch, depth))
+        of_all = torch.arange(len(states))
+        passes = compute_passes(classifier, states, of_all, lambda batch: classifier.run_blocks(batch, depth))
         with processes.raise_on_all_ranks(), self.console.progress("features", len(states), "message") as bar:
             try:
                 if is_writer:

@@ -3,7 +3,8 @@
 In the shapes B is messages in a batch, T tokens in a message, D the embedding width.
 """
 
-from dataclasses import dataclass, replace
+import secrets
+from dataclasses import dataclass
 from enum import Enum
 
 import numpy as np
@@ -58,12 +59,6 @@ class MessagePool:
         lengths = self.lengths[indices, None]
         offsets = torch.arange(int(lengths.max()))
         return self.starts[indices, None] + offsets.minimum(lengths - 1), offsets < lengths
-
-    def select(self, indices):
-        """Return a MessagePool of the messages `indices` (B,), without a residual."""
-        tokens, is_real = self.token_indices(indices)
-        x = self.x[tokens[is_real]]
-        return replace(self, x=x, lengths=self.lengths[indices], positions=self.positions[indices], residual=None)
 
     def batch(self, indices, device):
         """Return the messages `indices` (B,) as a Batch on `device`."""
@@ -139,6 +134,15 @@ def split_into_passes(lengths, device):
         if end == len(order) or (end + 1 - start) * longest[end] > TOKENS_PER_PASS[device.type]:
             yield order[start:end]
             start = end
+
+
+def draw_pass(pool, device):
+    """Return the message indices of a pass of the pool, drawn from the system's randomness.
+
+    PyTorch's random state is not used, because it is part of the numbers of a run.
+    """
+    passes = list(split_into_passes(pool.lengths, device))
+    return processes.from_rank0(secrets.choice(passes))
 
 
 def run_passes(classifier, pool, indices, compute):

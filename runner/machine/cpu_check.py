@@ -6,7 +6,7 @@ import torch
 
 from runner.files import NonFiniteError, UserError
 from runner.machine import processes
-from runner.machine.devices import describe_system, release_memory
+from runner.machine.devices import describe_system
 
 TOLERANCE = {"fp32": 0.01, "tf32": 0.1, "bf16": 0.1}  # the most seen was 0.0001 in fp32, 0.02 in bf16
 NEGLIGIBLE = 1e-3
@@ -24,7 +24,6 @@ def check_device(device, is_optional, precision, computation_on, console):
     expected = computation_on(torch.device("cpu"))()
     problem, agreement = compare_results(computation_on(device), expected, precision)
     problem = processes.from_any_rank(problem)
-    release_memory(device)
     if problem is None:
         console.info(f"Compared with the CPU: the first update agrees, {agreement}")
         return device

@@ -84,18 +84,16 @@ def set_precision(precision, device):
 # --- memory ---
 
 
-def release_memory(device):
-    """Release the memory that PyTorch caches for later tensors, so that `free_memory` counts it as free."""
-    if device.type != "cpu":
-        getattr(torch, device.type).empty_cache()
-
-
 def free_memory(device):
-    """Return how many bytes this rank can still allocate on `device`. The ranks of a host share its main memory."""
+    """Return how many bytes this rank can still allocate on `device`. The ranks of a host share its main memory.
+
+    Memory that PyTorch holds on the device for later tensors is free.
+    """
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
     if device.type == "mps":
-        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+        return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
     return min([psutil.virtual_memory().available, *free_in_control_groups()]) // processes.local_world_size()
 
 
@@ -128,21 +126,6 @@ def peak_memory(device):
     import resource  # not on Windows
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def training_memory(classifier, n_shards=1):
-    """Return the bytes that training takes, but for activations and features, {what: bytes}, from sizes alone."""
-    weights = sum(p.nbytes for p in classifier.parameters()) // n_shards
-    trained = sum(p.nbytes for p in classifier.parameters() if p.requires_grad) // n_shards
-    return {"weights": weights, "gradients": trained, "optimizer": 2 * trained}  # AdamW keeps two moments
-
-
-def describe_shortage(needs, device):
-    """Return a warning if `needs` {what: bytes} exceed the free memory of `device`, else None."""
-    needed, free = sum(needs.values()), free_memory(device)
-    listed = ", ".join(f"{what} {size / 1e9:.2f} GB" for what, size in needs.items())
-    if needed > free:
-        return f"each process needs {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free: {listed}"
 
 
 # --- random state ---

@@ -14,7 +14,6 @@ import torch
 
 from runner.data.datasets import SPLITS, Repeats
 from runner.files import UserError, sha256_of_json, write_bytes
-from runner.machine.devices import describe_devices
 from runner.results.accuracy import Confusion, Mistake
 from runner.rows import ROWS
 from runner.wording import changed_options, describe_settings
@@ -193,7 +192,7 @@ def make_record(experiment, data, weights, confusions, state, **further):
         seconds=usage["total"],
         peak_memory_gb=usage["peak_memory"] / 1e9,
         device=state.device.type,
-        device_name=describe_devices(state.device),
+        device_name=state.environment["device"],
         history=state.history,
         **identity,
         **further,

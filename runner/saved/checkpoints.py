@@ -12,7 +12,7 @@ from filelock import FileLock, Timeout
 
 from runner.files import UserError, atomic_write, require_finite
 from runner.machine import processes
-from runner.machine.devices import peak_memory, random_states, set_random_states
+from runner.machine.devices import describe_devices, peak_memory, random_states, set_random_states
 
 FORMAT = 6
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
@@ -21,14 +21,16 @@ SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if 
 class TrainingState:
     """All that training changes, and how far one seed has come: what is needed to continue as if it had not stopped.
 
-    It is made when training begins. `environment` {name: value} is what may change the last digits of its numbers;
-    `started` is when the seed started, by `time.perf_counter`.
+    It is made when training begins. `is_kept` says whether frozen features are kept or recomputed, `started` is when
+    the seed started, by `time.perf_counter`. `environment` is what may change the last digits of the numbers.
     """
 
-    def __init__(self, classifier, optimizer, history, seed, environment, started):
+    def __init__(self, classifier, optimizer, history, seed, is_kept, started):
         self.parameters = {name: p for name, p in classifier.named_parameters() if p.requires_grad}
         self.optimizer, self.history, self.device = optimizer, history, classifier.device
-        self.seed, self.environment = seed, environment
+        features = "kept" if is_kept else "recomputed"
+        self.environment = dict(device=describe_devices(self.device), PyTorch=str(torch.__version__), features=features)
+        self.seed = seed
         self.batches_done = 0  # batches whose update is made
         self.order = torch.empty(0, dtype=torch.long)  # message indices of the current epoch, batch after batch
         self.started, self.earlier_peak = dict(training=time.perf_counter(), total=started), 0
