@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -17,8 +18,7 @@ from safetensors.torch import save_file
 import additional_experiments as ae
 import gpt_download
 from additional_experiments import build_classifier, main, parse_args
-from previous_chapters import TransformerBlock, checkpoint_name
-from runner.console import exit_status
+from previous_chapters import gpt2_tensors
 from runner.data import datasets, features
 from runner.files import sha256_of
 from runner.rows import DEMO, ROWS
@@ -33,18 +33,18 @@ def parse(*options):
     [
         ("", "Model: gpt2-nano (7M), weights: random, trained: last_block"),
         ("--trainable_layers last_layer", "258 trainable and 7,357,312 frozen parameters"),
-        ("--trainable_layers last_two_blocks", "Frozen features: 2 of 4 blocks, 69 messages, 828 tokens"),
+        ("--trainable_layers last_two_blocks", "Frozen features: 2 of 4 blocks, 68 distinct messages, 816 tokens"),
         ("--trainable_layers all", "7,357,570 trainable and 0 frozen"),
         ("--trainable_layers lora --lora_rank 2 --lora_alpha 3", "lora 2/3"),
         ("--trainable_layers lora_alternative", "lora_alternative 8/8"),
-        ("--trainable_token_pos first", "Frozen features: 3 of 4 blocks, 69 messages, 69 tokens"),
-        ("--trainable_token_pos flexible", r"Frozen features: 3 of 4 blocks, 69 messages, 5\d\d tokens"),
+        ("--trainable_token_pos first", "Frozen features: 3 of 4 blocks, 50 distinct messages, 50 tokens"),
+        ("--trainable_token_pos flexible", "3 of 4 blocks, 68 distinct messages, 588 tokens"),
         ("--average_embeddings", "| mean of all | last_block | 12, epochs 1"),
         ("--average_embeddings --trainable_token_pos flexible", "| mean of real |"),
         ("--context_length model_context_length --trainable_token_pos first", "Tokens per message: 1024 at most"),
-        ("--context_length 5", "69 messages, 345 tokens"),
-        ("--no_padding", r"69 messages, 6\d\d tokens"),
-        ("--disable_causal_mask --trainable_token_pos first", "69 messages, 828 tokens"),
+        ("--context_length 5", "68 distinct messages, 340 tokens"),
+        ("--no_padding", "68 distinct messages, 591 tokens"),
+        ("--disable_causal_mask --trainable_token_pos first", "68 distinct messages, 816 tokens"),
         ("--ignore_index 1 --batch_size 3 --accumulation_steps 4", "batch 3×4, ignore 1"),
         ("--num_epochs 2 --batch_size 1", "Ep 2 (Step"),  # more than 50 batches, so that the second epoch has a line
         (
@@ -126,13 +126,11 @@ def test_demo_learns_without_a_network():
         (lambda path: save_file({"weight": torch.ones(2)}, path), "tensor wte.weight is missing"),
     ],
 )
-def test_weights_that_cannot_be_used(tmp_path, monkeypatch, capsys, damage, message):
-    """Refused before the collection is asked for."""
-    monkeypatch.setattr(datasets, "load_splits", lambda *_: pytest.fail("the data was asked for"))
+def test_weights_that_cannot_be_used(nano, tmp_path, capsys, damage, message):
     path = tmp_path / "file.safetensors"
     save_file({"wte.weight": torch.ones(1000)}, path)
     damage(path)
-    assert main(["--model_size", "gpt2-nano", "--weights", str(path), "--data_dir", str(tmp_path)]) == 2
+    assert main([*nano, "--weights", str(path), "--quiet"]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1 and message in err and str(path) in err
 
@@ -148,11 +146,12 @@ def test_a_full_disk_is_found_before_training(options, capsys):
     assert list(Path().iterdir()) == []
 
 
-def test_a_disk_that_becomes_full_while_training(options, capsys):
+def test_a_disk_that_becomes_full_while_training(options, monkeypatch, capsys):
     """Not even the record is kept: the result stays on the screen, and the exit status says that something is lost."""
-    experiment, run_options, _ = parse_args([*options, "--save_model", "trained.safetensors", "--plot", "run.png"])
-    with no_file_above(0):
-        status = exit_status(lambda: ae.run(experiment, run_options))
+    train = ae.train
+    with ExitStack() as disk:
+        monkeypatch.setattr(ae, "train", lambda *given: disk.enter_context(no_file_above(0)) or train(*given))
+        status = main([*options, "--save_model", "trained.safetensors", "--plot", "run.png"])
     out, err = capsys.readouterr()
     assert status == 1 and "Test accuracy: " in out and "| - | gpt2-tiny |" in out
     for what in ("the record could not be written to results", "the classifier could", "the picture could"):
@@ -160,51 +159,39 @@ def test_a_disk_that_becomes_full_while_training(options, capsys):
     assert [path.name for path in Path().glob("**/*")] == ["results"]
 
 
-def test_memory_that_cannot_be_enough_is_told_item_by_item(nano, monkeypatch, capfd):
+@pytest.mark.parametrize("layers, gigabytes", [("all", [0.12, 0.05, 0.03, 0.03, 0.06, 0]), ("last_layer", None)])
+def test_memory_that_cannot_be_enough_is_told_item_by_item(nano, monkeypatch, capfd, layers, gigabytes):
+    """In order: needed, free, weights, gradients, optimizer, frozen features. Frozen weights need neither of two."""
     monkeypatch.setattr(features, "free_memory", lambda device: 50_000_000)
-    assert ae.main([*nano, "--trainable_layers", "all"]) == 0
-    assert capfd.readouterr().err == (
-        "warning: each process needs 0.12 GB and 0.05 GB are free: weights 0.03 GB, gradients 0.03 GB, "
-        "optimizer 0.06 GB, frozen features 0.00 GB\n"
-    )
+    assert main([*nano, "--trainable_layers", layers]) == 0
+    warnings = [[float(size) for size in re.findall(r"([\d.]+) GB", capfd.readouterr().err)]]
+    assert warnings == [gigabytes or []]
 
 
 # --- several seeds ---
 
 
-def test_repeats_share_what_does_not_depend_on_the_seed(options, tmp_path, monkeypatch, capfd):
+def test_repeats_share_what_does_not_depend_on_the_seed(options, tmp_path, capfd):
     options[options.index("random")] = save_random_weights(tmp_path / "weights", emb_dim=16)
-    options += ["--feature_cache", ""]  # for which a run foresees how long the blocks take
-    blocks, alone, forward = [], [], TransformerBlock.forward
-
-    def counting(block, x, *rest):
-        blocks.append(len(x))
-        return forward(block, x, *rest)
-
-    monkeypatch.setattr(TransformerBlock, "forward", counting)
     for seed in (123, 124, 125):
-        blocks.clear()
-        assert ae.main([*options, "--seed", str(seed)]) == 0
-        alone.append(max(records_in(), key=lambda record: record["seed"]))
-    of_one_run = list(blocks)
-    assert sum(of_one_run) == 3 * 69  # frozen blocks and messages, each once
+        assert main([*options, "--seed", str(seed)]) == 0
+    alone = records_in()
     shutil.rmtree("results")
     capfd.readouterr()
-
-    blocks.clear()
-    assert ae.main([*options, "--repeats", "3", "--quiet"]) == 0
-    assert blocks == of_one_run
+    assert main([*options, "--repeats", "3"]) == 0
     assert records_in() == alone
-    [mean] = capfd.readouterr().out.splitlines()
+    out = capfd.readouterr().out
+    assert out.count("Frozen features: ") == 1 and out.count("Training completed") == 3  # computed for the first only
+    [mean] = [line for line in out.splitlines() if line.startswith("| -, n=3 |")]
     tests = [100 * record["test"]["correct"] / record["test"]["total"] for record in alone]
-    assert mean.startswith("| -, n=3 |") and f"| {fmean(tests):.2f}±{stdev(tests):.1f} |" in mean
+    assert f"| {fmean(tests):.2f}±{stdev(tests):.1f} |" in mean
 
 
 def test_random_weights_change_with_the_seed(options):
-    assert ae.main([*options, "--repeats", "2"]) == 0
+    assert main([*options, "--repeats", "2"]) == 0
     repeated = records_in()
     shutil.rmtree("results")
-    assert ae.main([*options, "--seed", "124"]) == 0
+    assert main([*options, "--seed", "124"]) == 0
     assert sorted(repeated, key=lambda record: record["seed"])[1:] == records_in()
     assert repeated[0]["confusions"] != repeated[1]["confusions"]
 
@@ -225,7 +212,7 @@ def test_out_of_memory_is_told_with_what_to_try(nano, monkeypatch, capsys):
     def allocate(*arguments):
         torch.empty(2**60)
 
-    monkeypatch.setattr(ae, "fine_tune", allocate)
+    monkeypatch.setattr(ae, "train", allocate)
     assert main(nano) == 1
     err = capsys.readouterr().err
     assert err.startswith("error: out of memory\nTry: a smaller --batch_size with more --accumulation_steps")
@@ -237,11 +224,7 @@ def test_out_of_memory_is_told_with_what_to_try(nano, monkeypatch, capsys):
 @pytest.mark.parametrize("layers", ["last_block", "all"])
 def test_a_weights_file_gives_the_numbers_of_the_same_weights_drawn(nano, capsys, layers):
     options = [*nano, "--trainable_layers", layers]
-    tensors = {}
-    for name, parameter in build_classifier(parse(*options), 2).gpt.named_parameters():
-        value = parameter.detach().T if parameter.ndim == 2 and "trf_blocks" in name else parameter.detach()
-        tensors.setdefault(checkpoint_name(name), []).append(value)  # those of query, key and value are one
-    tensors = {name: torch.cat(parts, dim=-1) for name, parts in tensors.items()}
+    tensors = gpt2_tensors(build_classifier(parse(*options), 2).gpt)
     save_file(tensors, "drawn.safetensors")
     save_file({name: tensor * 2 for name, tensor in tensors.items()}, "other.safetensors")
 
