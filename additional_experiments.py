@@ -382,11 +382,16 @@ def run(experiment, run_options=RunOptions()):
                 console.info(f"\nRun {len(records) + 1} of {len(seeds)}, seed {seed}")
             of_seed, record = replace(experiment, seed=seed), None
             if run_options.skip_finished or checkpoint.is_past(seed):
-                record = find_finished(of_seed, setup, run_options.results, console)
-            if record is None and checkpoint.is_past(seed):
+                arguments = run_options.results, of_seed, setup.dataset, setup.weights
+                record = processes.call_on_rank0(find_record, *arguments)
+            if record is not None:
+                console.info(f"Finished before: {Path(run_options.results, record.run)}.json")
+            elif checkpoint.is_past(seed):
                 problem = f"{path} is of a later seed, and there is no record of seed {seed} in {run_options.results}"
                 raise UserError(f"{problem}; delete the checkpoint to start over")
-            records.append(record or run_seed(of_seed, setup, checkpoint, run_options, console))
+            else:
+                record = run_seed(of_seed, setup, checkpoint, run_options, console)
+            records.append(record)
     print_row(records, console)
     if run_options.plot:
         n_train = len(setup.encoded.splits["train"])
@@ -417,13 +422,12 @@ def prepare(experiment, run_options, console):
     first_update_on = partial(make_first_update, experiment, n_classes, weights, encoded)
     device = check_device(device, experiment.device == "auto", experiment.precision, first_update_on, console)
 
+    with torch.device("meta"):
+        sizes = build_classifier(experiment, n_classes)
+        place(sizes, torch.device("meta"))
     folder = run_options.feature_folder(experiment.data_dir)
     features = FrozenFeatures(experiment.features, folder, run_options.feature_cache_gb * 1e9, weights, console)
-    with torch.device("meta"):
-        sizes = place(build_classifier(experiment, n_classes), torch.device("meta"))
-    n_shards = processes.world_size() if experiment.shard else 1
-    if warning := features.describe_shortage(sizes, encoded.pool, device, n_shards):
-        console.warning(warning)
+    features.warn_of_short_memory(sizes, encoded.pool, device, experiment.shard)
     return Setup(dataset, encoded, weights, device, features)
 
 
@@ -454,16 +458,6 @@ def make_first_update(experiment, n_classes, weights, encoded, device):
         return {name: tensor.cpu() for name, tensor in results.items()}
 
     return compute
-
-
-def find_finished(experiment, setup, results, console):
-    """Return the Record of a finished run in the folder `results`, or None, and say where it is."""
-    found = processes.call_on_rank0(find_record, results, experiment, setup.dataset, setup.weights)
-    if found is None:
-        return None
-    path, record = found
-    console.info(f"Finished before: {path}")
-    return record
 
 
 def run_seed(experiment, setup, checkpoint, run_options, console):

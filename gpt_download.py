@@ -95,26 +95,26 @@ CONNECT_TIMEOUT, READ_TIMEOUT = 5, 8  # seconds: to connect to one address of a 
 
 
 def announce(what):
-    """Say what is being downloaded, before a server can be silent."""
+    """Print what is being downloaded, before the wait for the server begins."""
     print(f"Downloading {what} (without an answer this ends within a minute)", file=sys.stderr, flush=True)
 
 
 def describe_error(error):
-    """An error in one line: the innermost cause says why, outer exceptions add little."""
+    """Return an error in one line: that of its innermost cause, to which the outer exceptions add little."""
     while cause := error.__cause__ or error.__context__:
         error = cause
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def download(url, sha256):
-    """The bytes behind `url`, whose SHA-256 must be `sha256`. Raises requests.RequestException."""
+    """Return the bytes behind `url`, whose SHA-256 must be `sha256`. Raises requests.RequestException."""
     announce(url)
     retry = Retry(
         total=2,
-        connect=0,  # a machine without a network is to know it within seconds
+        connect=0,  # without a network this fails within seconds
         backoff_factor=0.5,  # seconds before the second retry
         status_forcelist=(408, 429, 500, 502, 503, 504),
-        respect_retry_after_header=False,  # which may ask for hours
+        respect_retry_after_header=False,  # it may ask for hours
     )
     with requests.Session() as session:
         for scheme in ("https://", "http://"):
@@ -127,9 +127,9 @@ def download(url, sha256):
 
 
 def fetch_collection(data_dir):
-    """Path of the SMS Spam Collection in the folder `data_dir`, downloaded if it is not there.
+    """Return the path of the SMS Spam Collection in the folder `data_dir`, after downloading it if it is missing.
 
-    Raises UserError if another file of its name is there, or if the download fails; OSError.
+    Raises UserError if another file has its name or if the download fails, and OSError.
     """
     for name in COLLECTION_NAMES:
         if (path := Path(data_dir, name)).exists():
@@ -156,16 +156,16 @@ def fetch_collection(data_dir):
 
 
 def fetch_weights(model_size, quiet=False):
-    """Path of the pretrained weights of `model_size` in the Hugging Face cache, downloaded if they are not there.
+    """Return the path of pretrained weights in the Hugging Face cache, after downloading them if they are missing.
 
-    The hub's client does it, with its cache, its retries and its settings (HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE).
-    Raises UserError if the download fails or gives another file than the pinned one.
+    The client of the hub downloads, with its cache, retries and settings (HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE). Raises
+    UserError if the download fails or the file is not the pinned one.
     """
     file = PRETRAINED[model_size]
     where = dict(repo_id=file.repo_id, filename=file.filename, revision=file.revision)
     if quiet:
         disable_progress_bars()
-    hub_logging.set_verbosity_error()  # failures are reported below, once
+    hub_logging.set_verbosity_error()  # failures are reported once, below
     if "HF_HUB_DOWNLOAD_TIMEOUT" not in os.environ:
         constants.HF_HUB_DOWNLOAD_TIMEOUT = READ_TIMEOUT
     # Plain HTTP: the Xet client has no time-out that would bound a stalled download (huggingface/xet-core, issue 898).
@@ -173,19 +173,19 @@ def fetch_weights(model_size, quiet=False):
     try:
         if not isinstance(huggingface_hub.try_to_load_from_cache(**where), str):
             announce(f"{file.filename} of {file.repo_id} from {constants.ENDPOINT}")
-            # The client itself would wait six minutes for a server that never answers. Errors are left to it.
+            # The client itself waits six minutes for a server that never answers. It reports errors better.
             with suppress(HfHubHTTPError):
                 url = huggingface_hub.hf_hub_url(**where)
                 huggingface_hub.get_hf_file_metadata(url, token=False, timeout=READ_TIMEOUT)
-        # The repositories are public: whatever HF_ENDPOINT names is not to get the user's token.
+        # The repositories are public, so the server behind HF_ENDPOINT does not need the user's token.
         path = Path(huggingface_hub.hf_hub_download(**where, token=False))
-        # Also of a file that was in the cache: a run that was killed here may have left it unverified.
+        # A file from the cache is verified too: a run that was killed here may have left it unverified.
         if (found := sha256_of(path)) == file.sha256:
             return path
         path.resolve().unlink()  # the cache's blob
         path.unlink(missing_ok=True)
         reason = f"the file's SHA-256 is {found}, not {file.sha256}; it was removed from the cache"
-    except Exception as error:  # the hub's client raises its own, its HTTP library's and the system's errors
+    except Exception as error:  # of the client, its HTTP library or the system
         reason = describe_error(error)
     raise UserError(
         f"{file.filename} of {file.repo_id} at revision {file.revision} could not be downloaded\n"
@@ -200,7 +200,7 @@ def fetch_weights(model_size, quiet=False):
 
 
 def open_weights(path):
-    """The tensors of a `.safetensors` file by name, memory-mapped: nothing is read until a tensor is used.
+    """Return the tensors of a `.safetensors` file by name, memory-mapped: a tensor is read when it is used.
 
     Raises UserError for a file that is missing, truncated or of another format.
     """
@@ -273,7 +273,7 @@ def load_weights(source, model_size, quiet=False):
 SPLITS = {"train": "Training", "validation": "Validation", "test": "Test"}
 DEFAULT_DATA_DIR = "sms_spam_collection"
 
-# Of the splits of the collection as they are written to --data_dir; other files are the user's own data.
+# The splits of the collection as they are written to --data_dir. Files with other sums are the user's own data.
 UCI_SPLITS_SHA256 = {
     "train": "ec2895b026553ce06475815818c52cf44828af0605b07b257935a194e611195a",
     "validation": "f92996ef2ae2ed6d6937e96bc7a3f739f2bae59b07d1babd7f3725e473f2d2bd",
@@ -282,15 +282,15 @@ UCI_SPLITS_SHA256 = {
 
 
 def make_uci_splits(data_dir):
-    """The splits of the collection, which is fetched if need be: {split: DataFrame with columns Label and Text}.
+    """Return the splits of the collection, {split: DataFrame with columns Label and Text}, after fetching it if needed.
 
-    They are written to the folder `data_dir` where that is possible, but in place of no other file. Raises UserError.
+    They are written to the folder `data_dir` if that is possible; files that are there stay. Raises UserError.
     """
     splits = balanced_splits(fetch_collection(data_dir))
     contents = {split: frame.to_csv(index=None, lineterminator="\n").encode() for split, frame in splits.items()}
     if {split: hashlib.sha256(content).hexdigest() for split, content in contents.items()} != UCI_SPLITS_SHA256:
         raise UserError(f"pandas {pd.__version__} splits the collection differently; see requirements.txt")
-    with suppress(OSError):  # a folder that cannot be written to serves as it is: they are made again in a second
+    with suppress(OSError):  # in a read-only folder they are made again each time, which takes a second
         for split, content in contents.items():
             if not os.path.lexists(path := Path(data_dir, f"{split}.csv")):
                 write_bytes(path, content)
@@ -298,10 +298,10 @@ def make_uci_splits(data_dir):
 
 
 def balanced_splits(path):
-    """70% / 10% / 20% of the spam and as much ham from the collection at `path` (lines of label, tab, text).
+    """Return splits of 70, 10 and 20% of the spam and as much ham from a collection (lines of label, tab, text).
 
-    Seed and order of the shuffles are those of the public original. So is the reading: quotes are taken as CSV
-    takes them, and a few messages that begin with one run together with their neighbours.
+    Seed and order of the shuffles are those of the public original. So is the quoting: it is that of CSV, so that a few
+    messages that begin with a quote are joined with the following ones.
     """
     messages = pd.read_csv(path, sep="\t", header=None, names=["Label", "Text"])
     spam, ham = (messages[messages["Label"] == label] for label in ("spam", "ham"))
@@ -319,7 +319,7 @@ def balanced_splits(path):
 
 
 def check_unchanged(path, sha256):
-    """The path of a file that the project carries. Raises UserError if it was changed."""
+    """Return the path of a file of the project. Raises UserError if it was changed."""
     if sha256_of(path) != sha256:
         raise UserError(f"{path} was changed: its SHA-256 is not {sha256}")
     return path
@@ -327,17 +327,17 @@ def check_unchanged(path, sha256):
 
 @cache
 def load_vocabulary():
-    """GPT-2's byte-pair encoding, a tiktoken.Encoding, from the file in data/. Raises UserError if it was changed."""
+    """Return GPT-2's byte-pair encoding (tiktoken.Encoding). Raises UserError if its file in data/ was changed."""
     lines = check_unchanged(VOCABULARY, VOCABULARY_SHA256).read_bytes().splitlines()
     ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, lines)}
-    # The pattern that cuts text into words before merging: letters, digits or other signs with at most one
-    # space before them, English contractions apart (Radford et al. 2019, section 2.2).
+    # The pattern that splits a text into words before merging: letters, digits or other signs, with at most one space
+    # before them, and English contractions (Radford et al. 2019, section 2.2).
     pattern = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
     return tiktoken.Encoding("gpt2", pat_str=pattern, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 50256})
 
 
 def sample_path():
-    """Path of the sample of messages in data/. Raises UserError if it was changed."""
+    """Return the path of the sample of messages in data/. Raises UserError if it was changed."""
     return check_unchanged(SAMPLE, SAMPLE_SHA256)
 
 
@@ -345,7 +345,7 @@ def sample_path():
 
 
 def main(argv=None):
-    """Fetch and check what runs need, and print where it is. Returns the exit status."""
+    """Fetch and check what runs need, print where it is, and return the exit status."""
     sizes = {name.split(" ")[0].removeprefix("gpt2-"): name for name in PRETRAINED}
     parser = argparse.ArgumentParser(description="Fetch and check what runs need, and do nothing else.")
     parser.add_argument("--model_size", nargs="+", choices=sizes, default=["small"], help="default: %(default)s")

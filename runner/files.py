@@ -17,7 +17,7 @@ import torch
 
 
 class UserError(Exception):
-    """What a user can do something about; `status` is the exit status: 2 for an option or a file, 1 for the rest."""
+    """An error that a user can act on. `status` is the exit status: 2 for an option or a file, else 1."""
 
     def __init__(self, message, status=2):
         super().__init__(message)
@@ -25,16 +25,16 @@ class UserError(Exception):
 
 
 class NonFiniteError(UserError):
-    """A loss, a logit or a parameter is infinite or not a number: the run cannot be trusted."""
+    """A loss, a logit or a parameter is infinite or NaN, so the run cannot be trusted."""
 
     def __init__(self, message):
         super().__init__(message, status=1)
 
 
 def require_finite(tensors, what):
-    """Raises NonFiniteError that names the first of the tensors, {name: tensor}, that holds an infinity or a NaN."""
+    """Raise NonFiniteError, which names the tensor, if one of {name: tensor} has an infinite value or a NaN."""
     for name, tensor in tensors.items():
-        # Unlike isfinite, aminmax makes no copy. A NaN is passed on, and an infinity is one of the ends.
+        # Unlike isfinite, aminmax makes no copy. It returns a NaN if there is one, and an infinity is an extreme.
         is_checked = tensor.is_floating_point() and tensor.numel()
         if is_checked and not all(end.float().isfinite() for end in tensor.aminmax()):
             raise NonFiniteError(f"{what} {name} has values that are infinite or not a number")
@@ -44,18 +44,18 @@ def require_finite(tensors, what):
 
 
 def sha256_of(path):
-    """SHA-256 of a file's content, in hexadecimal. Raises OSError."""
+    """Return the SHA-256 of a file's content, in hexadecimal. Raises OSError."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sha256_of_json(content):
-    """SHA-256 of what JSON can hold, in whatever order its entries are."""
+    """Return the SHA-256 of what JSON can hold; the order of dictionary entries does not matter."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def sha256_of_tensors(tensors):
-    """SHA-256 of tensors on the CPU, {name: tensor}, with their names, types and shapes."""
+    """Return the SHA-256 of tensors on the CPU {name: tensor}, with their names, types and shapes."""
     sha256 = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         sha256.update(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())
@@ -68,12 +68,12 @@ def sha256_of_tensors(tensors):
 
 @contextmanager
 def atomic_write(path):
-    """A temporary path to write to; at the end its file, flushed to disk, replaces `path`. After an error it does not.
+    """Yield a temporary path; at the end its file is flushed to disk and replaces `path`, unless there was an error.
 
-    Where `path` is a link, the file that it leads to is replaced. Raises OSError.
+    If `path` is a link, the file that it points to is replaced. Raises OSError.
     """
     path = Path(os.path.realpath(path))
-    # Short, as `path` may be as long as the file system allows; with its suffix, which tells matplotlib the format.
+    # A short name, as `path` may be as long as the file system allows, with the suffix, from which matplotlib chooses.
     temporary = path.with_name(f".{secrets.token_hex(4)}.part{path.suffix[:8]}")
     try:
         temporary.touch(exist_ok=False)

@@ -42,27 +42,20 @@ def normalize(settings):
         value, arguments = getattr(settings, setting.name), setting.metadata
         if value is setting.default:
             continue
+        parse, choices = arguments.get("type", str), arguments.get("choices")
         try:
             if setting.type is bool:
                 value = {True: True, False: False}[value]
             elif "nargs" in arguments:
-                value = tuple(parse_value(item, arguments) for item in value)
-            else:
-                value = parse_value(value, arguments)
-        except (argparse.ArgumentTypeError, TypeError, KeyError) as error:
-            reason = f": {error}" if isinstance(error, argparse.ArgumentTypeError) else f" does not take {value!r}"
-            raise UserError(f"--{setting.name}{reason}") from None
+                value = tuple(parse(str(item)) for item in value)
+            elif value is None or (value := parse(str(value))) not in (choices or [value]):
+                raise KeyError
+        except argparse.ArgumentTypeError as error:
+            raise UserError(f"--{setting.name}: {error}") from None
+        except (KeyError, TypeError):
+            hint = f"; choose from {', '.join(choices)}" if choices else ""
+            raise UserError(f"--{setting.name} does not take {value!r}{hint}") from None
         object.__setattr__(settings, setting.name, value)
-
-
-def parse_value(value, arguments):
-    """Return what the command line makes of str(value). Raises argparse.ArgumentTypeError, or TypeError for None."""
-    if value is None or isinstance(value, bool):
-        raise TypeError
-    value, choices = arguments.get("type", str)(str(value)), arguments.get("choices")
-    if choices and value not in choices:
-        raise argparse.ArgumentTypeError(f'"{value}" is none of {", ".join(choices)}')
-    return value
 
 
 # --- single values ---
@@ -134,7 +127,7 @@ class RunOptions:
     report: tuple | None = option(
         None,
         RESULTS,
-        "train nothing; print the table of all runs in --results or these folders",
+        "train nothing; print a report of all runs in --results or these folders",
         nargs="*",
         metavar="DIR",
     )
@@ -153,14 +146,9 @@ class RunOptions:
     )
     feature_cache_gb: float = option(5.0, MACHINE, "what it may hold; least recently used go", type=bounded(float, 0))
     checkpoint: str | None = option(
-        None,
-        INTERRUPTION,
-        "save training in FILE after each epoch and on Ctrl-C; the same command resumes it",
-        metavar="FILE",
+        None, INTERRUPTION, "file for the state of training, from which the same command resumes", metavar="FILE"
     )
-    checkpoint_minutes: float = option(
-        10.0, INTERRUPTION, "between checkpoints within an epoch", type=bounded(float, 0)
-    )
+    checkpoint_minutes: float = option(10.0, INTERRUPTION, "between checkpoints in an epoch", type=bounded(float, 0))
     save_model: str | None = option(None, USE, "write what was trained and its settings (.safetensors)", metavar="FILE")
     export: str | None = option(None, USE, "write the classifier to a folder that transformers loads", metavar="DIR")
     load_model: str | None = option(
@@ -182,9 +170,7 @@ class RunOptions:
         if self.skip_finished and (not self.results or self.save_model or self.export):
             raise UserError("--skip_finished needs --results, and cannot be combined with --save_model or --export")
         if self.checkpoint and self.repeats > 1 and not self.results:
-            raise UserError(
-                "--checkpoint with --repeats needs --results: the records there say which seeds are finished"
-            )
+            raise UserError("--checkpoint with --repeats needs --results, whose records tell the finished seeds")
 
     def feature_folder(self, data_dir):
         """Return the folder in which frozen features are kept, or None."""
@@ -232,7 +218,7 @@ def check_outputs(run_options, experiment=None):
             except OSError as error:
                 raise UserError(f"--{name} {path} cannot be written: {error.strerror or error}") from None
             is_right = target.is_dir() if is_folder else target.is_file()
-            if target.is_symlink() or target.exists() and not is_right:  # realpath leaves a link that leads to itself
+            if target.exists() and not is_right:
                 raise UserError(f"--{name} {path} is not a {'folder' if is_folder else 'regular file'}")
             key = str(target).casefold()  # as on macOS and Windows
             if what := taken.get(key):

@@ -140,11 +140,12 @@ class FrozenFeatures:
                 placement = name
         return processes.from_rank0(placement)
 
-    def describe_shortage(self, sizes, pool, device, n_shards):
-        """Return a warning if a run needs more memory than is free, activations not counted, else None.
+    def warn_of_short_memory(self, sizes, pool, device, is_sharded):
+        """Warn if a run needs more memory than is free on `device`, activations not counted.
 
         `sizes` is its classifier, which may be on the meta device.
         """
+        n_shards = processes.world_size() if is_sharded else 1
         weights, trained = (sum(p.nbytes for p in sizes.parameters() if p.requires_grad >= least) for least in (0, 1))
         needs = dict(weights=weights, gradients=trained, optimizer=2 * trained)  # AdamW keeps two moments
         needs, size = {what: n // n_shards for what, n in needs.items()}, feature_bytes(sizes, pool)
@@ -153,7 +154,8 @@ class FrozenFeatures:
             needs["frozen features"] = size
         if (needed := sum(needs.values())) > free:
             listed = ", ".join(f"{what} {n / 1e9:.2f} GB" for what, n in needs.items())
-            return f"each process needs {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free: {listed}"
+            free = f"{free / 1e9:.2f} GB are free"
+            self.console.warning(f"each process needs {needed / 1e9:.2f} GB and {free}: {listed}")
 
     def load_or_compute(self, classifier, pool, seed):
         """Return the MessagePool with its frozen features, or `pool` itself without frozen blocks or without room.

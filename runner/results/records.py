@@ -153,10 +153,9 @@ def identify(experiment, data, weights):
 
 
 def find_record(folder, experiment, data, weights):
-    """Return (path, Record) of this run in a folder, whatever device it ran on, or None. Raises UserError."""
-    name = identify(experiment, data, weights)["run"]
-    paths = sorted(Path(folder).glob(f"{name}*.json"))
-    return (paths[0], read_record(paths[0])) if paths else None
+    """Return the Record of this run in a folder, whatever device it ran on, or None. Raises UserError."""
+    paths = sorted(Path(folder).glob(f"{identify(experiment, data, weights)['run']}*.json"))
+    return read_record(paths[0]) if paths else None
 
 
 def file_name(words, identity):
