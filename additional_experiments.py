@@ -69,40 +69,43 @@ class Experiment:
     trainable_layers: str = option(
         "last_block",
         MODEL,
-        "trained besides the head; lora: all linear layers adapted, lora_alternative: merged into their weights",
+        "what is trained besides the head; lora_alternative: LoRA merged into the weights",
         choices=("last_block", "last_layer", "last_two_blocks", "all", "lora", "lora_alternative"),
     )
-    lora_rank: int = option(8, MODEL, "inner dimension of the LoRA matrices", type=bounded(int, 1))
-    lora_alpha: float = option(8.0, MODEL, "factor of LoRA, not divided by the rank", type=bounded(float, 1e-12))
+    lora_rank: int = option(8, MODEL, "rank of the LoRA matrices", type=bounded(int, 1))
+    lora_alpha: float = option(8.0, MODEL, "scale of LoRA, not divided by the rank", type=bounded(float, 1e-12))
     trainable_token_pos: str = option(
-        "last", INPUT, "position to classify; flexible: the last real token", choices=("last", "first", "flexible")
+        "last",
+        INPUT,
+        "token to classify; flexible: the last that is not padding",
+        choices=("last", "first", "flexible"),
     )
     average_embeddings: bool = option(
-        False, INPUT, "average over all positions instead; with flexible or --no_padding over real tokens only"
+        False, INPUT, "classify the mean over all tokens; with flexible or --no_padding without padding"
     )
     context_length: str | int = option(
         "longest_training_example",
         INPUT,
-        f"tokens of a message: longest_training_example, model_context_length, or 1 to {MAX_CONTEXT}",
+        f"tokens per message: longest_training_example, model_context_length, or 1 to {MAX_CONTEXT}",
         type=options.context_length,
     )
-    no_padding: bool = option(False, INPUT, "do not pad; results do not depend on the batch")
-    disable_causal_mask: bool = option(False, MODEL, "let every token attend to later ones too")
+    no_padding: bool = option(False, INPUT, "do not pad messages; results do not depend on the batch")
+    disable_causal_mask: bool = option(False, MODEL, "let every token attend to later tokens too")
     ignore_index: int = option(-100, TRAINING, "label that the loss ignores", type=bounded(int))
     batch_size: int = option(8, TRAINING, "messages in a batch", type=bounded(int, 1))
-    accumulation_steps: int = option(1, TRAINING, "batches that an update averages", type=bounded(int, 1))
+    accumulation_steps: int = option(1, TRAINING, "batches per update", type=bounded(int, 1))
     num_epochs: int = option(5, TRAINING, "passes over the training messages", type=bounded(int, 1))
     learning_rate: float = option(5e-5, TRAINING, "step size of AdamW", type=bounded(float, 1e-12))
     weight_decay: float = option(0.1, TRAINING, "decoupled weight decay of AdamW", type=bounded(float, 0))
-    seed: int = option(123, TRAINING, "of weights, head and training order", type=bounded(int, 0))
+    seed: int = option(123, TRAINING, "seed of weights, head and training order", type=bounded(int, 0))
     device: str = option("auto", MACHINE, "auto: cuda, else mps, else cpu", choices=("auto", "cpu", "mps", "cuda"))
     precision: str = option(
-        "fp32", MACHINE, "of products; the rest stays float32; tf32 is for CUDA", choices=("fp32", "bf16", "tf32")
+        "fp32", MACHINE, "of matmuls; the rest stays float32; tf32 needs CUDA", choices=("fp32", "bf16", "tf32")
     )
     features: str = option(
         "auto",
         MACHINE,
-        "where the frozen blocks' output, computed once, is held; auto: in memory, else on disk, else recomputed (off)",
+        "where the output of frozen blocks is held; auto: memory, else disk, else off (recomputed)",
         choices=("auto", "memory", "disk", "off"),
     )
     activation_checkpointing: bool = option(False, MACHINE, "recompute blocks in the backward pass, to save memory")

@@ -116,9 +116,9 @@ class RunOptions:
     Raises UserError for values that an option does not take, and for options that cannot be combined.
     """
 
-    quiet: bool = option(False, RESULTS, "print finished rows only")
+    quiet: bool = option(False, RESULTS, "print only finished rows and warnings")
     results: str = option("results", RESULTS, 'folder for a record of each finished run; "" for none', metavar="DIR")
-    skip_finished: bool = option(False, RESULTS, "do not train a run whose record is in --results, print its row")
+    skip_finished: bool = option(False, RESULTS, "train no run whose record is in --results; print its row")
     note: str = option("", RESULTS, "a remark kept with the record and shown in the report", metavar="TEXT")
     repeats: int = option(1, RESULTS, "runs, with --seed, --seed + 1, ..., and their mean", type=bounded(int, 1))
     plot: str | None = option(
@@ -140,19 +140,26 @@ class RunOptions:
         type=file_with(".html", ".md", ".csv", ".tex", *IMAGE_FORMATS),
         metavar="FILE",
     )
-    baseline: bool = option(False, RESULTS, "instead of GPT-2 train two linear models on words and letters")
+    baseline: bool = option(False, RESULTS, "train two linear models on words and letters instead of GPT-2")
     feature_cache: str | None = option(
         None, MACHINE, 'folder for frozen features (default: features in --data_dir); "" for none', metavar="DIR"
     )
-    feature_cache_gb: float = option(5.0, MACHINE, "what it may hold; least recently used go", type=bounded(float, 0))
+    feature_cache_gb: float = option(
+        5.0, MACHINE, "its maximum size; the least recently used files go", type=bounded(float, 0)
+    )
     checkpoint: str | None = option(
         None, INTERRUPTION, "file for the state of training, from which the same command resumes", metavar="FILE"
     )
     checkpoint_minutes: float = option(10.0, INTERRUPTION, "between checkpoints in an epoch", type=bounded(float, 0))
-    save_model: str | None = option(None, USE, "write what was trained and its settings (.safetensors)", metavar="FILE")
+    save_model: str | None = option(
+        None, USE, "write the trained parameters and settings (.safetensors)", metavar="FILE"
+    )
     export: str | None = option(None, USE, "write the classifier to a folder that transformers loads", metavar="DIR")
     load_model: str | None = option(
-        None, USE, "train nothing; use what --save_model wrote (with --weights FILE if that has moved)", metavar="FILE"
+        None,
+        USE,
+        "train nothing; use a file of --save_model (--weights FILE if its weights have moved)",
+        metavar="FILE",
     )
     classify: tuple = option(
         (), USE, "messages for --load_model; - for lines of standard input", nargs="+", action="extend", metavar="TEXT"
