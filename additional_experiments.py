@@ -32,11 +32,11 @@ from classifier import build_classifier, merge_lora, place
 from gpt_download import PRETRAINED, Weights, load_vocabulary, load_weights
 from previous_chapters import GPT_SIZES, GPTConfig
 from runner import options
-from runner.console import Console, describe_model, describe_setup, exit_status, prepare_streams
+from runner.console import Console, describe_model, describe_setup, end_process, exit_status, prepare_streams
 from runner.data import datasets
 from runner.data.datasets import DEFAULT_DATA_DIR, SPLITS, Dataset
-from runner.data.features import FrozenFeatures
-from runner.data.messages import EncodedData, Split, Stage, make_pool, run_passes, tokenize
+from runner.data.features import FrozenFeatures, compute_features
+from runner.data.messages import TOKENS_PER_PASS, EncodedData, Split, Stage, make_pool, run_passes, tokenize
 from runner.files import NonFiniteError, UserError
 from runner.machine import processes
 from runner.machine.cpu_check import check_device
@@ -49,7 +49,7 @@ from runner.results.report import print_report, print_row
 from runner.saved import classifiers
 from runner.saved.checkpoints import TrainingState, open_checkpoint
 from runner.saved.classifiers import SavedClassifier, load_parameters
-from runner.saved.export import check_experiment, write_export
+from runner.saved.export import check_class_count, check_experiment, write_export
 
 # --- the settings of an experiment ---
 
@@ -378,8 +378,8 @@ def run(experiment, run_options=RunOptions()):
     setup, records = prepare(experiment, run_options, console), []
     seeds = range(experiment.seed, experiment.seed + run_options.repeats)
     identity = run_identity(experiment, setup.dataset, setup.weights)
-    path, minutes = run_options.checkpoint, run_options.checkpoint_minutes
-    with open_checkpoint(path, minutes, identity, seeds, console) as checkpoint:
+    path, minutes, unchanged = run_options.checkpoint, run_options.checkpoint_minutes, setup.weights.require_unchanged
+    with open_checkpoint(path, minutes, identity, seeds, unchanged, console) as checkpoint:
         for seed in seeds:
             if len(seeds) > 1:
                 console.info(f"\nRun {len(records) + 1} of {len(seeds)}, seed {seed}")
@@ -422,8 +422,10 @@ def prepare(experiment, run_options, console):
         weights = load_weights(experiment.weights, experiment.model_size, console.quiet)
 
     n_classes = len(dataset.class_names)
-    first_update_on = partial(make_first_update, experiment, n_classes, weights, encoded)
-    device = check_device(device, experiment.device == "auto", experiment.precision, first_update_on, console)
+    if run_options.export:
+        check_class_count(n_classes, experiment.config.emb_dim)
+    miniature_run_on = partial(make_miniature_run, experiment, n_classes, weights, encoded)
+    device = check_device(device, experiment.device == "auto", experiment.precision, miniature_run_on, console)
 
     with torch.device("meta"):
         sizes = build_classifier(experiment, n_classes)
@@ -434,29 +436,53 @@ def prepare(experiment, run_options, console):
     return Setup(dataset, encoded, weights, device, features)
 
 
-def make_first_update(experiment, n_classes, weights, encoded, device):
-    """Return a function that computes what the first update of a run needs on `device`: {name: tensor on the CPU}.
+def make_miniature_run(experiment, n_classes, weights, encoded, device):
+    """Return a function that computes a run in miniature on `device`: {name: tensor on the CPU}.
 
-    These are logits, loss and gradients; of sharded parameters the logits only. On the CPU they are in float32. Of a
-    large model the window is cut to as many messages as COMPARE_FLOPS allow.
+    This is the first update at the run's own shapes: the frozen features of its messages, on a device in a pass of full
+    size; logits, loss and gradients; the update, and the logits after it in evaluation mode. The CPU computes in float32.
+    Of a large model the window is cut to as many messages as COMPARE_FLOPS allow. Of sharded parameters only the logits
+    are computed.
     """
     is_cpu = device.type == "cpu"
-    experiment = replace(experiment, precision="fp32") if is_cpu else experiment
+    experiment = replace(experiment, precision="fp32" if is_cpu else experiment.precision, learning_rate=1e-3)
     classifier = build_classifier(experiment, n_classes, weights.tensors)
     place(classifier, device, experiment.shard and not is_cpu)
+
     torch.manual_seed(experiment.seed)
     batches = islice(make_loaders(encoded.splits, experiment.batch_size)["train"], experiment.accumulation_steps)
     flops = 6 * sum(p.numel() for p in classifier.parameters()) * encoded.longest  # per message, forward and backward
-    window = torch.cat(list(batches))[: max(COMPARE_FLOPS // flops, 1)].split(experiment.batch_size)
+    indices, pool = torch.cat(list(batches))[: max(COMPARE_FLOPS // flops, 1)], encoded.pool
+    split = encoded.splits["train"]
+    messages, inverse = split.indices[indices].unique(return_inverse=True)
+    if not is_cpu:  # others fill the pass
+        others = torch.arange(len(pool))[~torch.isin(torch.arange(len(pool)), messages)]
+        is_in_pass = pool.lengths[others].cumsum(0) <= TOKENS_PER_PASS[device.type] - pool.lengths[messages].sum()
+        pool = pool.select(torch.cat([messages, others[is_in_pass]]))
+    else:
+        pool = pool.select(messages)
+    window, n_messages = torch.arange(len(indices)).split(experiment.batch_size), len(messages)
 
     def compute():
         if experiment.shard:
-            indices = encoded.splits["train"].indices[torch.cat(window)]
-            return {"the logits": predict(classifier, encoded.pool, indices).cpu()}
-        logits, loss = accumulate_gradients(classifier.train(), encoded, window, experiment)
+            return {"the logits": predict(classifier, pool, inverse).cpu()}
+        features = compute_features(classifier, pool, device) if classifier.n_frozen_blocks else pool
+        first = features.batch(torch.arange(n_messages), device)
+        results = {"the frozen features": first.x.float()}
+        few = replace(encoded, pool=features, splits={"train": Split(inverse, split.labels[indices])})
+        logits, loss = accumulate_gradients(classifier.train(), few, window, experiment)
+        results |= {"the logits": logits, "the loss": loss}
         trained = {name: p for name, p in classifier.named_parameters() if p.grad is not None}
-        results = {"the logits": logits, "the loss": loss}
-        results |= {f"the gradient of {name}": p.grad for name, p in trained.items()}
+        before = {name: p.detach().clone() for name, p in trained.items()}
+        make_optimizer(classifier, experiment).step()
+        for name, p in trained.items():
+            results[f"the gradient of {name}"] = p.grad
+            # AdamW moves every entry by the learning rate: where the gradient is rounding, in either direction.
+            results[f"the update of {name}"] = (p.detach() - before[name]) * p.grad.abs()
+        results["the logits after the update"] = predict(classifier, features, inverse)
+        with torch.no_grad():
+            for name, p in trained.items():
+                p.copy_(before[name])
         classifier.zero_grad()
         return {name: tensor.cpu() for name, tensor in results.items()}
 
@@ -493,6 +519,8 @@ def run_seed(experiment, setup, checkpoint, run_options, console):
     further = dict(minutes=minutes, feature_seconds=setup.features.seconds, note=run_options.note)
     further |= dict(tokens_per_message=setup.encoded.longest)
     record = make_record(experiment, setup.dataset, setup.weights, confusions, state, **further)
+    with processes.raise_on_all_ranks():
+        setup.weights.require_unchanged()
     if run_options.results:
         console.write_output("the record", run_options.results, write_record, record)
     if run_options.save_model or run_options.export:
@@ -616,4 +644,4 @@ def execute(argv):
 
 if __name__ == "__main__":
     prepare_streams()
-    sys.exit(main())
+    end_process(main())

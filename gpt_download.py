@@ -156,7 +156,7 @@ def fetch_collection(data_dir):
 
 
 def fetch_weights(model_size, quiet=False):
-    """Return the path of pretrained weights in the Hugging Face cache, after downloading them if they are missing.
+    """Return (path, `size_and_time`) of pretrained weights in the Hugging Face cache, downloaded if they are missing.
 
     The client of the hub downloads, with its cache, retries and settings (HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE). Raises
     UserError if the download fails or the file is not the pinned one.
@@ -180,8 +180,9 @@ def fetch_weights(model_size, quiet=False):
         # The repositories are public, so the server behind HF_ENDPOINT does not need the user's token.
         path = Path(huggingface_hub.hf_hub_download(**where, token=False))
         # A file from the cache is verified too: a run that was killed here may have left it unverified.
+        stat = size_and_time(path)
         if (found := sha256_of(path)) == file.sha256:
-            return path
+            return path, stat
         path.resolve().unlink()  # the cache's blob
         path.unlink(missing_ok=True)
         reason = f"the file's SHA-256 is {found}, not {file.sha256}; it was removed from the cache"
@@ -255,10 +256,11 @@ def load_weights(source, model_size, quiet=False):
     """
     if source == "random":
         return Weights(model_size, source)
-    path = fetch_weights(model_size, quiet) if source == "pretrained" else Path(source)
-    stat, tensors = size_and_time(path), open_weights(path)
     if source == "pretrained":
-        return Weights(model_size, source, PRETRAINED[model_size].sha256, tensors, path, stat)
+        path, stat = fetch_weights(model_size, quiet)
+        return Weights(model_size, source, PRETRAINED[model_size].sha256, open_weights(path), path, stat)
+    path, stat = Path(source), size_and_time(source)
+    tensors = open_weights(path)
     try:
         require_finite({name: tensor for name, tensor in tensors.items() if not is_mask(name)}, "tensor")
         with torch.device("meta"):
@@ -357,7 +359,7 @@ def main(argv=None):
             make_uci_splits(args.data_dir)
         print(args.data_dir)
         for size in args.model_size:
-            print(fetch_weights(sizes[size]))
+            print(fetch_weights(sizes[size])[0])
         return 0
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -131,6 +131,19 @@ def prepare_streams():
         stream.reconfigure(encoding=None if stream.isatty() else "utf-8", errors="replace")
 
 
+def end_process(status):
+    """Exit with this status, at once if torchrun started the process.
+
+    gloo's threads can abort a process while its interpreter is torn down, and torchrun would report a finished run as
+    failed (pytorch pull request 179291).
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if processes.is_launched():
+        os._exit(status)
+    sys.exit(status)
+
+
 def exit_status(command):
     """Call `command()` and return the exit status. Errors that a user can act on become one line.
 

@@ -8,6 +8,8 @@ import json
 import os
 import re
 import secrets
+import sys
+import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -73,8 +75,7 @@ def atomic_write(path):
     If `path` is a link, the file that it points to is replaced. Raises OSError.
     """
     path = Path(os.path.realpath(path))
-    # A short name, as `path` may be as long as the file system allows, with the suffix, from which matplotlib chooses.
-    temporary = path.with_name(f".{secrets.token_hex(4)}.part{path.suffix[:8]}")
+    temporary = path.with_name(f"{temporary_prefix(path)}{secrets.token_hex(4)}.part{path.suffix[:8]}")
     try:
         temporary.touch(exist_ok=False)
         mode = temporary.stat().st_mode
@@ -82,9 +83,34 @@ def atomic_write(path):
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         temporary.chmod(mode)  # safetensors replaces the file by one that only its owner can read
-        os.replace(temporary, path)
+        replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def temporary_prefix(path):
+    """Return how the names of temporary files for `path` begin: short, as `path` may be as long as a name can be."""
+    return f".{hashlib.sha256(path.name.encode()).hexdigest()[:8]}-"
+
+
+def replace(source, target):
+    """Rename a file. Windows denies this while another program, a virus scanner, has the target open: retry for 2 s."""
+    give_up = time.monotonic() + (2 if sys.platform == "win32" else 0)
+    while True:
+        try:
+            return os.replace(source, target)
+        except PermissionError:
+            if time.monotonic() >= give_up:
+                raise
+            time.sleep(0.05)
+
+
+def remove_leftovers(path):
+    """Remove the temporary files for `path` that killed processes have left. No other process may be writing `path`."""
+    path = Path(os.path.realpath(path))
+    for leftover in path.parent.glob(f"{temporary_prefix(path)}*.part*"):
+        with suppress(OSError):
+            leftover.unlink()
 
 
 def write_bytes(path, content):

@@ -214,7 +214,7 @@ def check_outputs(run_options, experiment=None):
             check_experiment(experiment)
     outputs = [(name, getattr(run_options, name)) for name in ("checkpoint", "save_model", "plot", "export")]
     outputs += [("write", path) for path in run_options.write]
-    if run_options.results and run_options.report is None:
+    if run_options.results and experiment is not None:
         outputs.append(("results", run_options.results))
     for name, path in outputs:
         if path is not None:
@@ -258,6 +258,9 @@ class Parser(argparse.ArgumentParser):
 
     def parse(self, argv):
         """Return the given options {name: value}. Dashes count as underscores; a misprint gets the nearest option."""
+        for word in argv:
+            if not word.isprintable() and word != shown(word) and any("\ud800" <= c <= "\udfff" for c in word):
+                self.error(f"an argument is not Unicode text: {shown(word)}")
         argv = [re.sub(r"^--[\w-]+(?==|$)", lambda m: "--" + m[0][2:].replace("-", "_"), word) for word in argv]
         given, unknown = self.parse_known_args(argv)
         if unknown:

@@ -17,13 +17,13 @@ import torch
 from conftest import TINY, TINY_SIZE
 from filelock import FileLock
 from helpers import CPU, QUIET, finish_together, no_file_above, processes, save_random_weights
+from runner.data.feature_files import FeatureFiles
 from torch.torch_version import TorchVersion
 
 import additional_experiments as ae
 from gpt_download import Weights, find_weights
 from previous_chapters import GPT_SIZES, TransformerBlock
 from runner.data import features
-from runner.data.feature_files import FeatureFiles
 from runner.data.features import FrozenFeatures
 from runner.data.messages import Stage, split_into_passes
 from runner.files import UserError

@@ -16,6 +16,7 @@ import pandas as pd
 import gpt_download
 from gpt_download import DEFAULT_DATA_DIR, SPLITS
 from runner.files import UserError, sha256_of, sha256_of_json
+from runner.wording import shown
 
 DATASET_NAMES = {
     "uci": "SMS Spam Collection",
@@ -170,7 +171,7 @@ def encode_labels(splits, name, data_dir, ignore_index):
             raise UserError(f"{data_dir}/{split}.csv, line {line}: {problem}; {advice}")
     labelled = {split: frame[~frame["Label"].isin(unlabelled)] for split, frame in splits.items()}
     splits = {split: frame.assign(Label=frame["Label"].map(codes)) for split, frame in splits.items()}
-    return splits, [str(label) for label in classes], warnings_about(labelled)
+    return splits, [shown(str(label)) for label in classes], warnings_about(labelled)
 
 
 def warnings_about(labelled):

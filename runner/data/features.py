@@ -26,7 +26,7 @@ from runner.machine.devices import describe_device, free_memory
 
 CPU = torch.device("cpu")
 MIN_SECONDS = 5  # features that are computed faster are not kept
-FILE_NAMES = r"[0-9a-f]{16}-\d\d\.npy|\.[0-9a-f]{8}\.part\.npy"  # the second is of a killed run
+FILE_NAMES = r"[0-9a-f]{16}-\d\d\.npy|\.[0-9a-f]{8}-[0-9a-f]{8}\.part\.npy"  # the second is of a killed run
 
 # --- computing ---
 

@@ -4,7 +4,7 @@ In the shapes B is messages in a batch, T tokens in a message, D the embedding w
 """
 
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 import numpy as np
@@ -60,6 +60,12 @@ class MessagePool:
         offsets = torch.arange(int(lengths.max()))
         return self.starts[indices, None] + offsets.minimum(lengths - 1), offsets < lengths
 
+    def select(self, indices):
+        """Return a MessagePool of the messages `indices` (B,)."""
+        tokens, is_real = self.token_indices(indices)
+        x, residual = self.x[tokens[is_real]], None if self.residual is None else self.residual[indices]
+        return replace(self, x=x, lengths=self.lengths[indices], positions=self.positions[indices], residual=residual)
+
     def batch(self, indices, device):
         """Return the messages `indices` (B,) as a Batch on `device`."""
         tokens, is_real = self.token_indices(indices)
@@ -97,9 +103,14 @@ class EncodedData:
 # --- from texts to the pool ---
 
 
+# No token of GPT-2 is longer than 128 bytes, so half of this has as many tokens as the context. What follows is not
+# encoded: it would take time and memory, and a million spaces overflow the stack of tiktoken.
+MAX_CHARACTERS = 2 * 128 * 1024
+
+
 def tokenize(tokenizer, texts):
     """Return the token ids of each text, a list of int32 arrays. Special tokens in a text are text like any other."""
-    return [np.array(tokenizer.encode_ordinary(text), dtype=np.int32) for text in texts]
+    return [np.array(tokenizer.encode_ordinary(text[:MAX_CHARACTERS]), dtype=np.int32) for text in texts]
 
 
 def make_pool(token_ids, lengths, positions, pad_token):

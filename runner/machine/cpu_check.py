@@ -22,27 +22,31 @@ def check_device(device, is_optional, precision, computation_on, console):
     if device.type == "cpu":
         return device
     expected = computation_on(torch.device("cpu"))()
-    problem, agreement = compare_results(computation_on(device), expected, precision)
+    problem, agreement = compare_results(lambda: computation_on(device), expected, precision)
     problem = processes.from_any_rank(problem)
     if problem is None:
-        console.info(f"Compared with the CPU: the first update agrees, {agreement}")
+        console.info(f"Compared with the CPU: a run in miniature agrees, {agreement}")
         return device
-    problem = f"{describe_system(device)} does not compute what the CPU computes in the first update: {problem}"
+    problem = f"{describe_system(device)} does not compute what the CPU computes in a run in miniature: {problem}"
     if not is_optional:
         raise UserError(f"{problem}\nTry: --device cpu", status=1)
     console.warning(f"{problem}; the run continues on the CPU")
     return torch.device("cpu")
 
 
-def compare_results(compute, expected, precision):
+def compare_results(make_computation, expected, precision):
     """Compare results with the expected ones, and return (how they differ or None, the largest deviation in words).
 
-    `compute()` is called twice, because a matmul that is wrong from time to time may be right once.
+    The function that `make_computation()` returns is called twice, because a matmul that is wrong from time to time may
+    be right once. An error of the device is a difference too, unless its memory is short.
     """
     try:
+        compute = make_computation()
         deviation, name = max(largest_deviation(compute(), expected) for _ in range(2))
-    except (NonFiniteError, NotImplementedError) as error:
-        return str(error).splitlines()[0], None
+    except (NonFiniteError, RuntimeError, TypeError) as error:  # NotImplementedError is a RuntimeError
+        if "out of memory" in str(error):
+            raise
+        return (str(error) or type(error).__name__).splitlines()[0], None
     is_wrong = deviation > TOLERANCE[precision]
     problem = f"{name} differs by {deviation:.1%} of the largest entry" if is_wrong else None
     return problem, f"largest deviation {deviation:.1e} ({name})"
@@ -52,13 +56,15 @@ def largest_deviation(found, expected):
     """Return (deviation, name) of the results {name: tensor} that differ most, relative to their largest entry.
 
     A gradient that is NEGLIGIBLE beside the largest one is rounding (that of the key bias always is, because it cancels
-    in the softmax); its difference is relative to NEGLIGIBLE times the largest. NaN deviates by infinity.
+    in the softmax); its difference is relative to NEGLIGIBLE times the largest, and so is that of an update. NaN
+    deviates by infinity.
     """
     sizes = {name: tensor.abs().max().item() for name, tensor in expected.items()}
-    least = NEGLIGIBLE * max((size for name, size in sizes.items() if "gradient" in name), default=0.0)
     deviations = []
     for name, tensor in expected.items():
         difference = (found[name].float() - tensor).abs().max().item()
+        kind = name.split(" of ")[0]  # "the gradient", "the update"
+        least = NEGLIGIBLE * max(size for other, size in sizes.items() if other.split(" of ")[0] == kind)
         deviation = difference / max(sizes[name], least, torch.finfo(torch.float32).tiny)
         deviations.append((math.inf if math.isnan(deviation) else deviation, name))
     return max(deviations)

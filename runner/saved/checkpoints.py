@@ -3,6 +3,7 @@
 import signal
 import threading
 import time
+import zipfile
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -10,11 +11,12 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 
-from runner.files import UserError, atomic_write, require_finite
+from runner.files import UserError, atomic_write, remove_leftovers, require_finite
 from runner.machine import processes
 from runner.machine.devices import describe_devices, peak_memory, random_states, set_random_states
 
 FORMAT = 6
+SECONDS_BETWEEN_SIGNALS = 2  # systems that end a job send SIGTERM to all its processes, and torchrun sends it again
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
@@ -64,12 +66,17 @@ class TrainingState:
 
     @torch.no_grad()
     def load_state_dict(self, state):
-        """Restore what `state_dict` returned, possibly on another type of device."""
+        """Restore what `state_dict` returned, possibly on another type of device.
+
+        Raises ValueError, KeyError, TypeError, AttributeError or RuntimeError for anything else.
+        """
         self.batches_done, self.order = state["batches_done"], state["order"]
         self.history = type(self.history)(**state["history"])
         self.started = {name: start - state["usage"][name] for name, start in self.started.items()}
         self.earlier_peak = state["usage"]["peak_memory"]
         for name, parameter in self.parameters.items():
+            if state["parameters"][name].shape != parameter.shape:  # copy_ would broadcast it
+                raise ValueError(f"parameter {name} has another shape")
             parameter.copy_(processes.shard_like(state["parameters"][name], parameter))
             for key, tensor in state["optimizer"][name].items():  # empty for a parameter that had no gradient
                 tensor = processes.shard_like(tensor, parameter)
@@ -86,12 +93,14 @@ class Checkpoint:
     """The file from which an interrupted run is resumed: the state of one seed, also when that is finished.
 
     `saved` is the state dict that the file held when it was opened, until it is restored. Without a path nothing is
-    written. Every rank reads the file, rank 0 writes it.
+    written. `require_unchanged` is called before each save, and raises if what the state was computed from has changed.
+    Every rank reads the file, rank 0 writes it.
     """
 
-    def __init__(self, path, minutes, identity, saved, console):
+    def __init__(self, path, minutes, identity, saved, require_unchanged, console):
         self.path, self.minutes, self.identity, self.saved, self.console = path, minutes, identity, saved, console
-        self.signal, self.saved_at = 0, time.monotonic()
+        self.require_unchanged, self.problem, self.has_written = require_unchanged, "", False
+        self.signal, self.signal_at, self.saved_at = 0, 0.0, time.monotonic()
 
     def is_past(self, seed):
         """Return whether the file holds the state of a later seed."""
@@ -104,21 +113,31 @@ class Checkpoint:
         if state.environment != self.saved["environment"]:
             before, now = (", ".join(found.values()) for found in (self.saved["environment"], state.environment))
             self.console.warning(f"{self.path} is resumed with {now}; before: {before}; last digits may differ")
-        state.load_state_dict(self.saved)
+        try:
+            state.load_state_dict(self.saved)
+        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+            raise UserError(
+                f"{self.path} is damaged ({type(error).__name__}: {error}); delete it to start over"
+            ) from None
         self.saved = None
         before = f"Resuming from {self.path} after {state.batches_done:,} batches; printed before:"
         self.console.info("\n".join([before, *state.history.lines]))
 
     @contextmanager
     def defer_signals(self):
-        """Within it the first signal that would end the run waits for `save_if_due`; a second one ends it at once.
+        """Within it the first signal that would end the run waits for `save_if_due`.
 
-        Ignored signals stay ignored. Python handles signals in the main thread only: in others nothing changes.
+        A second one ends the run at once, unless it comes within SECONDS_BETWEEN_SIGNALS and nobody has pressed Ctrl-C
+        twice. Ignored signals stay ignored. Python handles signals in the main thread only: in others nothing changes.
         """
 
         def note(number, frame):
-            self.signal = number
-            handlers.close()  # restores the handlers that were there before
+            is_ctrl_c = number == signal.SIGINT and not processes.is_launched()  # torchrun sends on its own too
+            if self.signal == 0:
+                self.signal, self.signal_at = number, time.monotonic()
+            elif is_ctrl_c or time.monotonic() - self.signal_at > SECONDS_BETWEEN_SIGNALS:
+                handlers.close()  # restores the handlers that were there before
+                signal.raise_signal(number)
 
         is_needed = self.path is not None or processes.world_size() > 1
         with ExitStack() as handlers:
@@ -150,8 +169,11 @@ class Checkpoint:
     def save(self, state):
         """Write the file. A failed write is a warning, and the run continues.
 
-        Raises NonFiniteError for parameters that are not finite, and leaves the file as it was.
+        Raises NonFiniteError for parameters that are not finite, and UserError if the weights file was changed. The
+        checkpoint stays as it was then.
         """
+        with processes.raise_on_all_ranks():
+            self.require_unchanged()
         content = dict(identity=self.identity, state=state.state_dict())
         with processes.raise_on_all_ranks():  # only rank 0 has sharded parameters
             require_finite(content["state"]["parameters"], "parameter")
@@ -159,18 +181,18 @@ class Checkpoint:
             if processes.rank() == 0:
                 with atomic_write(self.path) as temporary, open(temporary, "wb") as file:
                     torch.save(content, file)
-        except (
-            OSError,
-            RuntimeError,
-        ) as error:  # PyTorch hides the error of a full disk in its own
+                self.has_written = True
+        except (OSError, RuntimeError) as error:
+            # PyTorch hides the error of a full disk in its own.
             reason = error.__context__ if isinstance(error, RuntimeError) else error
-            self.console.warning(f"the checkpoint {self.path} could not be written: {reason or error}")
+            self.problem = f"the checkpoint {self.path} could not be written: {reason or error}"
+            self.console.warning(self.problem)
         self.saved_at = time.monotonic()
         processes.barrier()  # when one rank has ended, torchrun ends rank 0, which may still be writing
 
 
 @contextmanager
-def open_checkpoint(path, minutes, identity, seeds, console):
+def open_checkpoint(path, minutes, identity, seeds, require_unchanged, console):
     """Yield the Checkpoint at `path`, locked against other runs until the end of the block; None is no file.
 
     `identity` is what makes a run the same run, see `run_identity`; the state may be that of any of `seeds`. Raises
@@ -178,7 +200,7 @@ def open_checkpoint(path, minutes, identity, seeds, console):
     """
     identity = identity | dict(format=FORMAT)
     if path is None:
-        yield Checkpoint(path, minutes, identity, None, console)
+        yield Checkpoint(path, minutes, identity, None, require_unchanged, console)
         return
     full_path = Path(path).resolve()
     # A soft lock would outlast a killed run.
@@ -193,12 +215,19 @@ def open_checkpoint(path, minutes, identity, seeds, console):
             console.warning(f"the checkpoint is not locked ({error}); use it in one run at a time")
     try:
         with processes.raise_on_all_ranks():
+            if processes.rank() == 0 and lock.is_locked:
+                remove_leftovers(path)
             saved = read_checkpoint(path, identity, seeds)
             progress = saved and (saved["seed"], saved["batches_done"])
         with processes.raise_on_all_ranks():
             if processes.from_rank0(progress) != progress:
                 raise UserError(f"--checkpoint {path}: not all hosts have the same file there")
-        yield Checkpoint(path, minutes, identity, saved, console)
+        checkpoint = Checkpoint(path, minutes, identity, saved, require_unchanged, console)
+        yield checkpoint
+        if checkpoint.problem and not checkpoint.has_written:
+            console.not_written.append(checkpoint.problem)
+    except KeyboardInterrupt:
+        checkpoint.raise_if_interrupted(signal.SIGINT)
     finally:
         lock.release()
 
@@ -206,15 +235,22 @@ def open_checkpoint(path, minutes, identity, seeds, console):
 def read_checkpoint(path, identity, seeds):
     """Return the state dict in a checkpoint, or None if there is no file. Nothing in the file can run code.
 
-    Raises UserError for a file that is no checkpoint, or not of this run and one of these seeds.
+    Raises UserError for a file that is damaged or no checkpoint, or not of this run and one of these seeds.
     """
     try:
+        with zipfile.ZipFile(path) as archive:  # PyTorch does not verify the checksums that it writes
+            if archive.testzip() is not None:
+                raise zipfile.BadZipFile
         content = torch.load(path, map_location="cpu", weights_only=True)
-        found, state = content["identity"], content["state"]
+        found, state = dict(content["identity"]), dict(content["state"])
+        state["seed"] + state["batches_done"]
     except FileNotFoundError:
         return None
+    except (OSError, MemoryError) as error:
+        raise UserError(f"the checkpoint {path} cannot be read: {error or 'out of memory'}", status=1) from None
     except Exception as error:  # of many types
-        raise UserError(f"{path} is no checkpoint ({type(error).__name__}); delete it to start over") from None
+        problem = f"{path} is damaged, or no checkpoint ({type(error).__name__})"
+        raise UserError(f"{problem}; delete it to start over") from None
     expected = identity | dict(seed=state["seed"] if state["seed"] in seeds else seeds[0])
     for name, value in expected.items():
         theirs = state["seed"] if name == "seed" else found.get(name)

@@ -11,7 +11,7 @@ from runner.files import UserError, atomic_write, sha256_of_tensors
 
 # --- on disk ---
 
-KIND = "classifier of additional_experiments.py, format 4"
+KIND = "classifier of additional_experiments.py, format 5"
 
 
 @dataclass
@@ -55,7 +55,8 @@ def save_classifier(path, saved, parameters):
     """
     parameters = {name: tensor.detach().cpu().contiguous() for name, tensor in parameters.items()}
     with atomic_write(path) as temporary:
-        save_file(parameters, temporary, dict(kind=KIND, description=json.dumps(asdict(saved))))
+        metadata = dict(kind=KIND, description=json.dumps(asdict(saved)), sha256=sha256_of_tensors(parameters))
+        save_file(parameters, temporary, metadata)
 
 
 def read_classifier(path):
@@ -68,7 +69,12 @@ def read_classifier(path):
         raise UserError(f"{path} cannot be read as a saved classifier: {error}") from None
     if metadata.get("kind") != KIND:
         raise UserError(f"{path} was not written by --save_model of this version")
-    return SavedClassifier(**json.loads(metadata["description"])), parameters
+    if metadata.get("sha256") != sha256_of_tensors(parameters):
+        raise UserError(f"{path} is damaged: its tensors do not have the SHA-256 that it names")
+    try:
+        return SavedClassifier(**json.loads(metadata["description"])), parameters
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {error})") from None
 
 
 def load_parameters(classifier, parameters):
