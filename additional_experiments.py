@@ -415,7 +415,8 @@ def prepare(experiment, run_options, console):
         if experiment.batch_size > (n := len(dataset.splits["train"])):
             raise UserError(f"--batch_size {experiment.batch_size}: there are only {n} training messages")
         encoded = encode(load_vocabulary(), dataset.splits, experiment)
-    for warning in filter(None, [why_not, *dataset.warnings]):
+    too_new = f"PyTorch {torch.__version__} is newer than the versions that were tried" * (torch.__version__ >= "2.14")
+    for warning in filter(None, [why_not, too_new, *dataset.warnings]):
         console.warning(warning)
     console.info(describe_setup(experiment, dataset, encoded.longest, device))
     with processes.rank0_first():
@@ -550,13 +551,19 @@ def write_classifier(experiment, setup, parameters, record, run_options, console
 class TrainedClassifier:
     """A classifier that --save_model wrote, ready to use."""
 
-    def __init__(self, classifier, experiment, class_names):
-        self.classifier, self.experiment, self.class_names = classifier, experiment, class_names
+    def __init__(self, path, given):
+        self.path, self.given = path, given
+        classifier, self.experiment, saved = build_saved_classifier(path, given)
+        self.class_names = saved.class_names
+        device, _ = resolve_device(self.experiment.device)
+        set_precision(self.experiment.precision, device)
+        self.classifier, self.is_compared = place(classifier, device), False
 
     def predict(self, texts):
         """Return (labels, probabilities (n, K)) for a list of texts: names of classes, and a tensor on the CPU.
 
-        Texts are cut, padded and classified as in training. Raises UserError for a text without a letter.
+        Texts are cut, padded and classified as in training. On a device, the first ones are classified on the CPU too.
+        Raises UserError for a text without a letter, and if the device does not compute what the CPU computes.
         """
         if blank := [index for index, text in enumerate(texts) if not text.strip()]:
             raise UserError(f"text {blank[0]} is blank")
@@ -564,8 +571,26 @@ class TrainedClassifier:
             return [], torch.empty(0, len(self.class_names))
         frame = pd.DataFrame(dict(Text=texts, Label=0))
         encoded = encode(load_vocabulary(), {"texts": frame}, self.experiment)
-        probabilities = predict(self.classifier, encoded.pool, encoded.splits["texts"].indices).cpu().softmax(-1)
+        indices = encoded.splits["texts"].indices
+        if not self.is_compared:
+            self.compare_with_cpu(encoded.pool, indices[:8])
+        probabilities = predict(self.classifier, encoded.pool, indices).cpu().softmax(-1)
         return [self.class_names[index] for index in probabilities.argmax(-1)], probabilities
+
+    def compare_with_cpu(self, pool, indices):
+        """Continue on the CPU, or raise UserError, if the device computes other logits for these messages."""
+
+        def logits_on(device):
+            classifier = self.classifier
+            if device.type == "cpu":
+                classifier, *_ = build_saved_classifier(self.path, self.given | dict(device="cpu", precision="fp32"))
+            return lambda: {"the logits": predict(classifier, pool, indices).cpu()}
+
+        is_auto, precision = self.experiment.device == "auto", self.experiment.precision
+        device = check_device(self.classifier.device, is_auto, precision, logits_on, Console(quiet=True))
+        if device != self.classifier.device:
+            self.classifier = place(build_saved_classifier(self.path, self.given | dict(device="cpu"))[0], device)
+        self.is_compared = True
 
 
 def load_classifier(path, **settings):
@@ -573,10 +598,7 @@ def load_classifier(path, **settings):
 
     Raises UserError for a file that cannot be used, and for weights other than those that it was trained on.
     """
-    classifier, experiment, saved = build_saved_classifier(path, settings)
-    device, _ = resolve_device(experiment.device)
-    set_precision(experiment.precision, device)
-    return TrainedClassifier(place(classifier, device), experiment, saved.class_names)
+    return TrainedClassifier(path, settings)
 
 
 def build_saved_classifier(path, given):

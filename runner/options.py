@@ -19,7 +19,7 @@ from runner.files import UserError
 from runner.machine import processes
 from runner.rows import DEMO, ROWS
 from runner.saved.export import check_experiment, check_folder
-from runner.wording import command_line
+from runner.wording import command_line, shown
 
 # --- options as fields ---
 
@@ -259,7 +259,7 @@ class Parser(argparse.ArgumentParser):
     def parse(self, argv):
         """Return the given options {name: value}. Dashes count as underscores; a misprint gets the nearest option."""
         for word in argv:
-            if not word.isprintable() and word != shown(word) and any("\ud800" <= c <= "\udfff" for c in word):
+            if any("\ud800" <= c <= "\udfff" for c in word):
                 self.error(f"an argument is not Unicode text: {shown(word)}")
         argv = [re.sub(r"^--[\w-]+(?==|$)", lambda m: "--" + m[0][2:].replace("-", "_"), word) for word in argv]
         given, unknown = self.parse_known_args(argv)

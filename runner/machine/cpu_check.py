@@ -25,12 +25,12 @@ def check_device(device, is_optional, precision, computation_on, console):
     problem, agreement = compare_results(lambda: computation_on(device), expected, precision)
     problem = processes.from_any_rank(problem)
     if problem is None:
-        console.info(f"Compared with the CPU: a run in miniature agrees, {agreement}")
+        console.info(f"Compared with the CPU: agrees, {agreement}")
         return device
-    problem = f"{describe_system(device)} does not compute what the CPU computes in a run in miniature: {problem}"
+    problem = f"{describe_system(device)} does not compute what the CPU computes: {problem}"
     if not is_optional:
         raise UserError(f"{problem}\nTry: --device cpu", status=1)
-    console.warning(f"{problem}; the run continues on the CPU")
+    console.warning(f"{problem}; it continues on the CPU")
     return torch.device("cpu")
 
 

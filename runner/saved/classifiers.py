@@ -95,6 +95,8 @@ def chunks_of_texts(arguments):
     A message may be empty. Raises UserError for one that is not UTF-8.
     """
     given = [text.encode("utf-8", "surrogatepass") for text in arguments]
+    if given == [b"-"] and sys.stdin is None:
+        raise UserError("--classify -: standard input is closed")
     count = 0
     for lines in arriving_lines(sys.stdin.buffer) if given == [b"-"] else [given]:
         texts = []
