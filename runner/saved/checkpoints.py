@@ -176,7 +176,7 @@ def open_checkpoint(path, minutes, identity, seeds, console):
     `identity` is what makes a run the same run, see `run_identity`; the state may be that of any of `seeds`. Raises
     UserError for the file of another run, for a file that is no checkpoint or in use, and if hosts see different files.
     """
-    identity = identity | dict(format=FORMAT)
+    identity = dict(format=FORMAT) | identity  # the format first: another one has other settings
     if path is None:
         yield Checkpoint(path, minutes, identity, None, console)
         return
@@ -210,14 +210,14 @@ def read_checkpoint(path, identity, seeds):
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-        found, state = content["identity"], content["state"]
+        state = content["state"]
+        found = content["identity"] | dict(seed=state.get("seed"))
     except FileNotFoundError:
         return None
     except Exception as error:  # of many types
         raise UserError(f"{path} is no checkpoint ({type(error).__name__}); delete it to start over") from None
-    expected = identity | dict(seed=state["seed"] if state["seed"] in seeds else seeds[0])
+    expected = identity | dict(seed=found["seed"] if found["seed"] in seeds else seeds[0])
     for name, value in expected.items():
-        theirs = state["seed"] if name == "seed" else found.get(name)
-        if theirs != value:
+        if (theirs := found.get(name)) != value:
             raise UserError(f"{path} is of a run with {name} {theirs}, not {value}; delete it to start over")
     return state
