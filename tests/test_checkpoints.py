@@ -1,26 +1,32 @@
-"""Interrupted runs that are resumed, at chosen and at random moments, and what can go wrong with their checkpoints."""
+"""Interrupted runs that are resumed, and what can go wrong with their checkpoints."""
 
 import os
-import random
 import re
 import shutil
 import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import filelock
 import pytest
 import torch
 from conftest import TINY, TINY_SIZE
-from helpers import interrupt_at, no_file_above, processes, records_in, save_random_weights
+from helpers import (
+    end_together,
+    finish_together,
+    interrupt_at,
+    no_file_above,
+    records_in,
+    save_random_weights,
+    start_together,
+)
 from safetensors.torch import load_file
 
 import additional_experiments as ae
+from classifier import Classifier
 from previous_chapters import GPT_SIZES
-from runner.saved import checkpoints
 from runner.saved.checkpoints import FORMAT, SIGNALS
 
 CONFIGURATIONS = {
@@ -36,11 +42,11 @@ RESUMES = "interrupted; the same command resumes from run.ckpt\n"
 
 
 def numbers(text):
-    """What a run printed, without times and where it resumed."""
+    """What a run printed about its last seed, without times and where it resumed."""
     begins = ("Ep ", "Training accuracy", "Validation accuracy", "Test accuracy")
     lines = [line for line in text.splitlines() if line.startswith(begins)]
-    rows = [line.split("|") for line in text.splitlines() if line.startswith("| - |")]
-    return lines, [row[:10] + row[11:] for row in rows]  # the eleventh cell is the time
+    [row] = [line.split("|") for line in text.splitlines() if re.match(r"\| -,? ", line)]
+    return lines[-9:], row[:10] + row[11:]  # the eleventh cell is the time
 
 
 def content_of(path="run.ckpt"):
@@ -54,54 +60,55 @@ def files():
 
 # --- SIGKILL ---
 
+# Configuration, minutes between checkpoints, and the call of a function at whose beginning the process ends.
+MOMENTS = {
+    "before the first save": ("last_block", 10, ae, "accumulate_gradients", 30),
+    "as a file is written": ("all", 0, torch, "save", 20),
+    "as a file gets its name": ("repeats", 0, os, "replace", 100),  # in the second seed
+    "between two updates": ("accumulation, all", 0, ae, "accumulate_gradients", 20),
+}
 
-def run_in_folder(folder, options):
-    """A run in a process of its own, which prints into out.txt of its folder."""
-    os.chdir(folder)
+
+def run_tiny(options, moment=None):
+    """A run in a process of its own, which kills itself at one of MOMENTS."""
     GPT_SIZES[TINY] = TINY_SIZE
-    with open("out.txt", "w") as out, redirect_stdout(out), redirect_stderr(out):
-        sys.exit(ae.main(options))
-
-
-def start(folder, options):
-    folder.mkdir(exist_ok=True)
-    process = processes().Process(target=run_in_folder, args=(folder, options))
-    process.start()
-    return process
-
-
-def finish(folder, options):
-    """What a run prints that ends well."""
-    process = start(folder, options)
-    process.join()
-    out = (folder / "out.txt").read_text()
-    assert process.exitcode == 0, out
-    return out
+    if moment is not None:
+        interrupt_at(pytest.MonkeyPatch(), *MOMENTS[moment][2:], signal.SIGKILL)
+    return ae.main(options)
 
 
 @NEEDS_POSIX
-@pytest.mark.parametrize("name", ["last_block", "all", "repeats", "accumulation, all"])
-def test_killed_at_random_moments(options, tmp_path, name):
-    """A random moment, perhaps before there is a checkpoint, and just after the first, when its lock is still there."""
-    options = [*options, *CONFIGURATIONS[name].split(), "--checkpoint", "run.ckpt", "--checkpoint_minutes", "0.002"]
-    begin = time.perf_counter()
-    whole = finish(tmp_path / "whole", options)
-    moment = random.uniform(0.2, 1) * (time.perf_counter() - begin)
-    for folder in (tmp_path / "at random", tmp_path / "has saved"):
-        process = start(folder, options)
-        if folder.name == "at random":
-            process.join(moment)
-        while folder.name == "has saved" and process.is_alive() and not (folder / "run.ckpt").exists():
-            time.sleep(0.001)
-        process.kill()
-        process.join()
-        out = finish(folder, options)
-        assert folder.name == "at random" or "Resuming from" in out
-        assert numbers(out) == numbers(whole), f"killed after {moment} s"
-        assert records_in(folder / "results") == records_in(tmp_path / "whole" / "results")
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_killed(options, tmp_path, moment):
+    configuration, minutes = MOMENTS[moment][:2]
+    options += CONFIGURATIONS[configuration].split()
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    whole.mkdir(), killed.mkdir()
+    expected = finish_together(1, whole, run_tiny, options)
+    options += ["--checkpoint", "run.ckpt", "--checkpoint_minutes", str(minutes)]
+    assert end_together(start_together(1, killed, run_tiny, options, moment), killed)[0] == [-signal.SIGKILL]
+    (killed / "out.txt").unlink()
+    out = finish_together(1, killed, run_tiny, options)
+    assert ("Resuming from" in out) == (moment != "before the first save")
+    assert numbers(out) == numbers(expected) and records_in(killed / "results") == records_in(whole / "results")
 
 
-# --- other signals, at chosen moments ---
+@pytest.mark.parametrize("minutes, is_saved", [(0.25, False), (0.002, True)])
+def test_minutes_between_checkpoints(options, monkeypatch, minutes, is_saved):
+    """In an epoch of half a second: 15 seconds are never over, 0.12 seconds are."""
+    was_saved, accumulate_gradients = [], ae.accumulate_gradients
+
+    def slow(*arguments):
+        time.sleep(0.012)
+        was_saved.append(Path("run.ckpt").exists())
+        return accumulate_gradients(*arguments)
+
+    monkeypatch.setattr(ae, "accumulate_gradients", slow)
+    options += ["--num_epochs", "1", "--checkpoint", "run.ckpt", "--checkpoint_minutes", str(minutes)]
+    assert ae.main(options) == 0 and any(was_saved) == is_saved
+
+
+# --- other signals ---
 
 
 @NEEDS_POSIX
@@ -195,19 +202,37 @@ def test_a_finished_run_is_not_trained_again(options, monkeypatch, capfd):
     torch.testing.assert_close(load_file("after.safetensors"), load_file("before.safetensors"), rtol=0, atol=0)
 
 
-def test_more_repeats_of_a_finished_run(options, monkeypatch, capfd):
+def test_more_repeats_of_a_finished_run(options, capfd):
+    """Seed 123 is a record, seed 124 is evaluated again, seed 125 is trained."""
     options += ["--checkpoint", "run.ckpt", "--repeats"]
     assert ae.main([*options, "2"]) == 0
-    rows = numbers(capfd.readouterr().out)[1]
-    trained, train = [], ae.train
-    monkeypatch.setattr(ae, "train", lambda *arguments: trained.append(arguments[2].seed) or train(*arguments))
+    before = records_in()
+    capfd.readouterr()
     assert ae.main([*options, "3"]) == 0
     out = capfd.readouterr().out
-    assert trained == [124, 125] and len(content_of()["records"]) == 2  # seed 124 from its last state
-    assert "Finished before, according to run.ckpt; it printed:\nEp 1" in out and numbers(out)[1][:2] == rows[:2]
-    assert "n=3" in out.splitlines()[-2] and {record["seed"] for record in records_in()} == {123, 124, 125}
+    assert "Finished before: results/" in out and "Resuming from run.ckpt after 86 batches" in out
+    assert "n=3" in numbers(out)[1][1] and records_in()[:2] == before and records_in()[2]["seed"] == 125
     assert ae.main([*options, "1", "--save_model", "trained.safetensors"]) == 2
-    assert capfd.readouterr().err == "error: run.ckpt holds the classifier of a later seed than 123\n"
+    told = "error: run.ckpt is of a run with seed 125, not 123; delete it to start over\n"
+    assert capfd.readouterr().err == told and files() == {"run.ckpt", "results"}
+
+
+@NEEDS_POSIX
+def test_a_seed_without_its_record(options, monkeypatch, capfd):
+    """Without the records of earlier seeds their mean cannot be printed; elsewhere they are found again."""
+    options += ["--checkpoint", "run.ckpt", "--repeats", "2"]
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, ae, "accumulate_gradients", 90, signal.SIGINT)
+        assert ae.main(options) == 130
+    Path("results").rename("moved")
+    capfd.readouterr()
+    before = Path("run.ckpt").read_bytes()
+    assert ae.main(options) == 2
+    out, err = capfd.readouterr()
+    assert err.startswith("error: run.ckpt is of a later seed, and there is no record of seed 123 in results; delete ")
+    assert "Ep 1" not in out and Path("run.ckpt").read_bytes() == before
+    assert ae.main([*options, "--results", "moved"]) == 0 and len(records_in("moved")) == 2
+    assert "Resuming from run.ckpt after 4 batches" in capfd.readouterr().out
 
 
 def test_a_state_is_restored_in_its_own_seed_only(options, capfd):
@@ -234,38 +259,56 @@ def interrupted(options, monkeypatch, capfd):
     return options
 
 
-def test_checkpoint_of_another_run(interrupted, data_dir, tmp_path, monkeypatch, capfd):
+def test_checkpoint_of_another_run(interrupted, data_dir, tmp_path, capfd):
     shutil.copytree(data_dir, "other")
     with open("other/test.csv", "a") as file:
         file.write("0,one more\n")
     weights = save_random_weights(tmp_path / "w", emb_dim=16)
-    before = Path("run.ckpt").read_bytes()
+    content = content_of()
+    content["identity"]["format"] = FORMAT - 1
+    del content["state"]["seed"]
+    torch.save(content, "old.ckpt")
     for further, told in {
         ("--learning_rate", "0.1"): "learning_rate 5e-05, not 0.1",
         ("--seed", "7"): "seed 123, not 7",
+        ("--precision", "bf16"): "precision fp32, not bf16",
         ("--weights", weights): "weights random, not ",
         ("--data_dir", "other"): "data ",
-        ("--quiet",): f"format {FORMAT}, not {FORMAT + 1}",
+        ("--checkpoint", "old.ckpt"): f"format {FORMAT - 1}, not {FORMAT}",
     }.items():
-        monkeypatch.setattr(checkpoints, "FORMAT", FORMAT + ("format" in told))
+        path = further[1] if "--checkpoint" in further else "run.ckpt"
+        before = Path(path).read_bytes()
         assert ae.main([*interrupted, *further]) == 2
         out, err = capfd.readouterr()
-        assert re.search(f"error: run.ckpt is of a run with {told}.*; delete it to start over\n$", err)
-        assert "Ep 1" not in out and Path("run.ckpt").read_bytes() == before
+        assert re.search(f"error: {path} is of a run with {told}.*; delete it to start over\n$", err)
+        assert "Ep 1" not in out and Path(path).read_bytes() == before
 
 
 def test_what_changes_no_number_may_change(interrupted, data_dir, tmp_path, capfd):
     """The folder of the data, and what else the call is to do. What may change the last digits is told."""
     moved = shutil.copytree(data_dir, tmp_path / "moved")
-    further = ["--data_dir", str(moved), "--features", "off", "--quiet", "--plot", "run.svg"]
-    assert ae.main([*interrupted, *further]) == 0
+    further = ["--data_dir", str(moved), "--features", "off", "--activation_checkpointing", "--device", "auto"]
+    assert ae.main([*interrupted, *further, "--quiet", "--plot", "run.svg"]) == 0
     told = r"warning: run.ckpt is resumed with (.*), recomputed; before: \1, kept; last digits may differ\n"
     assert re.fullmatch(told, capfd.readouterr().err)
 
 
+def test_a_checkpoint_of_another_type_of_device(interrupted, capfd):
+    """The run had a GPU, and has none any more."""
+    content = content_of()
+    content["state"]["environment"]["device"] = "NVIDIA A100"
+    content["state"]["random_states"]["cuda"] = torch.zeros(16, dtype=torch.uint8)
+    torch.save(content, "run.ckpt")
+    assert ae.main(interrupted) == 0
+    out, err = capfd.readouterr()
+    assert re.fullmatch(r"warning: .* resumed with CPU.*; before: NVIDIA A100.*; last digits may differ\n", err)
+    assert ae.main([option for option in interrupted if option not in ("--checkpoint", "run.ckpt")]) == 0
+    assert numbers(capfd.readouterr().out) == numbers(out)
+
+
 def test_checkpoint_that_cannot_be_used(nano, capfd):
-    """Cut, another file of PyTorch's, one that would run code, a text."""
-    for content in ({}, {"parameters": torch.ones(1)}, Path("code"), None):
+    """Cut, other files of PyTorch's, one that would run code, a text."""
+    for content in ({}, {"parameters": torch.ones(1)}, dict(identity={}, state=None), Path("code"), None):
         torch.save(content, "run.ckpt")
         if content == {}:
             Path("run.ckpt").write_bytes(Path("run.ckpt").read_bytes()[:-10])
@@ -356,12 +399,12 @@ def test_the_checkpoint_before_it_is_kept(interrupted, monkeypatch, capfd, value
 
 
 def test_an_evaluation_that_is_not_finite_ends_the_run(options, monkeypatch, capfd):
-    forward = ae.Classifier.forward
+    forward = Classifier.forward
 
-    def infinite(classifier, batch, compute=None):
-        result = forward(classifier, batch, compute)
-        return result if compute is not None or classifier.training else result * float("inf")
+    def infinite(classifier, batch, method=None):
+        result = forward(classifier, batch, method)
+        return result if method is not None or classifier.training else result * float("inf")
 
-    monkeypatch.setattr(ae.Classifier, "forward", infinite)
+    monkeypatch.setattr(Classifier, "forward", infinite)
     assert ae.main(options) == 1
     assert "not finite\nTry: " in capfd.readouterr().err and not Path("results").exists()
