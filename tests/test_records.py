@@ -5,14 +5,15 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pandas as pd
 import pytest
-import torch
 from helpers import made_up_record
 
-from additional_experiments import main, parse_args
-from gpt_download import find_weights
+from additional_experiments import Experiment, main, parse_args
+from gpt_download import PRETRAINED, Weights, load_weights
 from runner.data.datasets import Repeats, find_repeats
+from runner.files import sha256_of
 from runner.results.records import History, identify, read_records, write_record
 from runner.rows import ROWS
 from runner.wording import command_line
@@ -21,9 +22,10 @@ UCI = SimpleNamespace(name="uci", sha256="01234567" * 8)
 OWN = SimpleNamespace(name="own", sha256="89abcdef" * 8)
 
 
-def identity_of(experiment, data=UCI, device="cpu"):
-    weights = find_weights(experiment.weights, experiment.model_size)
-    return identify(experiment, data, weights, torch.device(device))
+def identity_of(experiment, data=UCI):
+    size, source = experiment.model_size, experiment.weights
+    weights = Weights(size, source, PRETRAINED[size].sha256) if source == "pretrained" else load_weights(source, size)
+    return identify(experiment, data, weights)
 
 
 def test_a_record_survives_its_file(tmp_path):
@@ -57,11 +59,12 @@ def test_the_name_of_a_run_is_what_it_is():
 
     name = name_of()
     assert name.startswith("row16-seed123-") and len(name) == len("row16-seed123-") + 8
-    same = ("--data_dir", "elsewhere"), ("--features", "off"), ("--device", "cpu")
+    same = ("--data_dir", "elsewhere"), ("--features", "off"), ("--device", "cpu"), ("--activation_checkpointing",)
     assert {name_of(*options) for options in same} == {name}
+    from_python = Experiment(trainable_token_pos="flexible", seed=np.int64(123), weight_decay=np.float32(0.1))
+    assert identity_of(from_python)["run"] == name
     others = [("--seed", "7"), ("--precision", "bf16"), ("--num_epochs", "2"), ("--learning_rate", "1e-4")]
-    names = {name, *(name_of(*options) for options in others), name_of(device="cuda"), name_of(data=OWN)}
-    assert len(names) == 7
+    assert len({name, *(name_of(*options) for options in others), name_of(data=OWN)}) == 6
     demo = identity_of(parse_args(["--demo"])[0])
     assert demo["run"].startswith("gpt2-nano-random-weights-all-layers-lr-0.0005-sample-data-seed123-")
 
@@ -69,17 +72,22 @@ def test_the_name_of_a_run_is_what_it_is():
 def test_each_row_is_one_command_and_known_by_its_options():
     for number, row in ROWS.items():
         experiment, *_ = parse_args(shlex.split(command_line(row.options)))
-        assert experiment == parse_args(["--row", str(number)])[0] and identity_of(experiment)["row"] == number
+        as_text = {name: value if value is True else str(value) for name, value in row.options.items()}
+        assert experiment == parse_args(["--row", str(number)])[0] == Experiment(**as_text)
+        assert identity_of(experiment)["row"] == number
         assert identity_of(experiment, OWN)["row"] is identity_of(replace(experiment, num_epochs=2))["row"] is None
 
 
 def test_weights_from_a_file_are_known_by_their_content(nano_weights):
-    experiment, *_ = parse_args(["--model_size", "gpt2-nano", "--weights", nano_weights])
-    weights = find_weights(nano_weights, experiment.model_size)
-    assert identity_of(experiment)["options"]["weights"] == f"model.safetensors {weights.sha256[:8]}"
-    weights.sha256 = find_weights("pretrained", "gpt2-small (124M)").sha256
-    weights.model_size = "gpt2-small (124M)"
-    assert "weights" not in identify(experiment, UCI, weights, torch.device("cpu"))["options"]
+    experiment, content = Experiment(model_size="nano", weights=nano_weights), sha256_of(nano_weights)
+    of_file = identity_of(experiment)
+    assert of_file["options"]["weights"] == f"model.safetensors {content[:8]}"
+    moved = Weights(experiment.model_size, "elsewhere/model.safetensors", content)
+    assert identify(experiment, UCI, moved) == of_file
+    assert identify(experiment, UCI, replace(moved, sha256="0" * 64))["run"] != of_file["run"]
+    experiment = Experiment(weights=nano_weights)
+    copied = Weights(experiment.model_size, nano_weights, PRETRAINED[experiment.model_size].sha256)
+    assert identify(experiment, UCI, copied)["row"] == 1  # the published ones under another name
 
 
 def test_repeated_messages_are_found():
