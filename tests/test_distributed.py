@@ -1,8 +1,7 @@
-"""Several processes for one run: the numbers of one process, whatever they share, and how they end together."""
+"""Several processes for one run: the numbers of one process, and how they end together."""
 
 import json
 import os
-import random
 import re
 import shutil
 import signal
@@ -11,16 +10,25 @@ import sys
 import time
 from datetime import timedelta
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import TINY, TINY_SIZE
-from helpers import CPU, end_together, finish_together, records_in, save_random_weights, start_together
+from helpers import (
+    CPU,
+    encoded,
+    end_together,
+    finish_together,
+    interrupt_at,
+    records_in,
+    save_random_weights,
+    start_together,
+)
 from torch.torch_version import TorchVersion
 
 import additional_experiments as ae
-from gpt_download import find_weights
+from classifier import build_classifier, place
+from gpt_download import load_weights
 from previous_chapters import GPT_SIZES
 from runner.data import features
 from runner.data.messages import Batch, Stage
@@ -44,11 +52,7 @@ HAS_SHARDS = torch.__version__ >= "2.8"
 needs_shards = pytest.mark.skipif(not HAS_SHARDS, reason="--shard needs PyTorch 2.8")
 SHARDED = ("row 1", "row 3", "row 4", "row 5", "row 11", "row 14", "row 15", "row 19", "accumulation", "bf16, lora")
 SHARDED += ("kept features", "features read")
-RUNS = {
-    "repeats": dict(repeats=2),
-    "kept features": dict(feature_cache="features"),
-    "features read": dict(feature_cache="features"),
-}
+RUNS = {"repeats": dict(repeats=2)} | dict.fromkeys(("kept features", "features read"), dict(feature_cache="features"))
 
 
 def make_tiny():
@@ -58,9 +62,8 @@ def make_tiny():
 
 
 def results(data_dir, weights, shard, names):
-    """{configuration: what its runs have found}, at the tiny size."""
-    base = dict(model_size=TINY, device="cpu", data_dir=str(data_dir), weights="random", learning_rate=5e-4)
-    base |= dict(num_epochs=1)
+    """Return {configuration: what its runs have found}, at the tiny size."""
+    base = dict(model_size=TINY, device="cpu", data_dir=str(data_dir), learning_rate=5e-4, num_epochs=1, shard=shard)
     found, known = {}, set()
     for name in names:
         own = {option: value for option, value in CONFIGURATIONS.get(name, {}).items() if option != "model_size"}
@@ -69,16 +72,25 @@ def results(data_dir, weights, shard, names):
         if experiment in known and name not in RUNS:  # rows that differ in their size only
             continue
         known.add(experiment)
-        run_options = dict(results="", feature_cache="", shard=shard) | RUNS.get(name, {})
+        run_options = RunOptions(**dict(results="", feature_cache="") | RUNS.get(name, {}))
         found[name] = [
             dict(
                 losses=record.history.train_losses + record.history.val_losses,
                 accuracies=record.history.train_accuracies,
                 mistakes={split: len(confusion.mistakes) for split, confusion in record.confusions.items()},
             )
-            for record in ae.run(experiment, RunOptions(**run_options))
+            for record in ae.run(experiment, run_options)
         ]
     return found
+
+
+def gradients(data_dir, shard):
+    """Return {parameter: gradient} of three batches, of which no number of processes divides the last one."""
+    base = dict(model_size=TINY, weights="random", device="cpu", data_dir=str(data_dir), shard=shard)
+    experiment = ae.Experiment(**base, batch_size=3, accumulation_steps=3, trainable_layers="last_two_blocks")
+    classifier = place(build_classifier(experiment, 2), CPU, shard)
+    ae.accumulate_gradients(classifier, encoded(experiment), torch.arange(7).split(3), experiment)
+    return {name: processes.gather_full(p.grad) for name, p in classifier.named_parameters() if p.grad is not None}
 
 
 def write_results(data_dir, weights):
@@ -86,8 +98,10 @@ def write_results(data_dir, weights):
     with processes.process_group():
         for shard in (False, True)[: processes.world_size() if HAS_SHARDS else 1]:
             found = results(data_dir, weights, shard, SHARDED if shard else (*CONFIGURATIONS, *RUNS))
+            found_gradients = gradients(data_dir, shard)
             if processes.rank() == 0:
                 Path(f"{shard}.json").write_text(json.dumps(found))
+                torch.save(found_gradients, f"{shard}.pt")
 
 
 def folders(tmp_path, *names):
@@ -113,20 +127,22 @@ def test_the_numbers_are_those_of_one_process(data_dir, tmp_path, n):
             for run, expected in zip(runs, of_one_process[name], strict=True):
                 expected_losses = pytest.approx(expected["losses"], rel=0, abs=2e-3 if "bf16" in name else 1e-5)
                 assert run == expected | dict(losses=expected_losses), (name, shard)
+        # AdamW takes steps of the same size whether gradients are summed or averaged.
+        torch.testing.assert_close(torch.load(together / f"{shard}.pt"), torch.load(alone / "False.pt"))
 
 
 # --- how they end ---
 
 
-def main(options, elsewhere=None, slow=1):
-    """A run as the command line starts it; process 1 may have another folder, and a slow clock."""
+def main(options, elsewhere=".", of_rank1=(), fault=None):
+    """A run as the command line starts it; rank 1 may have another folder, further options, and a fault."""
     make_tiny()
     ae.EVALUATE_EVERY = 5
     if processes.rank() == 1:
-        os.chdir(elsewhere or ".")
-        clock, start = time.monotonic, time.monotonic()
-        clocks = dict(monotonic=lambda: start + (clock() - start) / slow, perf_counter=time.perf_counter)
-        checkpoints.time = SimpleNamespace(**clocks)
+        os.chdir(elsewhere)
+        options = [*options, *of_rank1]
+    if fault is not None:
+        fault(pytest.MonkeyPatch())
     return ae.main(options)
 
 
@@ -145,15 +161,15 @@ def long_options(options):
 
 @pytest.mark.parametrize("name", [pytest.param("sharded", marks=needs_shards), "all", "repeats"])
 def test_ended_together_and_resumed(long_options, tmp_path, name):
-    """At a random moment of training, by a signal to one of them. Resumed by as many, by one, and sharded by three."""
+    """In the second epoch, by a signal to one of them. Resumed by as many, by one, and sharded by three."""
     number, own = ENDINGS[name]
     options = [*long_options, *own.split()]
     whole, ended, by_one, by_three = folders(tmp_path, "whole", "ended", "by_one", "by_three")
     finish_together(2, whole, main, options)
 
     started = start_together(2, ended, main, options)
-    printed, moment = ended / "out.txt", f"Ep {random.choice((2, 3))} ("
-    while not printed.exists() or moment not in printed.read_text():
+    printed = ended / "out.txt"
+    while not printed.exists() or "Ep 2 (" not in printed.read_text():
         time.sleep(0.005)
     os.kill(started[-1].pid, number)
     statuses, out = end_together(started, ended)
@@ -188,15 +204,32 @@ def test_what_all_find_is_told_once(long_options, tmp_path, further, status, mes
     assert statuses == [status] * 2 and out.count(message) == out.count("error") == 1 and "Traceback" not in out
 
 
+def run_out_of_memory(monkeypatch):
+    def fail(*arguments):
+        raise RuntimeError("CUDA out of memory")
+
+    if processes.rank() == 1:
+        monkeypatch.setattr(ae, "accumulate_gradients", fail)
+
+
+def test_a_rank_that_fails_alone_ends_all(long_options, tmp_path):
+    started = start_together(2, tmp_path, main, long_options, ".", (), run_out_of_memory)
+    statuses, out = end_together(started, tmp_path)
+    assert statuses == [1, 1] and out.count("error: out of memory\nTry: ") == 1
+
+
 @needs_shards
 def test_what_one_finds_ends_all(long_options, tmp_path):
-    """Process 1 has a slow clock and would not save when the other does; then, in another folder, has no checkpoint."""
+    """Rank 1 would save less often; then, in another folder, it finds neither the checkpoint nor the weights."""
     here, elsewhere = folders(tmp_path, "here", "elsewhere")
     options = [*long_options, "--trainable_layers", "last_layer", "--shard", "--checkpoint_minutes", "0.001"]
-    finish_together(2, here, main, options, None, 1000)  # with shards all have to take part in saving
+    finish_together(2, here, main, options, ".", ["--checkpoint_minutes", "1000"])  # with shards all ranks save
     statuses, out = end_together(start_together(2, here, main, options, elsewhere), here)
     assert statuses == [2, 2]
     assert out.endswith("error: --checkpoint run.ckpt: not all hosts have the same file there\n")
+    (here / "weights").touch()
+    statuses, out = end_together(start_together(2, here, main, [*options, "--weights", "weights"], elsewhere), here)
+    assert statuses == [2, 2] and out.count("error: --weights weights: neither ") == 1
 
 
 def test_a_finished_run_is_skipped_by_all(options, tmp_path):
@@ -208,30 +241,49 @@ def test_a_finished_run_is_skipped_by_all(options, tmp_path):
     assert statuses == [0, 0] and out.count("Finished before: ") == 1
 
 
-def main_with_a_last_fault(fault, options):
-    """A run in which, as its last state is saved, process 1 gets a signal, or parameters are not finite."""
+def interrupt_the_last_save(monkeypatch):
+    if processes.rank() == 1:
+        interrupt_at(monkeypatch, checkpoints.Checkpoint, "save", 1, signal.SIGTERM)
+
+
+def diverge_before_the_last_save(monkeypatch):
     save = checkpoints.Checkpoint.save
 
-    def faulty(checkpoint, state):
-        if fault == "signal" and processes.rank() == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-        if fault == "nan":
-            next(iter(state.parameters.values())).data.fill_(float("nan"))
+    def diverged(checkpoint, state):
+        next(iter(state.parameters.values())).data.fill_(float("nan"))
         save(checkpoint, state)
 
-    checkpoints.Checkpoint.save = faulty
-    return main(options)
+    monkeypatch.setattr(checkpoints.Checkpoint, "save", diverged)
 
 
 @needs_shards
 @pytest.mark.parametrize(
-    "fault, status, told", [("signal", 143, "interrupted; the same"), ("nan", 1, "error: training diverged, at")]
+    "fault, status, told",
+    [
+        (interrupt_the_last_save, 143, "interrupted; the same"),
+        (diverge_before_the_last_save, 1, "error: training diverged, at"),
+    ],
 )
 def test_the_last_state_ends_all(long_options, tmp_path, fault, status, told):
     options = [*long_options, "--num_epochs", "1", "--trainable_layers", "last_layer", "--shard"]
-    started = start_together(2, tmp_path, main_with_a_last_fault, fault, options)
-    statuses, out = end_together(started, tmp_path)
+    statuses, out = end_together(start_together(2, tmp_path, main, options, ".", (), fault), tmp_path)
     assert statuses == [status] * 2 and out.count(told) == 1 and "Traceback" not in out
+
+
+def write_slowly(monkeypatch):
+    """Ctrl-C reaches all ranks; rank 0 takes a second to write the checkpoint."""
+    fsync = os.fsync
+    interrupt_at(monkeypatch, ae, "accumulate_gradients", 4, signal.SIGINT)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: time.sleep(1) or fsync(descriptor))
+
+
+def test_no_rank_ends_before_the_checkpoint_is_written(long_options, tmp_path):
+    """When one has ended, torchrun ends the others."""
+    rank0, rank1 = start_together(2, tmp_path, main, long_options, ".", (), write_slowly)
+    rank1.join()
+    rank0.terminate()
+    rank0.join()
+    assert torch.load(tmp_path / "run.ckpt")["state"]["batches_done"] == 4
 
 
 # --- what torchrun itself does ---
@@ -280,18 +332,15 @@ def measure_shards(path):
             return fully_shard(module, **arguments)
 
         fsdp.fully_shard = measured
-        classifier = ae.build_classifier(experiment, 2, find_weights(path, "wide").tensors)
-        processes.shard(classifier, CPU)
+        classifier = build_classifier(experiment, 2, load_weights(path, "wide").tensors)
+        place(classifier, CPU, shard=True)
         peak = max(*held, memory_of_its_own()) - held[0]
-        state = ae.make_training_state(classifier, experiment)
+        optimizer = ae.make_optimizer(classifier, experiment)
         batch = Batch(Stage.TOKEN_IDS, torch.ones(2, 5, dtype=torch.int32), torch.tensor([4, 4]), None)
-        logits = classifier(batch)
-        logits.square().sum().backward()
-        of_bias = classifier.out_head.bias.grad.full_tensor()  # AdamW would not tell a sum from a mean
-        torch.testing.assert_close(of_bias, processes.world_size() * 2 * logits.sum(0))
-        state.optimizer.step()
+        classifier(batch).square().sum().backward()
+        optimizer.step()
         parameters = list(classifier.parameters())
-        moments = [moment for kept in state.optimizer.state.values() for moment in kept.values() if moment.ndim]
+        moments = [moment for kept in optimizer.state.values() for moment in kept.values() if moment.ndim]
         sizes = [
             [part.to_local().nbytes for part in parts] for parts in (parameters, [p.grad for p in parameters], moments)
         ]
@@ -308,7 +357,7 @@ def memory_of_its_own():
 
 @pytest.fixture
 def launched(monkeypatch):
-    """This process is number 1 of two on its host."""
+    """This process is rank 1 of two on its host."""
     launched = dict(TORCHELASTIC_RUN_ID="test", RANK="1", WORLD_SIZE="2", LOCAL_RANK="1", LOCAL_WORLD_SIZE="2")
     for name, value in launched.items():
         monkeypatch.setenv(name, value)
@@ -317,7 +366,7 @@ def launched(monkeypatch):
 def test_a_device_for_each(launched, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda number: None)
-    assert devices.own_device("cuda") == torch.device("cuda:1")
+    assert devices.device_of_rank("cuda") == torch.device("cuda:1")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(UserError, match="2 processes cannot have a CUDA device each: this host has 1"):
         devices.resolve_device("cuda")
@@ -327,14 +376,14 @@ def test_a_device_for_each(launched, monkeypatch):
 
 def test_an_empty_share_is_one_message_without_weight(launched):
     indices, weights = torch.tensor([7, 8, 9]), torch.tensor([0.2, 0.3, 0.5])
-    assert [part.tolist() for part in processes.own_share(indices, weights)] == [[8], [weights[1].item()]]
-    assert [part.tolist() for part in processes.own_share(indices[:1], weights[:1])] == [[7], [0.0]]
+    assert [part.tolist() for part in processes.rank_share(indices, weights)] == [[8], [weights[1].item()]]
+    assert [part.tolist() for part in processes.rank_share(indices[:1], weights[:1])] == [[7], [0.0]]
 
 
 def test_shards_need_a_newer_pytorch(launched, monkeypatch):
     monkeypatch.setattr(torch, "__version__", TorchVersion("2.7.1+cu126"))
     with pytest.raises(UserError, match="--shard needs PyTorch 2.8 or later; this is 2.7.1"):
-        RunOptions(shard=True)
+        ae.Experiment(shard=True)
 
 
 @pytest.mark.parametrize("mode", ["--report", "--baseline", "--load_model"])
