@@ -530,6 +530,7 @@ class TrainedClassifier:
 
         Texts are cut, padded and classified as in training. Raises UserError for a text without a letter.
         """
+        texts = list(texts)  # a Series of pandas has no truth value
         if blank := [index for index, text in enumerate(texts) if not text.strip()]:
             raise UserError(f"text {blank[0]} is blank")
         if not texts:
