@@ -601,10 +601,10 @@ def confusion(predictions):
     """Which of the labelled messages were not classified as labelled, and as what: a Confusion."""
     # In float32, probabilities near one are all the same. On the CPU: MPS has no float64.
     logits = predictions.logits.cpu().double()
-    called = logits.argmax(-1)
-    confidences = logits.softmax(-1).gather(-1, called[:, None]).squeeze(-1)
-    columns = (predictions.indices, predictions.labels, called, confidences)
-    return Confusion.of(*(column.tolist() for column in columns), n_classes=logits.shape[1])
+    predicted = logits.argmax(-1)
+    confidences = logits.softmax(-1).gather(-1, predicted[:, None]).squeeze(-1)
+    columns = (predictions.indices, predictions.labels, predicted, confidences)
+    return Confusion.from_predictions(*(column.tolist() for column in columns), n_classes=logits.shape[1])
 
 
 # --- the device compared with the CPU ---

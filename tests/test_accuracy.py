@@ -42,12 +42,12 @@ def test_the_interval_of_a_mean_holds_messages_and_seeds():
 def test_counts_and_accuracy_follow_from_the_mistakes(pairs, order):
     """Of any messages in any order, those without a label left out."""
     numbers = order.sample(range(len(pairs)), len(pairs))
-    labels, called = zip(*pairs, strict=True)
-    confusion = Confusion.of(numbers, labels, called, [0.5] * len(pairs), n_classes=4)
+    labels, predicted = zip(*pairs, strict=True)
+    confusion = Confusion.from_predictions(numbers, labels, predicted, [0.5] * len(pairs), n_classes=4)
     labelled = [pair for pair in pairs if pair[0] >= 0]
     assert confusion.totals == [sum(label == each for label, _ in labelled) for each in range(4)]
     assert confusion.accuracy == Accuracy(sum(a == b for a, b in labelled), len(labelled))
-    assert [m.number for m in confusion.mistakes] == sorted(m.number for m in confusion.mistakes)
+    assert [m.index for m in confusion.mistakes] == sorted(m.index for m in confusion.mistakes)
     if labelled:
         true, predicted = zip(*labelled, strict=True)
         occurring = sorted(set(true))

@@ -132,7 +132,7 @@ def test_the_largest_difference_is_certain_and_none_is_told():
     assert compare(sample([1], [2], seeds=(5, 6)), sample([2], [1], seeds=(6, 5))).is_identical
     assert not compare(sample([1], [2], [3]), sample([1], [2], [3], seeds=(7, 8, 9))).is_identical
     a, b = sample([1]), sample([1])
-    b.called[0, 1] = 2  # as wrong, in another way
+    b.predicted[0, 1] = 2  # as wrong, in another way
     assert compare(a, a).is_identical and not compare(a, b).is_identical
 
 

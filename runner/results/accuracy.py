@@ -66,35 +66,35 @@ def mean_interval(accuracies):
 class Mistake(NamedTuple):
     """A message that was not classified as labelled."""
 
-    number: int  # of the message in its split, from 0
+    index: int  # of the message in its split
     label: int
-    called: int
-    confidence: float  # the probability of the class it was called; of a baseline, the margin
+    predicted: int  # the class
+    confidence: float  # the probability of the predicted class; of a baseline, the margin
 
 
 @dataclass(frozen=True)
 class Confusion:
-    """What became of the labelled messages of a split."""
+    """How many labelled messages of a split there are of each class, and those that were classified wrongly."""
 
     totals: list  # how many there are of each of the K classes
-    mistakes: list  # of Mistake, by number
+    mistakes: list  # of Mistake, by index
 
     @classmethod
-    def of(cls, numbers, labels, called, confidences, n_classes):
-        """The Confusion of n messages, described by lists (n,); a negative label is none and does not count."""
-        rows = [row for row in map(Mistake, numbers, labels, called, confidences) if row.label >= 0]
+    def from_predictions(cls, indices, labels, predicted, confidences, n_classes):
+        """Build the Confusion of n messages from lists (n,). Messages with a negative label do not count."""
+        rows = [row for row in map(Mistake, indices, labels, predicted, confidences) if row.label >= 0]
         totals = Counter(row.label for row in rows)
-        mistakes = sorted(row for row in rows if row.label != row.called)
+        mistakes = sorted(row for row in rows if row.label != row.predicted)
         return cls([totals[label] for label in range(n_classes)], mistakes)
 
     @property
     def accuracy(self):
-        return self.without(())
+        return self.accuracy_excluding(())
 
-    def without(self, numbers):
-        """The Accuracy of the messages but for those with these numbers, all of which have a label."""
-        wrong = sum(mistake.number not in numbers for mistake in self.mistakes)
-        total = sum(self.totals) - len(numbers)
+    def accuracy_excluding(self, indices):
+        """Return the Accuracy of the messages that are not at these indices, all of which must have a label."""
+        wrong = sum(mistake.index not in indices for mistake in self.mistakes)
+        total = sum(self.totals) - len(indices)
         return Accuracy(total - wrong, total)
 
     @property
@@ -106,11 +106,11 @@ class Confusion:
     def macro_f1(self):
         """The mean over the classes of F1 = 2 TP / (2 TP + FP + FN); NaN where nothing was measured.
 
-        A class that no message is labelled with is left out; a message that was called so is an FN of its own class.
+        A class that no message is labelled with is left out; a message predicted as such counts as an FN of its own.
         """
-        missed, called = Counter(m.label for m in self.mistakes), Counter(m.called for m in self.mistakes)
+        missed, wrongly = Counter(m.label for m in self.mistakes), Counter(m.predicted for m in self.mistakes)
         found = {label: 2 * (total - missed[label]) for label, total in enumerate(self.totals) if total}  # twice TP
-        scores = [n / (n + called[label] + missed[label]) for label, n in found.items()]
+        scores = [n / (n + wrongly[label] + missed[label]) for label, n in found.items()]
         return statistics.fmean(scores) if scores else math.nan
 
     @property
@@ -120,7 +120,7 @@ class Confusion:
 
     def describe(self, names):
         """How many of which class were called what, by the names of the classes; of many, the ten most frequent."""
-        pairs = Counter((mistake.label, mistake.called) for mistake in self.mistakes).most_common(10)
+        pairs = Counter((mistake.label, mistake.predicted) for mistake in self.mistakes).most_common(10)
         words = [f"{n} of {self.totals[label]} {names[label]} called {names[c]}" for (label, c), n in sorted(pairs)]
         return ", ".join(words) or "none"
 
@@ -133,7 +133,7 @@ def describe_test(confusion, data, measure=""):
     """Lines that stand beside the test accuracy on a Dataset; `measure` names confidences that are no probabilities."""
     lines, names = [], data.class_names
     if repeated := data.repeats["test"].similar:
-        accuracy = confusion.without(repeated).in_full
+        accuracy = confusion.accuracy_excluding(repeated).in_full
         lines.append(f"Test accuracy without the {len(repeated)} that are like training messages: {accuracy}")
     if confusion.most_frequent.fraction > 0.6:
         lines.append(f"Test accuracy of always the most frequent class: {confusion.most_frequent}")
@@ -143,7 +143,7 @@ def describe_test(confusion, data, measure=""):
     if worst := confusion.most_confident(3):
         lines.append(f"Most confident test mistakes{measure}:")
     for mistake in worst:
-        text = shown(data.test_texts[mistake.number])
+        text = shown(data.test_texts[mistake.index])
         cut = text[:60] + "…" * (len(text) > 60)
-        lines.append(f"  {mistake.confidence:.3f} {names[mistake.called]}, labelled {names[mistake.label]}: {cut}")
+        lines.append(f"  {mistake.confidence:.3f} {names[mistake.predicted]}, labelled {names[mistake.label]}: {cut}")
     return lines

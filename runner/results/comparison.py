@@ -23,12 +23,12 @@ class Sample(NamedTuple):
     """The runs of one configuration on n messages."""
 
     seeds: tuple  # of the S runs
-    called: np.ndarray  # (S, n) int: the class that a message was called, -1 where that is its label
+    predicted: np.ndarray  # (S, n) int: the predicted class, -1 where that is the label
 
     @property
     def correct(self):
         """(S, n) float: 1 where a message was classified as labelled, else 0."""
-        return (self.called == -1).astype(float)
+        return (self.predicted == -1).astype(float)
 
 
 @dataclass
@@ -39,7 +39,7 @@ class Comparison:
     interval: tuple  # 95%, (low, high), of this comparison alone; of these very runs where there is no verdict
     p: float | None  # of this comparison alone, until it is corrected by `holm`; None where no verdict may be drawn
     basis: str  # what was compared, and why no verdict may be drawn
-    is_identical: bool  # whether both ran the same seeds, and each called all messages the same
+    is_identical: bool  # whether both have the same seeds, and have the same predictions
 
     @property
     def verdict(self):
@@ -84,7 +84,7 @@ def compare(a, b):
     else:  # the larger the level, the narrower the interval
         p = bisect_left(range(STEPS), -abs(centre), lo=1, key=lambda p: -half_width(p / STEPS, *variances)) / STEPS
     interval = max(centre - half, -1.0), min(centre + half, 1.0)
-    is_identical = sorted(zip(a.seeds, a.called.tolist())) == sorted(zip(b.seeds, b.called.tolist()))
+    is_identical = sorted(zip(a.seeds, a.predicted.tolist())) == sorted(zip(b.seeds, b.predicted.tolist()))
     return Comparison(float(by_message.mean()), interval, p, basis, is_identical)
 
 

@@ -49,7 +49,7 @@ def mistake_lines(record):
     """A line for each of the most confident test mistakes of a Record."""
     names, lines = record.class_names, []
     for mistake, text in zip(record.confusions["test"].most_confident(len(record.texts)), record.texts, strict=True):
-        line = dict(Message=mistake.number, Confidence=f"{mistake.confidence:.3f}", Called=names[mistake.called])
+        line = dict(Message=mistake.index, Confidence=f"{mistake.confidence:.3f}", Predicted=names[mistake.predicted])
         lines.append(line | dict(Labelled=names[mistake.label], Text=text[:200]))
     return lines
 

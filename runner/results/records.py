@@ -93,7 +93,7 @@ class Record:
     test = property(lambda self: self.confusions["test"].accuracy)
 
     # Of the test messages that are not, in similar form, among the training messages.
-    unseen = property(lambda self: self.confusions["test"].without(self.repeats["test"].similar))
+    unseen = property(lambda self: self.confusions["test"].accuracy_excluding(self.repeats["test"].similar))
 
     @property
     def name(self):
@@ -161,7 +161,7 @@ def new_record(data, confusions, **further):
         tokens_per_message=data.longest,
         confusions=confusions,
         repeats=data.repeats,
-        texts=[data.test_texts[mistake.number] for mistake in confusions["test"].most_confident(10)],
+        texts=[data.test_texts[mistake.index] for mistake in confusions["test"].most_confident(10)],
         **further,
     )
 

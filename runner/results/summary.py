@@ -159,8 +159,8 @@ def summarize(records):
     for runs in (runs for seeds in configurations.values() for runs in seeds.values() if len(runs) > 1):
         results = {}
         for run in runs:
-            called = [(mistake.number, mistake.called) for mistake in run.confusions["test"].mistakes]
-            results.setdefault(str(called), f"{run.test} on {run.device_name}, PyTorch {run.versions['torch']}")
+            predictions = [(mistake.index, mistake.predicted) for mistake in run.confusions["test"].mistakes]
+            results.setdefault(str(predictions), f"{run.test} on {run.device_name}, PyTorch {run.versions['torch']}")
         if len(results) > 1:
             of_seed = f"{runs[0].name}, seed {runs[0].seed}: mistakes differ, the first run counts"
             summary.remarks.append(f"{of_seed}: test {'; '.join(results.values())}.")
@@ -183,11 +183,11 @@ def answer_questions(tables):
 def samples_of(*groups):
     """The Samples of Groups on the same messages; those that all runs got right are alike, and only counted."""
     mistakes = [[record.confusions["test"].mistakes for record in group.records] for group in groups]
-    wrong = sorted({mistake.number for runs in mistakes for run in runs for mistake in run})
+    wrong = sorted({mistake.index for runs in mistakes for run in runs for mistake in run})
     samples = []
     for group, runs in zip(groups, mistakes, strict=True):
-        called = np.full((len(runs), group.accuracies()[0].total), -1)
-        for row, run in zip(called, runs, strict=True):
-            row[np.searchsorted(wrong, [mistake.number for mistake in run])] = [mistake.called for mistake in run]
-        samples.append(Sample(tuple(record.seed for record in group.records), called))
+        predicted = np.full((len(runs), group.accuracies()[0].total), -1)
+        for row, run in zip(predicted, runs, strict=True):
+            row[np.searchsorted(wrong, [mistake.index for mistake in run])] = [mistake.predicted for mistake in run]
+        samples.append(Sample(tuple(record.seed for record in group.records), predicted))
     return samples
