@@ -40,7 +40,7 @@ def numbers(text):
     begins = ("Ep ", "Training accuracy", "Validation accuracy", "Test accuracy")
     lines = [line for line in text.splitlines() if line.startswith(begins)]
     rows = [line.split("|") for line in text.splitlines() if line.startswith("| - |")]
-    return lines, [row[:10] + row[11:] for row in rows]  # the eleventh cell is the time
+    return lines, [row[:11] + row[12:] for row in rows]  # the twelfth cell is the time
 
 
 def content_of(path="run.ckpt"):
