@@ -130,15 +130,19 @@ class Table:
 
     @property
     def best(self):
-        """The Group of the row with the highest mean validation accuracy, of equals the first; or None."""
-        known = [group for group in self.rows.values() if group.mean("validation").total]
-        return max(known, key=lambda group: group.mean("validation").fraction, default=None)
+        """The Group of the row that is best in validation, of equals the first; or None."""
+        return best_in_validation(self.rows.values())
 
     @property
     def baseline(self):
-        """The Group of the baseline with the highest validation accuracy; or None."""
-        known = [group for group in self.groups if is_baseline(group) and group.mean("validation").total]
-        return max(known, key=lambda group: group.mean("validation").fraction, default=None)
+        """The Group of the baseline that is best in validation; or None."""
+        return best_in_validation(group for group in self.groups if group.records[0].is_baseline)
+
+
+def best_in_validation(groups):
+    """Return the first of the Groups with the highest mean validation accuracy; None where none is known."""
+    known = [group for group in groups if group.mean("validation").total]
+    return max(known, key=lambda group: group.mean("validation").fraction, default=None)
 
 
 class Summary(NamedTuple):
@@ -162,10 +166,6 @@ class Summary(NamedTuple):
         seeds = [100 * seed.fraction for group in groups for seed in group.accuracies()]
         lowest = min([*seeds, *(group.published for group in groups if group.published is not None)])
         return max(min(*ends, lowest), lowest - 3 * middle, 0.0)
-
-
-def is_baseline(group):
-    return group.records[0].is_baseline
 
 
 MODEL = ("model_size", "weights")
