@@ -349,7 +349,7 @@ def confusion(predictions):
     probabilities = predictions.logits.double().softmax(-1)  # in float32 those near one are all the same
     confidences, predicted = probabilities.max(-1)
     columns = (predictions.indices, predictions.labels, predicted, confidences)
-    return Confusion.of(*(column.tolist() for column in columns), n_classes=probabilities.shape[1])
+    return Confusion.from_predictions(*(column.tolist() for column in columns), n_classes=probabilities.shape[1])
 
 
 # --- one run ---

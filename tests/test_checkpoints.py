@@ -46,7 +46,7 @@ def numbers(text):
     begins = ("Ep ", "Training accuracy", "Validation accuracy", "Test accuracy")
     lines = [line for line in text.splitlines() if line.startswith(begins)]
     [row] = [line.split("|") for line in text.splitlines() if re.match(r"\| -,? ", line)]
-    return lines[-9:], row[:10] + row[11:]  # the eleventh cell is the time
+    return lines[-9:], row[:11] + row[12:]  # the twelfth cell is the time
 
 
 def content_of(path="run.ckpt"):

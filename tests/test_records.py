@@ -1,5 +1,6 @@
 """A run's history, its record, and the file that holds it."""
 
+import json
 import shlex
 from dataclasses import replace
 from pathlib import Path
@@ -12,9 +13,12 @@ from helpers import made_up_record
 
 from additional_experiments import Experiment, main, parse_args
 from gpt_download import PRETRAINED, Weights, load_weights
-from runner.data.datasets import Repeats, find_repeats
+from runner.data.datasets import Repeats, find_repeats, normalized
 from runner.files import sha256_of
+from runner.results.page import render
 from runner.results.records import History, identify, read_records, write_record
+from runner.results.report import as_tex, as_text, row_cells, runs_as_csv
+from runner.results.summary import summarize
 from runner.rows import ROWS
 from runner.wording import command_line
 
@@ -40,17 +44,71 @@ def test_a_record_survives_its_file(tmp_path):
     assert [found.minutes for found in read_records([path.parent])[0]] == [9.0]
 
 
-DAMAGES = [lambda text: text[:-50], lambda text: b"\xff\xfe", lambda text: b"[1, 2]"]
-DAMAGES += [lambda text: text.replace(b'"version": 2', b'"version": 1')]
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_what_is_no_record_is_named_and_skipped(tmp_path, damage):
+def test_a_file_that_is_no_record_is_named_and_skipped(tmp_path):
     good, bad = (write_record(tmp_path, made_up_record([1], seed=seed)) for seed in (1, 2))
-    bad.write_bytes(damage(bad.read_bytes()))
-    records, [problem] = read_records([tmp_path])
-    assert [record.seed for record in records] == [1] and problem.startswith(f"{bad} is no record of a run (")
-    assert problem.endswith("; skipped") and "\n" not in problem
+    content = bad.read_bytes()
+    for damaged in (content[:-50], b"\xff\xfe", b"[1, 2]", b"[" * 100_000, b"3", content.replace(b"made", b"\xff")):
+        bad.write_bytes(damaged)
+        records, [problem] = read_records([tmp_path])
+        assert [record.seed for record in records] == [1] and problem.startswith(f"{bad} is no record of a run (")
+        assert problem.endswith("; skipped") and "\n" not in problem
+    for version, told in ((b"1", "an older"), (b"3", "a newer")):
+        bad.write_bytes(content.replace(b'"version": 2', b'"version": ' + version))
+        _, [problem] = read_records([tmp_path])
+        assert problem == f"{bad} was written by {told} version; move it away, or use --results DIR; skipped"
+
+
+def places_in(content, path=()):
+    """The path of every value in what JSON holds, of lists the first item only."""
+    items = content.items() if isinstance(content, dict) else list(enumerate(content))[:1]
+    for name, value in items:
+        yield (*path, name)
+        if isinstance(value, dict | list):
+            yield from places_in(value, (*path, name))
+
+
+NOTHING = object()
+
+
+@pytest.mark.parametrize("damage", [None, "text", -7, 1e9, [], {}, True, NOTHING], ids=str)
+def test_a_record_with_one_damage_is_skipped_or_reported(tmp_path, damage):
+    """A value that is missing or another, wherever it is, and every format of the report."""
+    history = History([0, 50], [1.0, 0.5], [1.0, 0.6], [[30, 40]], [[35, 40]], ["a line"])
+    whole = made_up_record([1, 2, 299], history=history, learning_rate=1e-3, model_size="gpt2-medium (355M)")
+    others = [
+        made_up_record([5], seed=7, learning_rate=1e-3, model_size="gpt2-medium (355M)"),
+        made_up_record([5], seed=7),
+    ]
+    path, content = write_record(tmp_path, whole), whole.to_dict()
+    n_skipped = 0
+    for place in places_in(json.loads(json.dumps(content))):
+        damaged = json.loads(json.dumps(content))
+        inner = damaged
+        for name in place[:-1]:
+            inner = inner[name]
+        if damage is NOTHING:
+            del inner[place[-1]]
+        else:
+            inner[place[-1]] = damage
+        path.write_text(json.dumps(damaged))
+        records, problems = read_records([tmp_path])
+        assert len(records) + len(problems) == 1
+        n_skipped += len(problems)
+        if records:
+            summary = summarize(records + others)
+            assert as_text(summary) and as_tex(summary) and runs_as_csv(summary) and render(summary)
+            assert row_cells(records)
+    assert n_skipped > 20
+
+
+def test_records_are_in_the_order_of_time_in_any_time_zone(tmp_path):
+    """Noon in Tokyo is before eight in London, though it is later as a text; without a zone it is the system's."""
+    dates = ["2026-11-24T12:00:00+09:00", "2026-11-24T08:00:00+00:00", "2026-11-24T07:30:00-05:00"]
+    for seed, date in zip((3, 1, 2), dates):
+        write_record(tmp_path, made_up_record(date=date, seed=seed))
+    assert [record.date for record in read_records([tmp_path])[0]] == dates
+    write_record(tmp_path, made_up_record(date="2020-01-01T00:00:00", seed=9))
+    assert read_records([tmp_path])[0][0].seed == 9
 
 
 def test_the_name_of_a_run_is_what_it_is():
@@ -94,10 +152,22 @@ def test_repeated_messages_are_found():
     texts = dict(train=["Win 500 NOW!", "ok", "1234"], validation=["no"], test=["win now", "ok", "??", "OK.", "ok"])
     splits = {split: pd.DataFrame(dict(Text=found, Label=0)) for split, found in texts.items()}
     splits["test"].loc[4, "Label"] = -100  # has no label, and is in no accuracy
-    found = find_repeats(splits)
-    assert found == dict(validation=Repeats(), test=Repeats((1,), (1, 3)))
-    splits["test"].loc[0, "Text"] = "WIN 900 now"
-    assert find_repeats(splits)["test"] == Repeats((1,), (0, 1, 3))
+    assert find_repeats(splits) == dict(validation=Repeats(), test=Repeats((1,), (0, 1, 3)))
+
+
+SAME = [("call now - free", "call now free"), ("Win £500!", "win £9"), ("ＦＲＥＥ", "free"), ("Straße", "STRASSE")]
+SAME += [("a_b", "ab"), ("№ ④", "no"), ("e\u0301te\u0301", "ÉTÉ")]
+OTHERS = [("काम", "कम"), ("I love it 😂", "I love it 😡"), ("50 £", "50 $"), ("therapist", "the rapist")]
+
+
+@pytest.mark.parametrize("a, b", SAME)
+def test_messages_that_differ_in_case_numbers_or_punctuation_are_similar(a, b):
+    assert normalized(a) == normalized(b) != ""
+
+
+@pytest.mark.parametrize("a, b", OTHERS)
+def test_marks_and_symbols_make_other_messages(a, b):
+    assert normalized(a) != normalized(b)
 
 
 def test_a_finished_run_is_skipped(options, capfd):

@@ -61,5 +61,5 @@ def evaluate(model, splits, n_classes):
         margins = model.decision_function(texts)  # (n, K), of two classes (n,)
         margins = np.abs(margins) if margins.ndim == 1 else margins.max(axis=1)
         columns = range(len(texts)), frame["Label"].tolist(), model.predict(texts).tolist(), margins.tolist()
-        confusions[split] = Confusion.of(*columns, n_classes)
+        confusions[split] = Confusion.from_predictions(*columns, n_classes)
     return confusions
