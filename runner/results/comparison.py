@@ -75,12 +75,12 @@ class Sample(NamedTuple):
 
     @property
     def correct(self):
-        """(S, n) float: 1 where a message was classified as labelled, else 0."""
+        """Return (S, n) float: 1 where a message was classified as labelled, else 0."""
         return (self.predicted == -1).astype(float)
 
     @property
     def n_seeds(self):
-        """The number of seeds; without a seed there is no variation, as with infinitely many."""
+        """Return the number of seeds. A classifier without a seed does not vary, like one of infinitely many."""
         return math.inf if self.seeds == (None,) else len(self.seeds)
 
 
@@ -121,7 +121,7 @@ class Comparison:
 
     @property
     def verdict(self):
-        """The verdict on b in words."""
+        """Return the verdict on b in words."""
         low, high = self.interval
         if self.is_same:
             return "the same predictions"
@@ -134,7 +134,7 @@ class Comparison:
 
     @property
     def sentence(self):
-        """What was found, in a sentence."""
+        """Return what was found, in a sentence that begins with the verdict."""
         verdict, (low, high) = self.verdict, (100 * end for end in self.interval)
         difference = f"{100 * self.difference + 0.0:+.2f} points"
         if self.is_same:
