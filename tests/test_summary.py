@@ -196,6 +196,15 @@ def test_questions_of_all_tables_are_corrected_together_but_for_the_same_predict
     assert one.p == other.p == 2 * alone.p == 2 * one.p_alone and same.is_same
 
 
+def test_what_the_seeds_show_is_told_at_the_level_of_all_questions():
+    """Of two questions half of 0.05; that rows 1 and 18 are the same says nothing of it."""
+    wrong = {1: (3, 9, 15), 2: (30, 40, 60), 3: (5, 6, 7), 18: (3, 9, 15)}
+    [table] = tables_of(*(row(n, range(k), seed=seed) for n in wrong for seed, k in enumerate(wrong[n])))
+    two, three, same = (answer.found for answer in table.answers)
+    half = 100 * (two.variances.half_width(0.025) + three.variances.half_width(0.025)) / 2
+    assert same.is_same and table.remarks[0].startswith(f"These seeds show a difference of about {half:.1f} points")
+
+
 def test_a_verdict_in_words():
     worse, same = answers_of(row(1, range(10, 30)), row(2, range(60)), row(18, range(10, 30))).values()
     assert worse.sentence == (

@@ -1,4 +1,4 @@
-"""What a classifier got right and wrong: accuracies with their intervals, and the single mistakes."""
+"""Count what a classifier got right and wrong: accuracies with their intervals, and the single mistakes."""
 
 import math
 import statistics
@@ -25,7 +25,7 @@ class Accuracy(NamedTuple):
 
     @property
     def interval(self):
-        """The 95% score interval (low, high) of the fraction (Wilson 1927).
+        """Return the 95% score interval (low, high) of the fraction (Wilson 1927).
 
         Unlike p ± 1.96 sqrt(p (1 - p) / n) it stays within 0 and 1, and has a width also where all or none are right.
         """
@@ -42,7 +42,7 @@ class Accuracy(NamedTuple):
 
     @property
     def in_full(self):
-        """`95.00% (285/300, 95% interval 91.9–96.9)`."""
+        """Return `95.00% (285/300, 95% interval 91.9–96.9)`."""
         low, high = (100 * end for end in self.interval)
         return f"{self} ({self.correct}/{self.total}, 95% interval {low:.1f}–{high:.1f})"
 
@@ -97,23 +97,23 @@ class Confusion:
 
     @property
     def most_frequent(self):
-        """The Accuracy of calling every message the most frequent class."""
+        """Return the Accuracy of predicting the most frequent class for every message."""
         return Accuracy(max(self.totals), sum(self.totals))
 
     @property
     def counts(self):
-        """[(true positives, false positives, false negatives), ...] of the K classes."""
+        """Return [(true positives, false positives, false negatives), ...] of the K classes."""
         missed, wrongly = Counter(m.label for m in self.mistakes), Counter(m.predicted for m in self.mistakes)
         return [(total - missed[k], wrongly[k], missed[k]) for k, total in enumerate(self.totals)]
 
     @property
     def precision_and_recall(self):
-        """[(precision, recall), ...] of the K classes, as Accuracies of the messages predicted or labelled so."""
+        """Return [(precision, recall), ...] of the K classes, as Accuracies of those predicted or labelled so."""
         return [(Accuracy(tp, tp + fp), Accuracy(tp, tp + fn)) for tp, fp, fn in self.counts]
 
     @property
     def macro_f1(self):
-        """The mean over the classes of F1 = 2 TP / (2 TP + FP + FN); NaN where nothing was measured.
+        """Return the mean over the classes of F1 = 2 TP / (2 TP + FP + FN); NaN where nothing was measured.
 
         As in scikit-learn's f1_score(..., average="macro"), a class counts if a message has it as label or prediction.
         """
@@ -122,7 +122,7 @@ class Confusion:
 
     @property
     def needs_macro_f1(self):
-        """Whether accuracy alone says little: not where there are two classes of similar size."""
+        """Tell whether accuracy alone says little: not where there are two classes of similar size."""
         return len(self.totals) > 2 or max(self.totals) > 2 * min(self.totals)
 
     def describe(self, names):
@@ -135,12 +135,12 @@ class Confusion:
         return ", ".join(words) or "none"
 
     def most_confident(self, n):
-        """The n mistakes of which the classifier was most certain."""
+        """Return the n mistakes of which the classifier was most certain."""
         return sorted(self.mistakes, key=lambda mistake: -mistake.confidence)[:n]
 
 
 def describe_test(confusion, data, measure=""):
-    """Lines that stand beside the test accuracy on a Dataset; `measure` names confidences that are no probabilities."""
+    """Return lines for beside the test accuracy on a Dataset; `measure` names confidences that are no probabilities."""
     lines, names = [], data.class_names
     if repeated := data.repeats["test"].similar:
         accuracy = confusion.accuracy_excluding(repeated).in_full

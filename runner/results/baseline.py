@@ -1,4 +1,4 @@
-"""`--baseline`: what linear models on words and on letters make of the same splits, in a second."""
+"""Train linear models on words and on letters of the same splits, in a second (`--baseline`)."""
 
 import time
 
@@ -52,7 +52,7 @@ def run_baselines(experiment, run_options):
 
 
 def evaluate(model, splits, n_classes):
-    """{split: Confusion} of a model that is trained here on the training messages that have a label."""
+    """Train a model on the training messages that have a label, and return {split: Confusion}."""
     labelled = splits["train"][splits["train"]["Label"] >= 0]
     model.fit(list(labelled["Text"]), labelled["Label"].to_numpy())
     confusions = {}

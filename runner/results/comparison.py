@@ -7,15 +7,15 @@ is about the configurations. The 95% interval of the difference is then made of 
 - Messages. vm is the variance of the mean over the n messages of the difference of the two mean accuracies, with the
   padding of Agresti and Min (Statistics in Medicine 24, 2005).
 - Seeds. A configuration with S seeds has the variance v of its S accuracies (divisor S - 1). With three seeds v is off
-  by a factor of three as often as not, and with two degrees of freedom Student's t is 4.3 at 95% and 25 at the level
-  that Holm's correction asks of one of 17 questions. But the configurations of a table resemble each other. So v is
-  shrunk towards their mean v̄, as in a moderated t-test (Smyth, Statistical Applications in Genetics and Molecular
-  Biology 3, 2004). There the prior variance s0² counts as d0 degrees of freedom, and the posterior variance
-  (d0 s0² + (S - 1) v) / (d0 + S - 1) has d0 + S - 1. Here s0² = v̄ and d0 = 1, which gives (v̄ + (S - 1) v) / S with S
-  degrees of freedom. A larger d0, also one that is estimated, shows more and is wrong too often where one configuration
-  varies much more than the others. The variance of a difference is the sum of ṽ / S of both sides, with Welch's degrees
-  of freedom (Biometrika 34, 1947). Runs with the same seed are not paired: their accuracies hardly correlate, and
-  pairing would halve the degrees of freedom.
+  by more than a factor of three in a third of all cases, and with two degrees of freedom Student's t is 4.3 at 95% and
+  18 at the level that Holm's correction may ask of one of 17 questions. But the configurations of a table resemble
+  each other. So v is shrunk towards their mean v̄, as in a moderated t-test (Smyth, Statistical Applications in
+  Genetics and Molecular Biology 3, 2004). There the prior variance s0² counts as d0 degrees of freedom, and the
+  posterior variance (d0 s0² + (S - 1) v) / (d0 + S - 1) has d0 + S - 1. Here s0² = v̄ and d0 = 1, which gives
+  ṽ = (v̄ + (S - 1) v) / S with S degrees of freedom. A larger d0, also one that is estimated, shows more and is wrong
+  too often where one configuration varies much more than the others. The variance vs of a difference is the sum of
+  ṽ / S of both sides, with Welch's degrees of freedom (Biometrika 34, 1947). Runs with the same seed are not paired:
+  their accuracies hardly correlate, and pairing would halve the degrees of freedom.
 - Both. r is what single seeds make of single messages: the residual mean squares of both two-way tables, divided by
   S n each. It is in both variances above and is subtracted once.
 
@@ -75,12 +75,12 @@ class Sample(NamedTuple):
 
     @property
     def correct(self):
-        """(S, n) float: 1 where a message was classified as labelled, else 0."""
+        """Return (S, n) float: 1 where a message was classified as labelled, else 0."""
         return (self.predicted == -1).astype(float)
 
     @property
     def n_seeds(self):
-        """The number of seeds; without a seed there is no variation, as with infinitely many."""
+        """Return the number of seeds. A classifier without a seed does not vary, like one of infinitely many."""
         return math.inf if self.seeds == (None,) else len(self.seeds)
 
 
@@ -121,7 +121,7 @@ class Comparison:
 
     @property
     def verdict(self):
-        """The verdict on b in words."""
+        """Return the verdict on b in words."""
         low, high = self.interval
         if self.is_same:
             return "the same predictions"
@@ -134,7 +134,7 @@ class Comparison:
 
     @property
     def sentence(self):
-        """What was found, in a sentence."""
+        """Return what was found, in a sentence that begins with the verdict."""
         verdict, (low, high) = self.verdict, (100 * end for end in self.interval)
         difference = f"{100 * self.difference + 0.0:+.2f} points"
         if self.is_same:

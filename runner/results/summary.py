@@ -1,4 +1,4 @@
-"""All runs in order: which are of one configuration, which of these are rows of one table, and what the rows answer."""
+"""Sort all runs into configurations, configurations into tables, and answer the questions that are asked of tables."""
 
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -55,14 +55,14 @@ class Group:
 
     @property
     def interval(self):
-        """The 95% interval (low, high) of the mean test accuracy, in percent; it covers messages and seeds."""
+        """Return the 95% interval (low, high) of the mean test accuracy, in percent; it covers messages and seeds."""
         total, n_runs = self.mean(), len(self.records)
         mean = Accuracy(total.correct / n_runs, total.total // n_runs)
         return tuple(100 * end for end in mean_interval(mean, *self.mean_variance))
 
     @property
     def cells(self):
-        """What a table says of it, {title: text}; "" where there is nothing to say."""
+        """Return what a table says of it, {title: text}; "" where there is nothing to say."""
         (low, high), confusions = self.interval, [record.confusions["test"] for record in self.records]
         where = "inside" if low <= (self.published or 0) <= high else "outside"
         return {
@@ -91,7 +91,7 @@ class Answer(NamedTuple):
 
     @property
     def sentence(self):
-        """The answer in a sentence: `Row 16 is better, +3.33 points, ...`."""
+        """Return the answer in a sentence: `Row 16 is better, +3.33 points, ...`."""
         verb = "has" if self.found.verdict in ("no verdict", "the same predictions") else "is"
         return f"{self.subject} {verb} {self.found.sentence}"
 
@@ -108,18 +108,18 @@ class Table:
 
     @property
     def rows(self):
-        """{row: Group}."""
+        """Return {row: Group}."""
         return {group.row: group for group in self.groups if group.row}
 
     @property
     def cells(self):
-        """A DataFrame of the cells of its Groups, without columns that are empty."""
+        """Return a DataFrame of the cells of its Groups, without columns that are empty."""
         cells = pd.DataFrame([group.cells for group in self.groups])
         return cells.loc[:, (cells != "").any()]
 
     @property
     def note(self):
-        """What always the most frequent class would reach, if that is much, and which rows were not run: a text."""
+        """Return what always the most frequent class would reach, if that is much, and which rows were not run."""
         most_frequent, lines = self.groups[0].records[0].confusions["test"].most_frequent, []
         if self.rows and most_frequent.fraction > 0.6:
             lines.append(f"Always the most frequent class: {most_frequent}.")
@@ -130,12 +130,12 @@ class Table:
 
     @property
     def best(self):
-        """The Group of the row that is best in validation, of equals the first; or None."""
+        """Return the Group of the row that is best in validation, of equals the first; or None."""
         return best_in_validation(self.rows.values())
 
     @property
     def baseline(self):
-        """The Group of the baseline that is best in validation; or None."""
+        """Return the Group of the baseline that is best in validation; or None."""
         return best_in_validation(group for group in self.groups if group.records[0].is_baseline)
 
 
@@ -154,7 +154,7 @@ class Summary(NamedTuple):
 
     @property
     def low(self):
-        """Where an axis of test accuracies in percent begins: below all of them, and below all but very wide intervals.
+        """Return where an axis of test accuracies in percent begins: below them, and below all but very wide intervals.
 
         An interval may reach beyond the lowest accuracy by three times what intervals do in the middle.
         """
