@@ -72,9 +72,13 @@ def read_classifier(path):
 
 
 def load_parameters(classifier, parameters):
-    """Replace all trained parameters by {name: tensor}. Raises RuntimeError for other names or shapes."""
+    """Replace all trained parameters of a classifier on the CPU by {name: tensor}, which may be on any device.
+
+    Raises RuntimeError for other names or shapes.
+    """
     frozen = {name: p for name, p in classifier.named_parameters() if not p.requires_grad}
-    classifier.load_state_dict(frozen | parameters, assign=True)
+    trained = {name: tensor.cpu() for name, tensor in parameters.items()}
+    classifier.load_state_dict(frozen | trained, assign=True)
 
 
 # --- messages and answers ---
