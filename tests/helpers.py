@@ -86,7 +86,7 @@ def made_up_record(wrong=(), **changes):
     )
     fields |= changes
     seed = dict(seed=fields["seed"], precision=fields["precision"])
-    return Record(**dict(run=file_name("made-up", [str(fields)]), settings=settings | options | seed) | fields)
+    return Record(**dict(run_id=file_name("made-up", [str(fields)]), settings=settings | options | seed) | fields)
 
 
 def made_up_confusion(wrong, totals=(150, 150)):

@@ -137,9 +137,9 @@ def test_a_run_is_resumed_and_its_classifier_used(options, monkeypatch, capsys, 
     found = zip(predicted[0], predicted[1].numpy().max(1), messages[1:], strict=True)
     assert [f"{label}\t{probability:.4f}\t{text}" for label, probability, text in found] == answers
     [found], [expected] = (read_records([folder])[0] for folder in ("on_device", "on_cpu"))
-    assert found.device == kind and found.run == f"{expected.run}-{kind}"
+    assert found.device == kind and found.run_id == f"{expected.run_id}-{kind}"
     assert main([*command, "on_device", "--skip_finished"]) == 0
-    assert f"Finished before: on_device/{found.run}.json" in capsys.readouterr().out
+    assert f"Finished before: on_device/{found.run_id}.json" in capsys.readouterr().out
     assert_same_numbers(found, expected)
     found, again, expected = (load_file(f"{folder}/model.safetensors") for folder in ("export", "again", "cpu_export"))
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)

@@ -36,7 +36,7 @@ def test_a_record_survives_its_file(tmp_path):
     history = History([0, 50], [1.0, 0.5], [1.0, 0.6], [[30, 40]], [[35, 40]], ["a line"])
     record = made_up_record([1, 2, 299], history=history, note="two\nlines \u2028 \x1b[1m")
     path = write_record(tmp_path / "new", record)
-    assert path == tmp_path / "new" / f"{record.run}.json"
+    assert path == tmp_path / "new" / f"{record.run_id}.json"
     [found], problems = read_records([path.parent])
     assert write_record(tmp_path / "again", found).read_bytes() == path.read_bytes() and problems == []
     assert (found.confusions, found.history) == (record.confusions, history)
@@ -113,18 +113,18 @@ def test_records_are_in_the_order_of_time_in_any_time_zone(tmp_path):
 
 def test_the_name_of_a_run_is_what_it_is():
     def name_of(*options, **changes):
-        return identity_of(parse_args(["--row", "16", *options])[0], **changes)["run"]
+        return identity_of(parse_args(["--row", "16", *options])[0], **changes)["run_id"]
 
     name = name_of()
     assert name.startswith("row16-seed123-") and len(name) == len("row16-seed123-") + 8
     same = ("--data_dir", "elsewhere"), ("--features", "off"), ("--device", "cpu"), ("--activation_checkpointing",)
     assert {name_of(*options) for options in same} == {name}
     from_python = Experiment(trainable_token_pos="flexible", seed=np.int64(123), weight_decay=np.float32(0.1))
-    assert identity_of(from_python)["run"] == name
+    assert identity_of(from_python)["run_id"] == name
     others = [("--seed", "7"), ("--precision", "bf16"), ("--num_epochs", "2"), ("--learning_rate", "1e-4")]
     assert len({name, *(name_of(*options) for options in others), name_of(data=OWN)}) == 6
     demo = identity_of(parse_args(["--demo"])[0])
-    assert demo["run"].startswith("gpt2-nano-random-weights-all-layers-lr-0.0005-sample-data-seed123-")
+    assert demo["run_id"].startswith("gpt2-nano-random-weights-all-layers-lr-0.0005-sample-data-seed123-")
 
 
 def test_each_row_is_one_command_and_known_by_its_options():
@@ -142,7 +142,7 @@ def test_weights_from_a_file_are_known_by_their_content(nano_weights):
     assert of_file["options"]["weights"] == f"model.safetensors {content[:8]}"
     moved = Weights(experiment.model_size, "elsewhere/model.safetensors", content)
     assert identify(experiment, UCI, moved) == of_file
-    assert identify(experiment, UCI, replace(moved, sha256="0" * 64))["run"] != of_file["run"]
+    assert identify(experiment, UCI, replace(moved, sha256="0" * 64))["run_id"] != of_file["run_id"]
     experiment = Experiment(weights=nano_weights)
     copied = Weights(experiment.model_size, nano_weights, PRETRAINED[experiment.model_size].sha256)
     assert identify(experiment, UCI, copied)["row"] == 1  # the published ones under another name

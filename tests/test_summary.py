@@ -133,12 +133,16 @@ def test_what_reads_the_same_is_told_apart_by_its_options():
     rates = [row(n, learning_rate=rate) for n in (1, 2) for rate in (5e-4, 5.000001e-4)]
     assert [table.title for table in tables_of(*rates)] == ["Rows with lr 0.0005", "Rows with lr 0.0005000001"]
     assert len(tables_of(row(1, lora_alpha=16), row(1, lora_alpha=16.0, seed=2))[0].groups) == 1
-    [others] = tables_of(baseline(), baseline(data_sha256="4567"), baseline(range(2), run="else"))
+    [others] = tables_of(baseline(), baseline(data_sha256="4567"), baseline(range(2), run_id="else"))
     assert len(others.groups) == 3
 
 
 def test_a_seed_counts_once_and_remarks_tell_which_and_the_notes():
-    runs = [row(1, [1], device_name="A100"), row(1, [1, 2], device_name="CPU"), row(1, [1], seed=7, note="n", run="x")]
+    runs = [
+        row(1, [1], device_name="A100"),
+        row(1, [1, 2], device_name="CPU"),
+        row(1, [1], seed=7, note="n", run_id="x"),
+    ]
     summary = summarize(runs)
     assert summary.records == [runs[0], runs[2]]
     torch = runs[0].versions["torch"]
@@ -244,7 +248,7 @@ def test_the_best_row_is_compared_with_the_better_baseline():
     seeds = [with_validation(row(n, wrong[n], seed=seed), range(n)) for n in (1, 2) for seed in (1, 2, 3)]
     baselines = [
         baseline(range(60), range(4)),
-        baseline(range(40), range(3), configuration="better", run="b"),
+        baseline(range(40), range(3), configuration="better", run_id="b"),
         baseline([], [], data_sha256="others"),
     ]
     tables = tables_of(*seeds, *baselines)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from scipy.special import ndtri, stdtrit
 
+from runner.data.datasets import SPLITS
 from runner.wording import shown
 
 Z95 = float(ndtri(0.975))  # the normal distribution has 95% of its mass within this many standard deviations
@@ -139,12 +140,14 @@ class Confusion:
         return sorted(self.mistakes, key=lambda mistake: -mistake.confidence)[:n]
 
 
-def describe_test(confusion, data, measure=""):
-    """Return lines for beside the test accuracy on a Dataset; `measure` names confidences that are no probabilities."""
-    lines, names = [], data.class_names
-    if repeated := data.repeats["test"].similar:
-        accuracy = confusion.accuracy_excluding(repeated).in_full
-        lines.append(f"Test accuracy without the {len(repeated)} that are like training messages: {accuracy}")
+def describe_accuracies(record):
+    """Return the lines that a run prints of the accuracies in its Record, and of its errors in numbers."""
+    confusion, names, repeated = record.confusions["test"], record.class_names, record.repeats["test"].similar
+    lines = [f"{SPLITS[name]} accuracy: {found.accuracy.in_full}" for name, found in record.confusions.items()]
+    if repeated:
+        lines.append(
+            f"Test accuracy without the {len(repeated)} that are like training messages: {record.unseen.in_full}"
+        )
     if confusion.most_frequent.fraction > 0.6:
         lines.append(f"Test accuracy of always the most frequent class: {confusion.most_frequent}")
     if confusion.needs_macro_f1:
@@ -154,10 +157,14 @@ def describe_test(confusion, data, measure=""):
         of_classes = zip(names, confusion.precision_and_recall, strict=True)
         words = (f"{name} {precision} and {recall}" for name, (precision, recall) in of_classes)
         lines.append(f"Test precision and recall: {', '.join(words)}")
-    if worst := confusion.most_confident(3):
-        lines.append(f"Most confident test mistakes{measure}:")
-    for mistake in worst:
-        text = shown(data.test_texts[mistake.index])
-        cut = text[:60] + "…" * (len(text) > 60)
-        lines.append(f"  {mistake.confidence:.3f} {names[mistake.predicted]}, labelled {names[mistake.label]}: {cut}")
     return lines
+
+
+def describe_mistakes(record):
+    """Return lines on the test mistakes of which the classifier of a Record was most certain."""
+    lines, names = [], record.class_names
+    for mistake, text in zip(record.confusions["test"].most_confident(3), record.texts):
+        cut = shown(text)[:60] + "…" * (len(shown(text)) > 60)
+        lines.append(f"  {mistake.confidence:.3f} {names[mistake.predicted]}, labelled {names[mistake.label]}: {cut}")
+    heading = f"Most confident test mistakes{' (with their margins)' * record.is_baseline}:"
+    return [heading, *lines] if lines else []

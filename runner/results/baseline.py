@@ -10,7 +10,7 @@ from sklearn.svm import LinearSVC
 
 from runner.console import Console, describe_data
 from runner.data.datasets import SPLITS, load
-from runner.results.accuracy import Confusion, describe_test
+from runner.results.accuracy import Confusion, describe_accuracies, describe_mistakes
 from runner.results.records import file_name, new_record, write_record
 
 
@@ -32,18 +32,17 @@ def run_baselines(experiment, run_options):
         start = time.perf_counter()
         confusions = evaluate(model, data.splits, len(data.class_names))
         seconds = time.perf_counter() - start
-        for line in describe_test(confusions["test"], data, " (with their margins)"):
-            console.info(line)
         record = new_record(
             data,
             confusions,
-            run=file_name(name, dict(baseline=name, data=data.sha256)),
+            run_id=file_name(name, dict(baseline=name, data=data.sha256)),
             configuration=name + of_data,
             minutes=seconds / 60,
             seconds=seconds,
             note=run_options.note,
             is_baseline=True,
         )
+        console.info("\n".join([*describe_accuracies(record), *describe_mistakes(record)]))
         cells = {f"{title} acc": getattr(record, split) for split, title in SPLITS.items()}
         console.table_row({"Baseline": name, **cells, "Unseen": record.unseen, "Time": f"{seconds:.1f} s"})
         if folder := run_options.results:

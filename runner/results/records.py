@@ -34,27 +34,25 @@ class History:
     val_accuracies: list[list[int]] = field(default_factory=list)
     lines: list[str] = field(default_factory=list)
 
-    def add_line(self, line):
-        """Add a line and return it, as the others do."""
-        self.lines.append(line)
-        return line
-
     def add_losses(self, epoch, step, train_loss, val_loss):
+        """Add the losses at a step and return the line that is printed."""
         self.steps.append(step)
         self.train_losses.append(train_loss)
         self.val_losses.append(val_loss)
         train, val = ("n/a" if math.isnan(loss) else f"{loss:.3f}" for loss in (train_loss, val_loss))  # without labels
-        return self.add_line(f"Ep {epoch} (Step {step:06d}): Train loss {train}, Val loss {val}")
+        self.lines.append(f"Ep {epoch} (Step {step:06d}): Train loss {train}, Val loss {val}")
+        return self.lines[-1]
 
     def add_accuracies(self, train, val):
-        """Add the Accuracies after an epoch, which are of the first messages only."""
+        """Add the Accuracies of the first messages after an epoch and return the line that is printed."""
         self.train_accuracies.append(list(train))
         self.val_accuracies.append(list(val))
         counts = f"{train.correct}/{train.total}, {val.correct}/{val.total}"
-        return self.add_line(f"Training accuracy: {train} | Validation accuracy: {val} (first messages only: {counts})")
+        self.lines.append(f"Training accuracy: {train} | Validation accuracy: {val} (first messages only: {counts})")
+        return self.lines[-1]
 
 
-VERSION = 2  # of the file
+VERSION = 3  # of the file
 Setting = str | bool | int | float
 VERSIONS = {module.__name__: str(module.__version__) for module in (torch, tiktoken, pd)}
 
@@ -63,7 +61,7 @@ VERSIONS = {module.__name__: str(module.__version__) for module in (torch, tikto
 class Record:
     """One finished run. The printed row, its JSON file and the report are made from it."""
 
-    run: str  # the name of its file: what makes it this run
+    run_id: str  # the name of its file: what makes it this run
     configuration: str  # in words
     data: str  # "uci", "sample" or "own"
     data_sha256: str
@@ -205,7 +203,7 @@ def run_identity(experiment, data, weights):
 
 
 def identify(experiment, data, weights):
-    """Return the fields run, row, configuration and options of a run's Record, which are known before it starts.
+    """Return the fields run_id, row, configuration and options of a run's Record, which are known before it starts.
 
     The name of the run, `row16-seed123-3f9c2a1b`, ends with a hash of its `run_identity`.
     """
@@ -220,13 +218,13 @@ def identify(experiment, data, weights):
     row = next((number for number, row in ROWS.items() if row.options == options), None)
     configuration = describe_settings(options)
     words = f"row{row}" if row else configuration[:100]
-    run = file_name(f"{words} seed{experiment.seed}", run_identity(experiment, data, weights))
-    return dict(run=run, row=row, configuration=configuration, options=options)
+    run_id = file_name(f"{words} seed{experiment.seed}", run_identity(experiment, data, weights))
+    return dict(run_id=run_id, row=row, configuration=configuration, options=options)
 
 
 def find_record(folder, experiment, data, weights):
     """Return the Record of this run in a folder, whatever device it ran on, or None. Raises UserError."""
-    paths = sorted(Path(folder).glob(f"{identify(experiment, data, weights)['run']}*.json"))
+    paths = sorted(Path(folder).glob(f"{identify(experiment, data, weights)['run_id']}*.json"))
     return read_record(paths[0]) if paths else None
 
 
@@ -252,7 +250,7 @@ def make_record(experiment, data, weights, confusions, state, **further):
     """Return the Record of a run of GPT-2 that finishes now with this TrainingState; `further` are other fields."""
     usage, identity = state.usage(), identify(experiment, data, weights)
     if state.device.type != "cpu":  # runs on several types of device have a file each
-        identity["run"] += f"-{state.device.type}"
+        identity["run_id"] += f"-{state.device.type}"
     return new_record(
         data,
         confusions,
@@ -276,7 +274,7 @@ def make_record(experiment, data, weights, confusions, state, **further):
 def write_record(folder, record):
     """Write a Record to its file, in place of that of the same run before. Returns the path. Raises OSError."""
     Path(folder).mkdir(exist_ok=True)
-    path = Path(folder, f"{record.run}.json")
+    path = Path(folder, f"{record.run_id}.json")
     lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(value)}" for name, value in record.to_dict().items())
     write_bytes(path, f"{{\n{lines}\n}}\n".encode())
     return path

@@ -201,7 +201,7 @@ def data_of(record):
 def key_of(record):
     """Return what tells the configuration of a run from others."""
     if record.is_baseline:
-        return data_of(record), record.run
+        return data_of(record), record.run_id
     return data_of(record), frozenset(options_of(record).items()), record.weights_sha256
 
 
@@ -218,7 +218,7 @@ def summarize(records):
         tables.append(Table("Other runs", {}, groups))
     answer_questions(tables)
     by_id = {id(record): record for table in tables for group in table.groups for record in group.records}
-    notes = [f"Note of {record.run}: {record.note}" for record in by_id.values() if record.note]
+    notes = [f"Note of {record.run_id}: {record.note}" for record in by_id.values() if record.note]
     return Summary(tables, differing_runs(configurations) + notes, list(by_id.values()))
 
 

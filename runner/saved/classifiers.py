@@ -22,7 +22,8 @@ class SavedClassifier:
     limit: int  # the number of tokens to which messages are cut, and padded unless padding is off
     class_names: list  # of the K classes
     base_sha256: str  # see `sha256_of_base`
-    record: dict  # of the run that trained it
+    data: str  # "uci", "sample" or "own"
+    results: list  # lines on the run that trained it and its accuracies
 
     @property
     def needs_base(self):
