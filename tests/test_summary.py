@@ -128,6 +128,8 @@ def test_what_reads_the_same_is_told_apart_by_its_options():
     first, second = tables_of(*runs)
     assert first.title == "Rows with model (1).safetensors 01234567 weights" and "(2)" in second.title
     assert [group.percent() for group in first.groups] == pytest.approx([97, 67])
+    other = made_up_record(confusions=dict.fromkeys(SPLITS, made_up_confusion({}, totals=(9, 9))))
+    assert [len(table.groups) for table in tables_of(row(1), row(1, data_sha256="other"), other)] == [1, 1, 1]
     same = good | dict(weights_sha256="01234567b")
     assert len(tables_of(row(1, **good), row(2, **good), row(1, **same), row(2, **same))) == 2
     rates = [row(n, learning_rate=rate) for n in (1, 2) for rate in (5e-4, 5.000001e-4)]
