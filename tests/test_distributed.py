@@ -1,6 +1,5 @@
 """Several processes for one run: the numbers of one process, and how they end together."""
 
-import json
 import os
 import re
 import shutil
@@ -40,7 +39,7 @@ from runner.rows import ROWS
 from runner.saved import checkpoints
 
 # Each with 43 training messages: no number of processes divides the batches, nor a batch the messages.
-CONFIGURATIONS = {f"row {number}": row.options for number, row in ROWS.items()} | {
+CONFIGURATIONS = {f"row {n}": row.options for n, row in ROWS.items() if "model_size" not in row.options} | {
     "batches of 3": dict(batch_size=3),
     "batches of 1": dict(batch_size=1, trainable_layers="last_two_blocks"),
     "accumulation": dict(batch_size=3, accumulation_steps=4, trainable_layers="all"),
@@ -61,17 +60,12 @@ def make_tiny():
     processes.TIMEOUT = timedelta(minutes=1)
 
 
-def results(data_dir, weights, shard, names):
+def results(base, weights, names):
     """Return {configuration: what its runs have found}, at the tiny size."""
-    base = dict(model_size=TINY, device="cpu", data_dir=str(data_dir), learning_rate=5e-4, num_epochs=1, shard=shard)
-    found, known = {}, set()
+    found = {}
     for name in names:
-        own = {option: value for option, value in CONFIGURATIONS.get(name, {}).items() if option != "model_size"}
-        own["weights"] = weights if name in ("row 1", "row 5", "row 11") else "random"
-        experiment = ae.Experiment(**base | own)
-        if experiment in known and name not in RUNS:  # rows that differ in their size only
-            continue
-        known.add(experiment)
+        own = dict(weights=weights if name in ("row 1", "row 5", "row 11") else "random", num_epochs=1)
+        experiment = ae.Experiment(**base | dict(learning_rate=5e-4) | CONFIGURATIONS.get(name, {}) | own)
         run_options = RunOptions(**dict(results="", feature_cache="") | RUNS.get(name, {}))
         found[name] = [
             dict(
@@ -84,11 +78,11 @@ def results(data_dir, weights, shard, names):
     return found
 
 
-def gradients(data_dir, shard):
+def gradients(base):
     """Return {parameter: gradient} of three batches, of which no number of processes divides the last one."""
-    base = dict(model_size=TINY, weights="random", device="cpu", data_dir=str(data_dir), shard=shard)
-    experiment = ae.Experiment(**base, batch_size=3, accumulation_steps=3, trainable_layers="last_two_blocks")
-    classifier = place(build_classifier(experiment, 2), CPU, shard)
+    layers = dict(weights="random", trainable_layers="last_two_blocks")
+    experiment = ae.Experiment(**base | layers, batch_size=3, accumulation_steps=3)
+    classifier = place(build_classifier(experiment, 2), CPU, experiment.shard)
     ae.accumulate_gradients(classifier, encoded(experiment), torch.arange(7).split(3), experiment)
     return {name: processes.gather_full(p.grad) for name, p in classifier.named_parameters() if p.grad is not None}
 
@@ -97,111 +91,89 @@ def write_results(data_dir, weights):
     make_tiny()
     with processes.process_group():
         for shard in (False, True)[: processes.world_size() if HAS_SHARDS else 1]:
-            found = results(data_dir, weights, shard, SHARDED if shard else (*CONFIGURATIONS, *RUNS))
-            found_gradients = gradients(data_dir, shard)
+            base = dict(model_size=TINY, device="cpu", data_dir=str(data_dir), shard=shard)
+            found = results(base, weights, SHARDED if shard else (*CONFIGURATIONS, *RUNS)), gradients(base)
             if processes.rank() == 0:
-                Path(f"{shard}.json").write_text(json.dumps(found))
-                torch.save(found_gradients, f"{shard}.pt")
-
-
-def folders(tmp_path, *names):
-    for name in names:
-        (tmp_path / name).mkdir()
-        yield tmp_path / name
+                torch.save(found, f"{shard}.pt")
 
 
 @pytest.mark.parametrize("n", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_the_numbers_are_those_of_one_process(data_dir, tmp_path, n):
-    alone, together = folders(tmp_path, "alone", "together")
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    alone.mkdir(), together.mkdir()
     weights = save_random_weights(tmp_path, emb_dim=16)
     finish_together(1, alone, write_results, data_dir, weights)
-    of_one_process = json.loads((alone / "False.json").read_text())
+    expected, expected_gradients = torch.load(alone / "False.pt")
     out = finish_together(n, together, write_results, data_dir, weights)
-    n_shared = 1 + HAS_SHARDS
-    assert out.count("and kept in features/") == out.count("read from features/") == n_shared  # printed by one process
     assert f"{n} × CPU, 1 thread" in out
-    for shard in (False, True)[:n_shared]:
-        found = json.loads((together / f"{shard}.json").read_text())
-        assert found.keys() == (set(SHARDED) if shard else of_one_process.keys())
-        for name, runs in found.items():
-            for run, expected in zip(runs, of_one_process[name], strict=True):
-                expected_losses = pytest.approx(expected["losses"], rel=0, abs=2e-3 if "bf16" in name else 1e-5)
-                assert run == expected | dict(losses=expected_losses), (name, shard)
-        # AdamW takes steps of the same size whether gradients are summed or averaged.
-        torch.testing.assert_close(torch.load(together / f"{shard}.pt"), torch.load(alone / "False.pt"))
+    for shard in (False, True)[: 1 + HAS_SHARDS]:
+        found, found_gradients = torch.load(together / f"{shard}.pt")
+        assert found.keys() == (set(SHARDED) if shard else expected.keys())
+        for name in found:
+            for run, in_one in zip(found[name], expected[name], strict=True):
+                losses = pytest.approx(in_one["losses"], rel=0, abs=2e-3 if "bf16" in name else 1e-5)
+                assert run == in_one | dict(losses=losses), (name, shard)
+        # AdamW takes the same steps whether gradients are summed or averaged.
+        torch.testing.assert_close(found_gradients, expected_gradients)
+    assert out.count("and kept in features/") == out.count("read from features/") == 1 + HAS_SHARDS  # by one process
 
 
 # --- how they end ---
 
 
-def main(options, elsewhere=".", of_rank1=(), fault=None):
-    """A run as the command line starts it; rank 1 may have another folder, further options, and a fault."""
+def main(options, of_rank1=(), fault=None):
+    """A run as the command line starts it; rank 1 may have further options, and there may be a fault."""
     make_tiny()
     ae.EVALUATE_EVERY = 5
-    if processes.rank() == 1:
-        os.chdir(elsewhere)
-        options = [*options, *of_rank1]
     if fault is not None:
         fault(pytest.MonkeyPatch())
-    return ae.main(options)
-
-
-ENDINGS = {
-    "all": (signal.SIGKILL, "--trainable_layers all --accumulation_steps 3 --checkpoint_minutes 0"),
-    "sharded": (signal.SIGTERM, "--trainable_layers last_two_blocks --shard"),
-    "repeats": (signal.SIGINT, "--trainable_layers last_layer --repeats 2"),
-}
+    return ae.main([*options, *of_rank1] if processes.rank() == 1 else options)
 
 
 @pytest.fixture
 def long_options(options):
-    """Those of a run with so many epochs that there is time to interrupt it in one of the first."""
+    """Those of a run with so many epochs that there is time to interrupt it in the second one."""
     return [*options, "--num_epochs", "5", "--batch_size", "8", "--checkpoint", "run.ckpt"]
 
 
-@pytest.mark.parametrize("name", [pytest.param("sharded", marks=needs_shards), "all", "repeats"])
-def test_ended_together_and_resumed(long_options, tmp_path, name):
-    """In the second epoch, by a signal to one of them. Resumed by as many, by one, and sharded by three."""
-    number, own = ENDINGS[name]
-    options = [*long_options, *own.split()]
-    whole, ended, by_one, by_three = folders(tmp_path, "whole", "ended", "by_one", "by_three")
-    finish_together(2, whole, main, options)
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
+@pytest.mark.parametrize(
+    "n, number, further, others",
+    [
+        (1, signal.SIGKILL, "--trainable_layers all --checkpoint_minutes 0", ()),
+        (2, signal.SIGKILL, "--trainable_layers all --accumulation_steps 3 --checkpoint_minutes 0", (1,)),
+        pytest.param(2, signal.SIGTERM, "--trainable_layers last_two_blocks --shard", (1, 3), marks=needs_shards),
+    ],
+)
+def test_ended_and_resumed(long_options, tmp_path, n, number, further, others):
+    """By a signal to the last of `n` processes. Resumed by as many, and by other numbers of them."""
+    options = [*long_options, *further.split()]
+    whole, ended, *folders = (tmp_path / name for name in ("whole", "ended", *map(str, others)))
+    for folder in (whole, ended, *folders):
+        folder.mkdir()
+    finish_together(n, whole, main, options)
 
-    started = start_together(2, ended, main, options)
+    started = start_together(n, ended, main, options)
     printed = ended / "out.txt"
     while not printed.exists() or "Ep 2 (" not in printed.read_text():
         time.sleep(0.005)
     os.kill(started[-1].pid, number)
     statuses, out = end_together(started, ended)
     if number == signal.SIGKILL:
-        assert statuses == [1, -number]
+        assert statuses == [1, -number][-n:]
     else:
-        assert statuses == [128 + number] * 2 and "Traceback" not in out
+        assert statuses == [128 + number] * n and "Traceback" not in out
         assert re.findall("^interrupted.*", out, re.M) == ["interrupted; the same command resumes from run.ckpt"]
 
-    for folder in (by_one, by_three):
+    for folder in folders:
         shutil.copy(ended / "run.ckpt", folder)
-    assert "Resuming from run.ckpt after" in finish_together(2, ended, main, options)
+    assert "Resuming from run.ckpt after" in finish_together(n, ended, main, options)
     assert records_in(ended / "results") == records_in(whole / "results")
-    finish_together(1, by_one, main, [option for option in options if option != "--shard"])
-    if name == "sharded":
-        finish_together(3, by_three, main, options)
-    for folder in (by_one, by_three) if name == "sharded" else (by_one,):
-        for record, expected in zip(*(read_records([each / "results"])[0] for each in (folder, whole)), strict=True):
-            assert record.test == expected.test
-            assert record.history.train_losses == pytest.approx(expected.history.train_losses, abs=1e-5)
-
-
-@pytest.mark.parametrize(
-    "further, status, message",
-    [
-        (["--learning_rate", "1e18"], 1, "error: training diverged, at step 0000"),
-        (["--batch_size", "44"], 2, "error: --batch_size 44: there are only 43 training messages\n"),
-    ],
-)
-def test_what_all_find_is_told_once(long_options, tmp_path, further, status, message):
-    statuses, out = end_together(start_together(2, tmp_path, main, [*long_options, *further]), tmp_path)
-    assert statuses == [status] * 2 and out.count(message) == out.count("error") == 1 and "Traceback" not in out
+    for other, folder in zip(others, folders, strict=True):
+        finish_together(other, folder, main, [word for word in options if other > 1 or word != "--shard"])
+        [found], [expected] = (read_records([each / "results"])[0] for each in (folder, whole))
+        assert found.test == expected.test
+        assert found.history.train_losses == pytest.approx(expected.history.train_losses, abs=1e-5)
 
 
 def run_out_of_memory(monkeypatch):
@@ -212,62 +184,48 @@ def run_out_of_memory(monkeypatch):
         monkeypatch.setattr(ae, "accumulate_gradients", fail)
 
 
-def test_a_rank_that_fails_alone_ends_all(long_options, tmp_path):
-    started = start_together(2, tmp_path, main, long_options, ".", (), run_out_of_memory)
-    statuses, out = end_together(started, tmp_path)
-    assert statuses == [1, 1] and out.count("error: out of memory\nTry: ") == 1
-
-
-@needs_shards
-def test_what_one_finds_ends_all(long_options, tmp_path):
-    """Rank 1 would save less often; then, in another folder, it finds neither the checkpoint nor the weights."""
-    here, elsewhere = folders(tmp_path, "here", "elsewhere")
-    options = [*long_options, "--trainable_layers", "last_layer", "--shard", "--checkpoint_minutes", "0.001"]
-    finish_together(2, here, main, options, ".", ["--checkpoint_minutes", "1000"])  # with shards all ranks save
-    statuses, out = end_together(start_together(2, here, main, options, elsewhere), here)
-    assert statuses == [2, 2]
-    assert out.endswith("error: --checkpoint run.ckpt: not all hosts have the same file there\n")
-    (here / "weights").touch()
-    statuses, out = end_together(start_together(2, here, main, [*options, "--weights", "weights"], elsewhere), here)
-    assert statuses == [2, 2] and out.count("error: --weights weights: neither ") == 1
-
-
-def test_a_finished_run_is_skipped_by_all(options, tmp_path):
-    """Its record is in the folder of process 0 alone."""
-    here, elsewhere = folders(tmp_path, "here", "elsewhere")
-    options = [*options, "--trainable_layers", "last_layer", "--batch_size", "8", "--skip_finished"]
-    finish_together(2, here, main, options)
-    statuses, out = end_together(start_together(2, here, main, options, elsewhere), here)
-    assert statuses == [0, 0] and out.count("Finished before: ") == 1
-
-
 def interrupt_the_last_save(monkeypatch):
     if processes.rank() == 1:
-        interrupt_at(monkeypatch, checkpoints.Checkpoint, "save", 1, signal.SIGTERM)
+        interrupt_at(monkeypatch, checkpoints.Checkpoint, "save", 5, signal.SIGTERM)
 
 
-def diverge_before_the_last_save(monkeypatch):
-    save = checkpoints.Checkpoint.save
+def diverge(monkeypatch):
+    def step(optimizer):
+        optimizer.param_groups[0]["params"][0].data.fill_(float("nan"))
 
-    def diverged(checkpoint, state):
-        next(iter(state.parameters.values())).data.fill_(float("nan"))
-        save(checkpoint, state)
-
-    monkeypatch.setattr(checkpoints.Checkpoint, "save", diverged)
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
 
 
-@needs_shards
+DIVERGED, SAVE_FIRST = "error: training diverged, at step 00000", "--accumulation_steps 2 --checkpoint_minutes 0"
+
+
 @pytest.mark.parametrize(
-    "fault, status, told",
+    "further, of_rank1, fault, status, told",
     [
-        (interrupt_the_last_save, 143, "interrupted; the same"),
-        (diverge_before_the_last_save, 1, "error: training diverged, at"),
+        ("--learning_rate 1e18", "", None, 1, DIVERGED),
+        ("--batch_size 44", "", None, 2, "error: --batch_size 44: there are only 43 training messages\n"),
+        ("", "--weights missing", None, 2, "error: --weights missing: neither "),
+        ("", "", run_out_of_memory, 1, "error: out of memory\nTry: "),
+        pytest.param("--shard", "", interrupt_the_last_save, 143, "interrupted; the same", marks=needs_shards),
+        pytest.param(f"--shard {SAVE_FIRST}", "", diverge, 1, DIVERGED, marks=needs_shards),
     ],
 )
-def test_the_last_state_ends_all(long_options, tmp_path, fault, status, told):
-    options = [*long_options, "--num_epochs", "1", "--trainable_layers", "last_layer", "--shard"]
-    statuses, out = end_together(start_together(2, tmp_path, main, options, ".", (), fault), tmp_path)
-    assert statuses == [status] * 2 and out.count(told) == 1 and "Traceback" not in out
+def test_all_end_and_one_says_why(long_options, tmp_path, further, of_rank1, fault, status, told):
+    options = [*long_options, "--trainable_layers", "last_layer", *further.split()]
+    statuses, out = end_together(start_together(2, tmp_path, main, options, of_rank1.split(), fault), tmp_path)
+    assert statuses == [status] * 2 and out.count(told) == out.count("error: ") + out.count("interrupted") == 1
+    assert fault is run_out_of_memory or "Traceback" not in out
+
+
+def test_ranks_that_differ(long_options, tmp_path):
+    """Rank 1 would save less often; then it has another checkpoint, then other results."""
+    options = [*long_options, "--trainable_layers", "last_layer", *["--shard"] * HAS_SHARDS]
+    options += ["--checkpoint_minutes", "0.001"]
+    finish_together(2, tmp_path, main, options, ["--checkpoint_minutes", "1000"])  # with shards all ranks save
+    statuses, out = end_together(start_together(2, tmp_path, main, options, ["--checkpoint", "other"]), tmp_path)
+    assert statuses == [2, 2] and out.endswith("error: --checkpoint other: not all hosts have the same file there\n")
+    out = finish_together(2, tmp_path, main, [*options, "--skip_finished"], ["--results", "other"])
+    assert out.count("Finished before: ") == 1
 
 
 def write_slowly(monkeypatch):
@@ -279,7 +237,7 @@ def write_slowly(monkeypatch):
 
 def test_no_rank_ends_before_the_checkpoint_is_written(long_options, tmp_path):
     """When one has ended, torchrun ends the others."""
-    rank0, rank1 = start_together(2, tmp_path, main, long_options, ".", (), write_slowly)
+    rank0, rank1 = start_together(2, tmp_path, main, long_options, (), write_slowly)
     rank1.join()
     rank0.terminate()
     rank0.join()
@@ -341,10 +299,8 @@ def measure_shards(path):
         optimizer.step()
         parameters = list(classifier.parameters())
         moments = [moment for kept in optimizer.state.values() for moment in kept.values() if moment.ndim]
-        sizes = [
-            [part.to_local().nbytes for part in parts] for parts in (parameters, [p.grad for p in parameters], moments)
-        ]
-        print(sum(p.nbytes for p in parameters), *map(sum, sizes), peak, flush=True)
+        shards = [sum(x.to_local().nbytes for x in xs) for xs in (parameters, [p.grad for p in parameters], moments)]
+        print(sum(p.nbytes for p in parameters), *shards, peak, flush=True)
 
 
 def memory_of_its_own():
@@ -372,12 +328,6 @@ def test_a_device_for_each(launched, monkeypatch):
         devices.resolve_device("cuda")
     with pytest.raises(UserError, match="--device mps is for one process; use --device cpu with several"):
         devices.resolve_device("mps")
-
-
-def test_an_empty_share_is_one_message_without_weight(launched):
-    indices, weights = torch.tensor([7, 8, 9]), torch.tensor([0.2, 0.3, 0.5])
-    assert [part.tolist() for part in processes.rank_share(indices, weights)] == [[8], [weights[1].item()]]
-    assert [part.tolist() for part in processes.rank_share(indices[:1], weights[:1])] == [[7], [0.0]]
 
 
 def test_shards_need_a_newer_pytorch(launched, monkeypatch):

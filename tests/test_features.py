@@ -5,7 +5,7 @@ import random
 import re
 import sys
 import time
-from contextlib import nullcontext, redirect_stderr, redirect_stdout
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +15,7 @@ import psutil
 import pytest
 import torch
 from conftest import TINY, TINY_SIZE
-from helpers import CPU, finish_together, no_file_above, processes, save_random_weights
+from helpers import CPU, end_together, finish_together, no_file_above, save_random_weights, start_together
 
 import additional_experiments as ae
 from classifier import build_classifier, place
@@ -236,30 +236,27 @@ def flip_bit(path, offset, bit=0):
     path.write_bytes(content)
 
 
-DAMAGES = {
-    "is damaged": {
-        "short": lambda path: os.truncate(path, path.stat().st_size - 1),
-        "long": lambda path: os.truncate(path, path.stat().st_size + 1),
-        "empty": lambda path: os.truncate(path, 0),
-        "text": lambda path: path.write_text("x" * path.stat().st_size),
-        "copied by NumPy": lambda path: np.save(path, np.load(path)),
-        "transposed": lambda path: np.save(path, np.load(path).T),
-    },
-    # A value changed in its last bit, as by matmuls in an environment that the key does not know.
-    "does not hold what is computed here": {
-        "first value": lambda path: flip_bit(path, 128),
-        "last value": lambda path: flip_bit(path, -12),
-    },
-}
+DAMAGED, OTHER = "is damaged", "does not hold what is computed here"
 
 
-@pytest.mark.parametrize("message, damage", [(m, d) for m in DAMAGES for d in DAMAGES[m].values()])
-def test_a_file_that_cannot_be_used_is_computed_again(tiny, tmp_path, message, damage):
+@pytest.mark.parametrize(
+    "problem, damage",
+    [
+        (DAMAGED, lambda path: os.truncate(path, path.stat().st_size - 1)),
+        (DAMAGED, lambda path: os.truncate(path, path.stat().st_size + 1)),
+        (DAMAGED, lambda path: os.truncate(path, 0)),
+        (DAMAGED, lambda path: path.write_text("x" * path.stat().st_size)),
+        (DAMAGED, lambda path: np.save(path, np.load(path).T)),
+        (OTHER, lambda path: flip_bit(path, 128)),  # the first value, by its last bit
+        (OTHER, lambda path: flip_bit(path, -12)),  # the last value
+    ],
+)
+def test_a_file_that_cannot_be_used_is_computed_again(tiny, tmp_path, problem, damage):
     expected = load_or_compute(*tiny[1:], tmp_path).pool
     [path] = tmp_path.iterdir()
     damage(path)
     found = load_or_compute(*tiny[1:], tmp_path)
-    assert found.warnings == [f"frozen features: {path} {message}; they are computed again"]
+    assert found.warnings == [f"frozen features: {path} {problem}; they are computed again"]
     assert " and kept in " in found.outcome and found.pool.x.equal(expected.x)
     assert load_or_compute(*tiny[1:], tmp_path).outcome.startswith("read from ")
 
@@ -434,7 +431,7 @@ def test_the_disk_needs_a_folder(options, capfd):
 # --- larger than memory ---
 
 
-def run_limited(allowed, *options):
+def run_limited(allowed, options):
     """A run that, once model and messages are there, may take `allowed` bytes more of memory that is no file's."""
     import resource
 
@@ -446,18 +443,8 @@ def run_limited(allowed, *options):
         resource.setrlimit(resource.RLIMIT_DATA, (private + allowed,) * 2)
         return load_or_compute(*arguments)
 
-    torch.set_num_threads(1)
     FrozenFeatures.load_or_compute, features.MIN_SECONDS = limited, 0
-    with open("out.txt", "w") as file, redirect_stdout(file), redirect_stderr(file):
-        sys.exit(ae.main(options))
-
-
-def finish_limited(allowed, *options):
-    """Return the exit status of a run in a process of its own, and what it printed."""
-    process = processes().Process(target=run_limited, args=(allowed, *options))
-    process.start()
-    process.join()
-    return process.exitcode, Path("out.txt").read_text()
+    return ae.main(options)
 
 
 @pytest.mark.slow
@@ -469,10 +456,11 @@ def test_features_may_be_larger_than_memory(tmp_path, sample_splits):
     options = f"--model_size gpt2-nano --weights random --device cpu --num_epochs 1 --data_dir {tmp_path}".split()
     on_disk = [*options, "--context_length", "250", "--features", "disk"]
     in_memory = [*on_disk, "--features", "memory", "--feature_cache", ""]
-    status, expected = finish_limited(10**12, *in_memory)
-    assert status == 0, expected
-    status, out = finish_limited(45_000_000, *on_disk)
-    assert status == 0 and numbers(out) == numbers(expected) != [], out
+    found = []
+    for allowed, command in ((10**12, in_memory), (45_000_000, on_disk), (45_000_000, in_memory)):
+        (folder := tmp_path / str(len(found))).mkdir()
+        [status], out = end_together(start_together(1, folder, run_limited, allowed, command), folder)
+        found.append((status, numbers(out)))
+    assert found[1] == found[0] and found[0][0] == 0 and found[0][1] != []
     assert sum(path.stat().st_size for path in (tmp_path / "features").iterdir()) > 70_000_000
-    status, out = finish_limited(45_000_000, *in_memory)
-    assert status == 1 and "error: out of memory" in out
+    assert found[2][0] == 1 and "error: out of memory" in out
