@@ -1,11 +1,9 @@
 """Accuracies and their intervals, and the single mistakes."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
-from helpers import made_up_confusion
+from helpers import made_up_confusion, made_up_record
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest, t
@@ -13,7 +11,7 @@ from sklearn.metrics import f1_score, precision_recall_fscore_support
 
 import additional_experiments as ae
 from runner.data.datasets import Repeats
-from runner.results.accuracy import Accuracy, Confusion, Mistake, describe_test, mean_interval
+from runner.results.accuracy import Accuracy, Confusion, Mistake, describe_accuracies, describe_mistakes, mean_interval
 
 
 @pytest.mark.parametrize("correct, total", [(0, 1), (1, 1), (0, 300), (300, 300), (285, 300), (17, 149), (3, 7)])
@@ -65,28 +63,35 @@ def test_the_confusion_of_predictions():
     assert 0 < 1 - second.confidence < 1e-12  # in double precision, so that certain mistakes can still be ranked
 
 
-def data(*class_names, texts=(), similar=()):
-    return SimpleNamespace(class_names=class_names, test_texts=texts, repeats=dict(test=Repeats((), similar)))
+def lines_of(confusion, *class_names, texts=(), similar=()):
+    """The lines on the test split of a record, and on its mistakes."""
+    confusions = {split: made_up_confusion({}) for split in ("train", "validation")} | dict(test=confusion)
+    repeats = dict(validation=Repeats(), test=Repeats((), similar))
+    record = made_up_record(class_names=list(class_names), confusions=confusions, repeats=repeats, texts=list(texts))
+    return describe_accuracies(record)[3:], describe_mistakes(record)
 
 
 def test_errors_repeated_messages_and_the_most_confident_mistakes():
     confusion = made_up_confusion({0: 0.6, 4: 0.9994, 5: 0.7, 8: 0.9}, totals=(151, 149))
-    texts = [f"text {number}" for number in range(9)]
-    texts[4], texts[8] = "\x1b[31mred\n\u202eback " + "a" * 100, "é ü 🙂"
-    assert describe_test(confusion, data("ham", "spam", texts=texts, similar=(0, 1))) == [
-        "Test accuracy without the 2 that are like training messages: 98.99% (295/298, 95% interval 97.1–99.7)",
-        "Test errors: 3 of 151 ham predicted as spam, 1 of 149 spam predicted as ham",
-        "Test precision and recall: ham 99.33% and 98.01%, spam 98.01% and 99.33%",
-        "Most confident test mistakes:",
-        "  0.999 spam, labelled ham: \\x1b[31mred\\n\\u202eback " + "a" * 36 + "…",
-        "  0.900 spam, labelled ham: é ü 🙂",
-        "  0.700 ham, labelled spam: text 5",
-    ]
+    texts = ["\x1b[31mred\n\u202eback " + "a" * 100, "é ü 🙂", "text 5", "text 0"]  # the most confident first
+    assert lines_of(confusion, "ham", "spam", texts=texts, similar=(0, 1)) == (
+        [
+            "Test accuracy without the 2 that are like training messages: 98.99% (295/298, 95% interval 97.1–99.7)",
+            "Test errors: 3 of 151 ham predicted as spam, 1 of 149 spam predicted as ham",
+            "Test precision and recall: ham 99.33% and 98.01%, spam 98.01% and 99.33%",
+        ],
+        [
+            "Most confident test mistakes:",
+            "  0.999 spam, labelled ham: \\x1b[31mred\\n\\u202eback " + "a" * 36 + "…",
+            "  0.900 spam, labelled ham: é ü 🙂",
+            "  0.700 ham, labelled spam: text 5",
+        ],
+    )
 
 
 def test_a_classifier_that_never_finds_the_rare_class_is_no_success():
     confusion = Confusion([294, 6], [Mistake(number, 1, 0, 0.9) for number in range(6)])
-    frequent, f1, errors, classes, *_ = describe_test(confusion, data("ham", "spam", texts=["a"] * 6))
+    [frequent, f1, errors, classes], _ = lines_of(confusion, "ham", "spam")
     assert frequent == "Test accuracy of always the most frequent class: 98.00%"
     assert f1 == "Test macro-averaged F1: 0.495" and errors == "Test errors: 6 of 6 spam predicted as ham"
     assert classes == "Test precision and recall: ham 98.00% and 100.00%, spam n/a and 0.00%"
@@ -95,7 +100,7 @@ def test_a_classifier_that_never_finds_the_rare_class_is_no_success():
 def test_errors_of_more_classes_begin_with_the_most_frequent_pair_and_count_the_rest():
     confusion = Confusion([3, 0, 10], [Mistake(0, 0, 2, 0.5), Mistake(1, 2, 0, 0.5), Mistake(2, 2, 0, 0.6)])
     assert confusion.describe(["0", "1", "two"]) == "2 of 10 two predicted as 0, 1 of 3 0 predicted as two"
-    assert not any("precision" in line for line in describe_test(confusion, data("0", "1", "two", texts=["a"] * 3)))
+    assert not any("precision" in line for line in lines_of(confusion, "0", "1", "two")[0])
     many = Confusion([3] * 13, [Mistake(n, n % 13, 0, 0.5) for n in range(1, 36) if n % 13])  # three of 1 to 9
     words = many.describe([f"class {n}" for n in range(13)]).split(", ")
     assert words[0] == "3 of 3 class 1 predicted as class 0" and words[9] == "2 of 3 class 10 predicted as class 0"

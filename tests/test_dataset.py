@@ -134,7 +134,7 @@ def test_labels_may_be_names(nano, data_dir, capsys):
     assert all((named.splits[split]["Label"] == 1 - numbered.splits[split]["Label"]).all() for split in named.splits)
     assert named.sha256 != numbered.sha256
     assert main(nano) == 0
-    assert "Spam called no spam" in capsys.readouterr().out
+    assert "Spam predicted as no spam" in capsys.readouterr().out
 
 
 def test_three_classes_and_messages_without_a_label(nano, data_dir, capsys):

@@ -127,8 +127,8 @@ def test_the_model_card(flexible, data_dir, capfd):
     assert "- Base weights: random" in card and "- Data: your own data" in card
 
     experiment = ae.Experiment(trainable_token_pos="flexible", learning_rate=1e-3)
-    record = dict(data="sample", history=dict(lines=[]))
-    published = SavedClassifier(asdict(experiment), 40, [0, 1], ae.PRETRAINED["gpt2-small (124M)"].sha256, record)
+    sha256 = ae.PRETRAINED["gpt2-small (124M)"].sha256
+    published = SavedClassifier(asdict(experiment), 40, [0, 1], sha256, "sample", [])
     card = export.model_card(Path("out"), published, ae.DEFAULTS)
     assert "- Base weights: openai-community/gpt2, under OpenAI's MIT License" in card and "CC BY 4.0" in card
     assert "`python additional_experiments.py --trainable_token_pos flexible --learning_rate 0.001`" in card

@@ -52,8 +52,8 @@ def test_a_file_that_is_no_record_is_named_and_skipped(tmp_path):
         records, [problem] = read_records([tmp_path])
         assert [record.seed for record in records] == [1] and problem.startswith(f"{bad} is no record of a run (")
         assert problem.endswith("; skipped") and "\n" not in problem
-    for version, told in ((b"1", "an older"), (b"3", "a newer")):
-        bad.write_bytes(content.replace(b'"version": 2', b'"version": ' + version))
+    for version, told in ((b"2", "an older"), (b"4", "a newer")):
+        bad.write_bytes(content.replace(b'"version": 3', b'"version": ' + version))
         _, [problem] = read_records([tmp_path])
         assert problem == f"{bad} was written by {told} version; move it away, or use --results DIR; skipped"
 
@@ -70,7 +70,7 @@ def places_in(content, path=()):
 NOTHING = object()
 
 
-@pytest.mark.parametrize("damage", [None, "text", -7, {}, NOTHING], ids=str)
+@pytest.mark.parametrize("damage", [None, "text", -7, {}, NOTHING], ids=["null", "text", "number", "dict", "missing"])
 def test_a_record_with_one_damage_is_skipped_or_reported(tmp_path, damage):
     """A value that is missing or another, wherever it is, and every format of the report."""
     history = History([0, 50], [1.0, 0.5], [1.0, 0.6], [[30, 40]], [[35, 40]], ["a line"])
