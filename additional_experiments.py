@@ -34,7 +34,7 @@ from previous_chapters import GPT_SIZES, GPTConfig
 from runner import options
 from runner.console import Console, describe_model, describe_setup, end_process, exit_status, prepare_streams
 from runner.data import datasets
-from runner.data.datasets import DEFAULT_DATA_DIR, SPLITS, Dataset
+from runner.data.datasets import DEFAULT_DATA_DIR, Dataset
 from runner.data.features import FrozenFeatures, compute_features
 from runner.data.messages import TOKENS_PER_PASS, EncodedData, Split, Stage, make_pool, run_passes, tokenize
 from runner.files import NonFiniteError, UserError
@@ -42,7 +42,7 @@ from runner.machine import processes
 from runner.machine.cpu_check import check_device
 from runner.machine.devices import resolve_device, set_precision
 from runner.options import DATA, INPUT, MACHINE, MAX_CONTEXT, MODEL, TRAINING, RunOptions, bounded, option
-from runner.results.accuracy import Accuracy, Confusion, describe_test
+from runner.results.accuracy import Accuracy, Confusion, describe_accuracies, describe_mistakes
 from runner.results.pictures import plot_histories
 from runner.results.records import History, find_record, make_record, run_identity, write_record
 from runner.results.report import print_report, print_row
@@ -349,7 +349,7 @@ def confusion(predictions):
     probabilities = predictions.logits.double().softmax(-1)  # in float32 those near one are all the same
     confidences, predicted = probabilities.max(-1)
     columns = (predictions.indices, predictions.labels, predicted, confidences)
-    return Confusion.of(*(column.tolist() for column in columns), n_classes=probabilities.shape[1])
+    return Confusion.from_predictions(*(column.tolist() for column in columns), n_classes=probabilities.shape[1])
 
 
 # --- one run ---
@@ -388,7 +388,7 @@ def run(experiment, run_options=RunOptions()):
                 arguments = run_options.results, of_seed, setup.dataset, setup.weights
                 record = processes.call_on_rank0(find_record, *arguments)
             if record is not None:
-                console.info(f"Finished before: {Path(run_options.results, record.run)}.json")
+                console.info(f"Finished before: {Path(run_options.results, record.run_id)}.json")
             elif checkpoint.is_past(seed):
                 problem = f"{path} is of a later seed, and there is no record of seed {seed} in {run_options.results}"
                 raise UserError(f"{problem}; delete the checkpoint to start over")
@@ -507,21 +507,19 @@ def run_seed(experiment, setup, checkpoint, run_options, console):
     try:
         train(classifier, encoded, experiment, state, checkpoint, console)
         minutes = state.usage()["training"] / 60
-        console.info(state.history.add_line(f"Training completed in {minutes:.2f} minutes."))
+        console.info(f"Training completed in {minutes:.2f} minutes.")
         for name, loader in make_loaders(encoded.splits, experiment.batch_size).items():
             confusions[name] = confusion(predict_batches(classifier, encoded, name, loader))
-            console.info(state.history.add_line(f"{SPLITS[name]} accuracy: {confusions[name].accuracy.in_full}"))
     except NonFiniteError as error:
         advice = "Try: a smaller --learning_rate; --precision fp32"
         raise NonFiniteError(f"training diverged, at step {state.batches_done:06d}: {error}\n{advice}") from None
 
-    for line in describe_test(confusions["test"], setup.dataset):
-        console.info(state.history.add_line(line))
     further = dict(minutes=minutes, feature_seconds=setup.features.seconds, note=run_options.note)
     further |= dict(tokens_per_message=setup.encoded.longest)
     record = make_record(experiment, setup.dataset, setup.weights, confusions, state, **further)
     with processes.raise_on_all_ranks():
         setup.weights.require_unchanged()
+    console.info("\n".join([*describe_accuracies(record), *describe_mistakes(record)]))
     if run_options.results:
         console.write_output("the record", run_options.results, write_record, record)
     if run_options.save_model or run_options.export:
@@ -536,8 +534,9 @@ def write_classifier(experiment, setup, parameters, record, run_options, console
     # It is built again: in the one that was trained, frozen weights may be bfloat16, or shards.
     classifier = build_classifier(experiment, len(setup.dataset.class_names), setup.weights.tensors)
     base_sha256 = classifiers.sha256_of_base(setup.weights, classifier)
-    settings, names = asdict(experiment), setup.dataset.class_names
-    saved = SavedClassifier(settings, setup.encoded.limit, names, base_sha256, record.to_dict())
+    results = [f"Training completed in {record.minutes:.2f} minutes.", *describe_accuracies(record)]
+    limit, names = setup.encoded.limit, setup.dataset.class_names
+    saved = SavedClassifier(asdict(experiment), limit, names, base_sha256, setup.dataset.name, results)
     if run_options.save_model:
         console.write_output("the classifier", run_options.save_model, classifiers.save_classifier, saved, parameters)
     if run_options.export:
@@ -565,6 +564,7 @@ class TrainedClassifier:
         Texts are cut, padded and classified as in training. On a device, the first ones are classified on the CPU too.
         Raises UserError for a text without a letter, and if the device does not compute what the CPU computes.
         """
+        texts = list(texts)  # a Series of pandas has no truth value
         if blank := [index for index, text in enumerate(texts) if not text.strip()]:
             raise UserError(f"text {blank[0]} is blank")
         if not texts:

@@ -225,7 +225,7 @@ def check_outputs(run_options, experiment=None):
             except OSError as error:
                 raise UserError(f"--{name} {path} cannot be written: {error.strerror or error}") from None
             is_right = target.is_dir() if is_folder else target.is_file()
-            if target.exists() and not is_right:
+            if os.path.lexists(target) and not is_right:  # a link to itself exists only so
                 raise UserError(f"--{name} {path} is not a {'folder' if is_folder else 'regular file'}")
             key = str(target).casefold()  # as on macOS and Windows
             if what := taken.get(key):

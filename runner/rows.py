@@ -24,9 +24,10 @@ class Question(NamedTuple):
     def rows(self):
         return f"{self.a}–{self.b}"
 
-    @property
-    def why(self):
-        return WHY[self.b]
+    def why(self, of_collection):
+        """Return why the second row may differ; facts of the collection are named for results on it only."""
+        fact = FACTS.get(self.b, "") if of_collection else ""
+        return f"{WHY[self.b]} {fact}".rstrip()
 
 
 MEDIUM, LARGE, XL, NANO = "gpt2-medium (355M)", "gpt2-large (774M)", "gpt2-xl (1558M)", "gpt2-nano (7M)"
@@ -74,7 +75,7 @@ QUESTIONS = (
 )
 
 # Why the second row of a question may differ.
-LARGER = "A larger model has better features, and more parameters to fit 1,045 messages with."
+LARGER = "A larger model has better features, and more parameters to fit few messages with."
 LORA = "Two thin matrices for each linear layer are trained; they save memory for optimizer and gradients."
 UNPADDED = "Without padding the last token is a real one, and the message need not be carried through pads."
 WHY = {
@@ -83,7 +84,7 @@ WHY = {
     4: "A second block can change what the last one attends to; one block fewer is computed only once.",
     5: "All layers can adapt, the embeddings too, but no block can be computed once and kept.",
     **dict.fromkeys((6, 7, 8), LARGER),
-    10: "Words alone say nearly all about spam: a linear classifier on letters gets 97.67% of the test messages.",
+    10: "Pretrained weights know the language; random ones learn from the training messages alone.",
     **dict.fromkeys((11, 12), LORA),
     13: "The classified token is a pad, and between it and the message there are up to a thousand other pads.",
     **dict.fromkeys((14, 15), UNPADDED),
@@ -92,5 +93,10 @@ WHY = {
     18: "No label is 50256: pads are among the tokens, not among the labels, and nothing changes.",
     19: "The mean holds the real tokens, but also all the pads behind them.",
 }
+
+# What can be added about the SMS Spam Collection.
+TRAINING_MESSAGES = "There are 1,045 training messages."
+FACTS = dict.fromkeys((6, 7, 8), TRAINING_MESSAGES)
+FACTS[10] = "Letters alone say nearly all: a linear model on them gets 97.67% of the test messages."
 
 DEMO = dict(model_size=NANO, weights="random", trainable_layers="all", dataset="sample", learning_rate=5e-4)

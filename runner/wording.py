@@ -1,4 +1,7 @@
-"""Settings and foreign texts in words, for a terminal, Markdown and the command line; it imports no other module."""
+"""Settings and texts of users in words, for a terminal, Markdown and the command line; it imports no other module.
+
+What is made here is for people to read. Nothing is ever looked up or told apart by it.
+"""
 
 import re
 import shlex
@@ -6,17 +9,17 @@ from dataclasses import fields
 
 
 def shown(text):
-    """A text in one line, in which what a terminal would obey or hide is escaped."""
+    """Return a text in one line, with escapes for what a terminal would obey or hide."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def plain(text):
-    """A text in one line that neither a terminal nor Markdown takes for more than text."""
+    """Return a text in one line that neither a terminal nor Markdown takes for more than text."""
     return re.sub(r"<(?=\S)", "&lt;", shown(re.sub(r"[\r\n]+", " ", str(text))))
 
 
 def changed_options(experiment):
-    """The options of an experiment that are not the default, {name: value}."""
+    """Return the options of an experiment that are not the default, {name: value}."""
     values = {setting.name: (getattr(experiment, setting.name), setting.default) for setting in fields(experiment)}
     return {name: value for name, (value, default) in values.items() if value != default}
 
@@ -31,26 +34,31 @@ WORDS |= {"context_length model_context_length": "context 1024"}
 
 
 def describe_settings(settings):
-    """Settings, {name: value}, as a reader would name them: `gpt2-xl, lora, rank 16`; of none, what row 1 is."""
+    """Return settings, {name: value}, as a reader would name them: `gpt2-xl, lora, rank 16`; of none, what row 1 is."""
     words = []
     for name, value in settings.items():
-        text = f"{value:g}" if isinstance(value, float) else str(value).split(" (")[0]  # of a size its name
+        text = short_name(value) if name == "model_size" else str(value).removesuffix(".0")
         text = name if value is True else f"{BEFORE.get(name, '')} {text} {AFTER.get(name, '')}".strip()
-        words.append(WORDS.get(f"{name} {value}", text.replace("_", " ")))
+        words.append(WORDS.get(f"{name} {value}", text if name == "weights" else text.replace("_", " ")))
     return ", ".join(words) or "last block, last token"
 
 
+def short_name(model_size):
+    """Return `gpt2-xl` for `gpt2-xl (1558M)`."""
+    return model_size.split(" ")[0]
+
+
 def command_line(settings):
-    """Settings, {name: value}, as command-line options, model sizes by their short names."""
+    """Return settings, {name: value}, as command-line options, model sizes by their short names."""
     words = []
     for name, value in settings.items():
-        text = str(value).split(" (")[0].removeprefix("gpt2-") if name == "model_size" else str(value)
+        text = short_name(value).removeprefix("gpt2-") if name == "model_size" else str(value)
         words += [f"--{name}"] if value is True else [f"--{name}", text]
     return shlex.join(words)
 
 
 def markdown_table(titles, rows, align=True):
-    """The lines of a Markdown table, whatever is in it. All columns but the last may be aligned for a terminal."""
+    """Return the lines of a Markdown table, whatever is in it; `align` pads all columns but the last for a terminal."""
     cells = [[plain(cell).replace("|", "\\|") for cell in row] for row in (titles, *rows)]
     widths = [max(map(len, column)) if align else 0 for column in zip(*cells, strict=True)]
     widths[-1] = 0

@@ -5,7 +5,7 @@ to a whole run: 5 epochs, an evaluation of 10 batches every 50 steps and after e
 end. The fast path runs whole, or, with --fast_steps N, is extrapolated from N training steps, the features of their
 messages and their evaluation. What is extrapolated is marked with ~.
 
-Beside each time stands the machine's own peak in matrix products of float32 (with bf16: bfloat16), measured just
+Beside each time stands the machine's own peak in matmuls of float32 (with bf16: bfloat16), measured just
 before.
 
 With --sitting, whole commands run one after the other, each row without a cache of frozen features and with one that
@@ -30,17 +30,14 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import plain
+from helpers import QUIET, train_quietly
 
 import additional_experiments as ae
 from gpt_download import Weights
-from runner.console import Console
 from runner.data import datasets
 from runner.data.features import FrozenFeatures
 from runner.machine.devices import resolve_device, set_precision
-from runner.saved.checkpoints import Checkpoint
 from runner.saved.classifiers import SavedClassifier
-
-QUIET = Console(quiet=True)
 
 
 def options_of(arguments):
@@ -49,6 +46,11 @@ def options_of(arguments):
     options = [f"--{name}={getattr(arguments, name)}" for name in names]
     options += [f"--model_size={arguments.model_size}"] if arguments.model_size else []
     return [*options, *arguments.options.split(), "--weights=random"]
+
+
+def load_splits(experiment):
+    """Return the splits of an experiment, {name: DataFrame}."""
+    return datasets.load(experiment.data_dir, experiment.dataset, experiment.ignore_index).splits
 
 
 def synchronize(device):
@@ -64,8 +66,8 @@ def seconds(device, function, *arguments):
     return time.perf_counter() - start
 
 
-def product_peak(device, precision):
-    """Floating-point operations per second of a matrix product, the best of ten."""
+def matmul_peak(device, precision):
+    """Return the floating-point operations per second of a matmul, the best of ten."""
     n = 2048 if device.type == "cpu" else 8192
     a, b = torch.randn(2, n, n, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
     return 2 * n**3 / min(seconds(device, torch.mm, a, b) for _ in range(10))
@@ -74,26 +76,26 @@ def product_peak(device, precision):
 # --- the two paths ---
 
 
-def counts(experiment, messages):
-    """How many messages a whole run predicts and trains on, and how many batches it trains on."""
-    n = {split: len(part) for split, part in messages.items()}
+def counts(experiment, splits):
+    """Return how many messages a whole run predicts, and on how many batches it trains."""
+    n = {name: len(split) for name, split in splits.items()}
     steps = n["train"] // experiment.batch_size * experiment.num_epochs
     evaluations = -(-steps // ae.EVALUATE_EVERY) + experiment.num_epochs
     predicted = evaluations * 2 * ae.EVALUATE_BATCHES * experiment.batch_size + sum(n.values())
-    return predicted, steps * experiment.batch_size, steps
+    return predicted, steps
 
 
-def time_plain(classifier, experiment, token_lists, max_tokens, messages, device):
-    """Seconds of a whole plain run, extrapolated from some of its steps and evaluations."""
+def time_plain(classifier, experiment, token_lists, encoded):
+    """Return the seconds of a whole plain run, extrapolated from some of its steps and evaluations."""
     optimizer = torch.optim.AdamW([p for p in classifier.parameters() if p.requires_grad], lr=5e-5, weight_decay=0.1)
-    predicted, _, steps = counts(experiment, messages)
-    B = experiment.batch_size
-    labels = messages["train"].labels.to(device)
+    predicted, steps = counts(experiment, encoded.splits)
+    B, device = experiment.batch_size, classifier.device
+    labels = encoded.splits["train"].labels.to(device)
     order = torch.randperm(len(token_lists), generator=torch.Generator().manual_seed(1)).tolist()
 
     def logits(step):
         chosen = [order[i % len(order)] for i in range(step * B, (step + 1) * B)]
-        return plain.logits(classifier, experiment, [token_lists[i] for i in chosen], max_tokens), labels[chosen]
+        return plain.logits(classifier, experiment, [token_lists[i] for i in chosen], encoded.limit), labels[chosen]
 
     def train_step(step):
         F.cross_entropy(*logits(step)).backward()
@@ -109,38 +111,39 @@ def time_plain(classifier, experiment, token_lists, max_tokens, messages, device
     return seconds_each(train_step) * steps + seconds_each(torch.no_grad()(logits)) * predicted / B
 
 
-def time_fast(classifier, experiment, messages, fast_steps):
-    """Seconds of a whole fast run: all of it, or extrapolated from `fast_steps` training steps and their messages."""
-    device, checkpoint = classifier.device, Checkpoint(ae.RunOptions())
-    weights = Weights(experiment.model_size, "random")
+def time_fast(classifier, experiment, encoded, part=None):
+    """Return the seconds of a fast run: whole, or extrapolated from a `part` of the EncodedData.
 
-    def compute_features(messages):
-        frozen = FrozenFeatures(experiment, ae.RunOptions(feature_cache=""), weights, QUIET)
-        return frozen.of(classifier, messages, experiment.seed)
+    A part has one message of validation and test, and of training as many as its steps need.
+    """
+    device, weights = classifier.device, Weights(experiment.model_size, "random")
+
+    def with_features(data):
+        features = FrozenFeatures(experiment.features, None, 0, weights, QUIET)
+        return replace(data, pool=features.load_or_compute(classifier, data.pool, experiment.seed))
 
     def whole_run():
-        state = ae.make_training_state(classifier, experiment)
-        ae.fine_tune(classifier, compute_features(messages), experiment, state, checkpoint, QUIET)
+        data = with_features(encoded)
+        train_quietly(classifier, data, experiment)
+        for name, loader in ae.make_loaders(data.splits, experiment.batch_size).items():
+            ae.predict_batches(classifier, data, name, loader)
 
-    if fast_steps is None:
+    if part is None:
         return seconds(device, whole_run)
 
-    predicted, _, steps = counts(experiment, messages)
-    n = fast_steps * experiment.batch_size
-    part = {split: whole.select(torch.arange(n if split == "train" else 1)) for split, whole in messages.items()}
-    tokens = [sum(int(split.lengths.sum()) for split in splits.values()) for splits in (messages, part)]
-    feature_seconds = seconds(device, lambda: part.update(compute_features(part))) * tokens[0] / tokens[1]
-    feature_seconds *= classifier.n_frozen_blocks > 0
+    predicted, steps = counts(experiment, encoded.splits)
+    features, n = [], len(part.splits["train"])
+    feature_seconds = seconds(device, lambda: features.append(with_features(part)))
+    feature_seconds *= len(encoded.pool.x) / len(part.pool.x) * (classifier.n_frozen_blocks > 0)
 
-    everything = torch.arange(n)
-    ae.predict(classifier, part["train"], everything)
-    per_message = seconds(device, ae.predict, classifier, part["train"], everything) / n
-    one_epoch = replace(experiment, num_epochs=1)
-    state = ae.make_training_state(classifier, one_epoch)
-    training = seconds(device, ae.train, classifier, part, one_epoch, state, checkpoint, QUIET)
+    [part], indices = features, part.splits["train"].indices
+    ae.predict(classifier, part.pool, indices)
+    per_message = seconds(device, ae.predict, classifier, part.pool, indices) / n
+    training = seconds(device, train_quietly, classifier, part, replace(experiment, num_epochs=1))
+    n_steps = n // experiment.batch_size
     evaluated = 2 * (min(n, ae.EVALUATE_BATCHES * experiment.batch_size) + 1)  # at step 0 and after the epoch
-    evaluated += fast_steps // ae.EVALUATE_EVERY * evaluated // 2
-    return feature_seconds + (training - evaluated * per_message) / fast_steps * steps + per_message * predicted
+    evaluated += n_steps // ae.EVALUATE_EVERY * evaluated // 2
+    return feature_seconds + (training - evaluated * per_message) / n_steps * steps + per_message * predicted
 
 
 def measure(number, arguments):
@@ -148,16 +151,19 @@ def measure(number, arguments):
     experiment, *_ = ae.parse_args([f"--row={number}", *options_of(arguments)])
     device, _ = resolve_device(experiment.device)
     set_precision(experiment.precision, device)
-    splits, _ = datasets.load_splits(experiment.data_dir, experiment.dataset)
-    tokenizer = ae.load_vocabulary()
-    messages, max_tokens, _ = ae.encode(tokenizer, splits, experiment)
+    splits, tokenizer = load_splits(experiment), ae.load_vocabulary()
+    encoded, part = ae.encode(tokenizer, splits, experiment), None
+    if arguments.fast_steps:
+        sizes = dict.fromkeys(splits, 1) | dict(train=arguments.fast_steps * experiment.batch_size)
+        frames = {name: frame.head(sizes[name]) for name, frame in splits.items()}
+        part = ae.encode(tokenizer, frames, replace(experiment, context_length=encoded.limit))
     token_lists = tokenizer.encode_ordinary_batch(list(splits["train"]["Text"]))
 
-    peak = product_peak(device, experiment.precision)
+    peak = matmul_peak(device, experiment.precision)
     classifier = ae.build_classifier(experiment, n_classes=2).to(device)
-    slow = time_plain(classifier, replace(experiment, precision="fp32"), token_lists, max_tokens, messages, device)
-    classifier = ae.optimize_frozen_blocks(ae.build_classifier(experiment, n_classes=2).to(device))
-    fast, about = time_fast(classifier, experiment, messages, arguments.fast_steps), "~" * bool(arguments.fast_steps)
+    slow = time_plain(classifier, replace(experiment, precision="fp32"), token_lists, encoded)
+    classifier = ae.place(ae.build_classifier(experiment, n_classes=2), device)
+    fast, about = time_fast(classifier, experiment, encoded, part), "~" * bool(part)
     figures = f"~{slow:.0f} | {about}{fast:.0f} | {slow / fast:.2f} | {peak / 1e9:.0f}"
     print(f"| {number} | {experiment.model_size}, {experiment.precision} | {figures} |", flush=True)
 
@@ -170,8 +176,7 @@ def classify(arguments):
     from transformers import pipeline
 
     experiment, *_ = ae.parse_args(["--trainable_token_pos=flexible", *options_of(arguments)])
-    splits, _ = datasets.load_splits(experiment.data_dir, experiment.dataset)
-    texts = [text for frame in splits.values() for text in frame["Text"]]
+    texts = [text for frame in load_splits(experiment).values() for text in frame["Text"]]
     experiment = replace(experiment, context_length=120)
     device, _ = resolve_device(experiment.device)
     print(f"{experiment.model_size}, {len(texts):,} messages\n| | messages/s | peak GFLOP/s |\n| --- | --- | --- |")
@@ -182,23 +187,21 @@ def classify(arguments):
         record |= dict(data="sample", minutes=0, history=dict(lines=["Training completed"]))
         saved = SavedClassifier(asdict(experiment), 120, ["ham", "spam"], "", record)
         ae.export_classifier(f"{folder}/out", classifier, saved)
-        ae.optimize_frozen_blocks(classifier.to(device)).eval()
-        peak = product_peak(device, "fp32")
+        trained = ae.TrainedClassifier(ae.place(classifier, device), experiment, ["ham", "spam"])
+        peak = matmul_peak(device, "fp32")
         pieces = [texts[first : first + 1000] for first in range(0, len(texts), 1000)]
         start = time.perf_counter()
-        found = [
-            label for piece in pieces for label in ae.predict_texts(classifier, experiment, piece).argmax(-1).tolist()
-        ]
+        found = [label for piece in pieces for label in trained.predict(piece)[0]]
         ours = len(texts) / (time.perf_counter() - start)
         print(f"| this program | {ours:.1f} | {peak / 1e9:.0f} |", flush=True)
 
         model = pipeline("text-classification", model=f"{folder}/out", truncation=True, device=device)
-        peak = product_peak(device, "fp32")
+        peak = matmul_peak(device, "fp32")
         start = time.perf_counter()
         answers = [answer["label"] for answer in model(texts, batch_size=64)]
         theirs = len(texts) / (time.perf_counter() - start)
     print(f"| transformers | {theirs:.1f} | {peak / 1e9:.0f} |")
-    n_equal = sum(answer == ("ham", "spam")[label] for answer, label in zip(answers, found, strict=True))
+    n_equal = sum(answer == label for answer, label in zip(answers, found, strict=True))
     print(f"{ours / theirs:.2f} times; {n_equal:,} of {len(texts):,} labels are the same")
 
 
@@ -211,7 +214,7 @@ def sitting(rows, arguments):
     totals = [0.0, 0.0]
     with tempfile.TemporaryDirectory() as cache:
         for number, caches in [*((row, ("", cache)) for row in rows), (rows[0], (cache,))]:
-            peak = product_peak(resolve_device(arguments.device)[0], arguments.precision)
+            peak = matmul_peak(resolve_device(arguments.device)[0], arguments.precision)
             taken = []
             for folder in caches:
                 start = time.perf_counter()

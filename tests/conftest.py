@@ -1,6 +1,7 @@
 import os
 import signal
 import sys
+from collections import Counter
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # there are as many workers as cores: one thread each, and what they start too
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -10,7 +11,7 @@ import pandas as pd
 import pytest
 
 import gpt_download
-from previous_chapters import GPT_SIZES
+from previous_chapters import GPT_SIZES, TransformerBlock
 
 # A shell script starts what it puts into the background with Ctrl-C ignored, and children inherit that: without this
 # line the tests of Ctrl-C would fail where the whole suite runs so.
@@ -53,6 +54,19 @@ def options(nano, tiny_size):
     """The options of `nano` with a model of width 16, and two epochs of 43 batches: losses at steps 0 and 50."""
     options = [option.replace("gpt2-nano", "gpt2-tiny") for option in nano]
     return [*options, "--num_epochs", "2", "--batch_size", "1"]
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """How many messages each block has computed, from the first block to the last."""
+    counts, forward = Counter(), TransformerBlock.forward
+
+    def counting(block, x, *arguments):
+        counts[block] += len(x)
+        return forward(block, x, *arguments)
+
+    monkeypatch.setattr(TransformerBlock, "forward", counting)
+    return counts
 
 
 @pytest.fixture(scope="session")

@@ -73,7 +73,7 @@ def made_up_record(wrong=(), **changes):
         tokens_per_message=120,
         confusions=confusions | dict(test=made_up_confusion(dict.fromkeys(wrong, 0.9))),
         repeats=dict(validation=Repeats(), test=Repeats([0], [0, 1])),
-        texts=[f"message {number}" for number in list(wrong)[:10]],
+        texts=[f"message {index}" for index in list(wrong)[:10]],
         minutes=3.5,
         feature_seconds=20.0,
         seconds=220.0,
@@ -86,12 +86,12 @@ def made_up_record(wrong=(), **changes):
     )
     fields |= changes
     seed = dict(seed=fields["seed"], precision=fields["precision"])
-    return Record(**dict(run=file_name("made-up", [str(fields)]), settings=settings | options | seed) | fields)
+    return Record(**dict(run_id=file_name("made-up", [str(fields)]), settings=settings | options | seed) | fields)
 
 
 def made_up_confusion(wrong, totals=(150, 150)):
-    """A Confusion of two classes, in turns; `wrong` maps numbers of messages to how certain the mistake was."""
-    mistakes = [Mistake(number, number % 2, 1 - number % 2, confidence) for number, confidence in sorted(wrong.items())]
+    """A Confusion of two classes, in turns; `wrong` maps indices of messages to how certain the mistake was."""
+    mistakes = [Mistake(index, index % 2, 1 - index % 2, confidence) for index, confidence in sorted(wrong.items())]
     return Confusion(list(totals), mistakes)
 
 

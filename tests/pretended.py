@@ -152,12 +152,13 @@ def pretended_device(monkeypatch, kind, falsify=None):
     if kind == "mps":
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
         monkeypatch.setattr(torch.backends.mps, "is_macos_or_newer", lambda major, minor: True)
-        answers = dict(recommended_max_memory=12 * 10**9, driver_allocated_memory=10**8)
+        answers = dict(recommended_max_memory=12 * 10**9, current_allocated_memory=10**8, driver_allocated_memory=10**8)
     else:
         monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)
         answers = dict(is_available=True, device_count=1, get_device_name="Pretended A100", is_bf16_supported=True)
         answers |= dict(mem_get_info=(40 * 10**9, 40 * 10**9), max_memory_allocated=10**9, synchronize=None)
-    answers |= dict(get_rng_state=state, set_rng_state=None, empty_cache=None)
+        answers |= dict(memory_reserved=0, memory_allocated=0)
+    answers |= dict(get_rng_state=state, set_rng_state=None)
     for name, answer in answers.items():
         monkeypatch.setattr(getattr(torch, kind), name, lambda *_, answer=answer, **__: answer)
     with Functions(), Dispatch():

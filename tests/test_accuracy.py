@@ -1,19 +1,17 @@
 """Accuracies and their intervals, and the single mistakes."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
-from helpers import made_up_confusion
+from helpers import made_up_confusion, made_up_record
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.stats import binomtest, sem, t
-from sklearn.metrics import f1_score
+from scipy.stats import binomtest, t
+from sklearn.metrics import f1_score, precision_recall_fscore_support
 
 import additional_experiments as ae
 from runner.data.datasets import Repeats
-from runner.results.accuracy import Accuracy, Confusion, Mistake, describe_test, mean_interval
+from runner.results.accuracy import Accuracy, Confusion, Mistake, describe_accuracies, describe_mistakes, mean_interval
 
 
 @pytest.mark.parametrize("correct, total", [(0, 1), (1, 1), (0, 300), (300, 300), (285, 300), (17, 149), (3, 7)])
@@ -25,38 +23,37 @@ def test_interval_is_that_of_scipy(correct, total):
     assert (correct > 0 or low == 0) and (correct < total or high == 1)  # exactly, and not by a hair
 
 
-def test_the_interval_of_a_mean_holds_messages_and_seeds():
-    """The part of the seeds is that of the t-interval of their accuracies."""
-    seeds = [Accuracy(correct, 300) for correct in (270, 279, 276)]
-    by_seeds = t.interval(0.95, 2, 0.0, sem([seed.fraction for seed in seeds]))[1]
-    low, high = Accuracy(275, 300).interval
+def test_the_interval_of_a_mean_covers_messages_and_seeds():
+    """Squared and added; where seeds vary by nothing it is that of the messages."""
+    mean = Accuracy(275, 300)
+    low, high = mean.interval
+    by_seeds = t.isf(0.025, 3) * 0.01
     expected = [275 / 300 + sign * np.hypot(by_seeds, 275 / 300 - end) for sign, end in ((-1, low), (1, high))]
-    assert mean_interval(seeds) == pytest.approx(expected)
-    assert mean_interval(seeds[:1]) == seeds[0].interval
-    assert mean_interval([Accuracy(275, 300)] * 3) == pytest.approx((low, high))  # seeds that all agree
-    assert mean_interval([Accuracy(150, 300), Accuracy(300, 300)]) == (0, 1)
-    assert mean_interval([Accuracy(0, 0)] * 2) == (0, 1)
+    assert mean_interval(mean, 0.01**2, 3) == pytest.approx(expected)
+    assert mean_interval(mean, 0.0, 1) == pytest.approx((low, high))
+    assert mean_interval(Accuracy(225, 300), 0.1, 1) == mean_interval(Accuracy(0, 0), 0.1, 1) == (0, 1)
 
 
 @given(st.lists(st.tuples(st.integers(-1, 3), st.integers(0, 3)), min_size=1), st.randoms(use_true_random=False))
 def test_counts_and_accuracy_follow_from_the_mistakes(pairs, order):
     """Of any messages in any order, those without a label left out."""
-    numbers = order.sample(range(len(pairs)), len(pairs))
-    labels, called = zip(*pairs, strict=True)
-    confusion = Confusion.of(numbers, labels, called, [0.5] * len(pairs), n_classes=4)
+    indices = order.sample(range(len(pairs)), len(pairs))
+    labels, predicted = zip(*pairs, strict=True)
+    confusion = Confusion.from_predictions(indices, labels, predicted, [0.5] * len(pairs), n_classes=4)
     labelled = [pair for pair in pairs if pair[0] >= 0]
     assert confusion.totals == [sum(label == each for label, _ in labelled) for each in range(4)]
     assert confusion.accuracy == Accuracy(sum(a == b for a, b in labelled), len(labelled))
-    assert [m.number for m in confusion.mistakes] == sorted(m.number for m in confusion.mistakes)
+    assert [m.index for m in confusion.mistakes] == sorted(m.index for m in confusion.mistakes)
     if labelled:
         true, predicted = zip(*labelled, strict=True)
-        occurring = sorted(set(true))
-        theirs = f1_score(true, predicted, labels=occurring, average="macro", zero_division=np.nan)
-        assert confusion.macro_f1 == pytest.approx(theirs)
+        assert confusion.macro_f1 == pytest.approx(f1_score(true, predicted, average="macro", zero_division=0))
+        theirs = precision_recall_fscore_support(true, predicted, labels=range(4), zero_division=np.nan)[:2]
+        ours = [[float(one.fraction) for one in of_class] for of_class in confusion.precision_and_recall]
+        np.testing.assert_allclose(np.transpose(ours), theirs)
 
 
 def test_the_confusion_of_predictions():
-    """Equal to the accuracy that is counted without it; the number is the message's, not its place in the loader."""
+    """Equal to the accuracy that is counted without it; the index is the message's, not its place in the loader."""
     logits = torch.tensor([[2.0, 0.0], [0.0, 30.0], [0.0, 1.0], [5.0, 5.0], [1.0, 0.0]])
     predictions = ae.Predictions(logits, torch.tensor([0, 0, 1, 1, -100]), [5], torch.tensor([7, 3, 5, 1, 2]))
     confusion = ae.confusion(predictions)
@@ -66,35 +63,46 @@ def test_the_confusion_of_predictions():
     assert 0 < 1 - second.confidence < 1e-12  # in double precision, so that certain mistakes can still be ranked
 
 
-def data(*class_names, texts=(), similar=()):
-    return SimpleNamespace(class_names=class_names, test_texts=texts, repeats=dict(test=Repeats((), similar)))
+def lines_of(confusion, *class_names, texts=(), similar=()):
+    """The lines on the test split of a record, and on its mistakes."""
+    confusions = {split: made_up_confusion({}) for split in ("train", "validation")} | dict(test=confusion)
+    repeats = dict(validation=Repeats(), test=Repeats((), similar))
+    record = made_up_record(class_names=list(class_names), confusions=confusions, repeats=repeats, texts=list(texts))
+    return describe_accuracies(record)[3:], describe_mistakes(record)
 
 
 def test_errors_repeated_messages_and_the_most_confident_mistakes():
     confusion = made_up_confusion({0: 0.6, 4: 0.9994, 5: 0.7, 8: 0.9}, totals=(151, 149))
-    texts = [f"text {number}" for number in range(9)]
-    texts[4], texts[8] = "\x1b[31mred\n\u202eback " + "a" * 100, "é ü 🙂"
-    assert describe_test(confusion, data("ham", "spam", texts=texts, similar=(0, 1))) == [
-        "Test accuracy without the 2 that are like training messages: 98.99% (295/298, 95% interval 97.1–99.7)",
-        "Test errors: 3 of 151 ham called spam, 1 of 149 spam called ham",
-        "Most confident test mistakes:",
-        "  0.999 spam, labelled ham: \\x1b[31mred\\n\\u202eback " + "a" * 36 + "…",
-        "  0.900 spam, labelled ham: é ü 🙂",
-        "  0.700 ham, labelled spam: text 5",
-    ]
+    texts = ["\x1b[31mred\n\u202eback " + "a" * 100, "é ü 🙂", "text 5", "text 0"]  # the most confident first
+    assert lines_of(confusion, "ham", "spam", texts=texts, similar=(0, 1)) == (
+        [
+            "Test accuracy without the 2 that are like training messages: 98.99% (295/298, 95% interval 97.1–99.7)",
+            "Test errors: 3 of 151 ham predicted as spam, 1 of 149 spam predicted as ham",
+            "Test precision and recall: ham 99.33% and 98.01%, spam 98.01% and 99.33%",
+        ],
+        [
+            "Most confident test mistakes:",
+            "  0.999 spam, labelled ham: \\x1b[31mred\\n\\u202eback " + "a" * 36 + "…",
+            "  0.900 spam, labelled ham: é ü 🙂",
+            "  0.700 ham, labelled spam: text 5",
+        ],
+    )
 
 
 def test_a_classifier_that_never_finds_the_rare_class_is_no_success():
     confusion = Confusion([294, 6], [Mistake(number, 1, 0, 0.9) for number in range(6)])
-    frequent, f1, errors, *_ = describe_test(confusion, data("ham", "spam", texts=["a"] * 6))
+    [frequent, f1, errors, classes], _ = lines_of(confusion, "ham", "spam")
     assert frequent == "Test accuracy of always the most frequent class: 98.00%"
-    assert f1 == "Test macro-averaged F1: 0.495" and errors == "Test errors: 6 of 6 spam called ham"
+    assert f1 == "Test macro-averaged F1: 0.495" and errors == "Test errors: 6 of 6 spam predicted as ham"
+    assert classes == "Test precision and recall: ham 98.00% and 100.00%, spam n/a and 0.00%"
 
 
-def test_errors_of_more_classes_are_pairs_the_most_frequent_of_many():
+def test_errors_of_more_classes_begin_with_the_most_frequent_pair_and_count_the_rest():
     confusion = Confusion([3, 0, 10], [Mistake(0, 0, 2, 0.5), Mistake(1, 2, 0, 0.5), Mistake(2, 2, 0, 0.6)])
-    assert confusion.describe(["0", "1", "two"]) == "1 of 3 0 called two, 2 of 10 two called 0"
-    many = Confusion([2] * 12, [Mistake(n, n % 12, 0, 0.5) for n in range(1, 23) if n != 12])
-    words = many.describe([f"class {n}" for n in range(12)])
-    assert words.count("called class 0") == 10 and "class 11" not in words
+    assert confusion.describe(["0", "1", "two"]) == "2 of 10 two predicted as 0, 1 of 3 0 predicted as two"
+    assert not any("precision" in line for line in lines_of(confusion, "0", "1", "two")[0])
+    many = Confusion([3] * 13, [Mistake(n, n % 13, 0, 0.5) for n in range(1, 36) if n % 13])  # three of 1 to 9
+    words = many.describe([f"class {n}" for n in range(13)]).split(", ")
+    assert words[0] == "3 of 3 class 1 predicted as class 0" and words[9] == "2 of 3 class 10 predicted as class 0"
+    assert words[10:] == ["and 4 in 2 other pairs of classes"]
     assert Confusion([1, 1], []).describe(["a", "b"]) == "none"

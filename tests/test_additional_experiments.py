@@ -39,7 +39,7 @@ def parse(*options):
         ("--trainable_layers lora_alternative", "lora_alternative 8/8"),
         ("--trainable_token_pos first", "Frozen features: 3 of 4 blocks, 50 distinct messages, 50 tokens"),
         ("--trainable_token_pos flexible", "3 of 4 blocks, 68 distinct messages, 588 tokens"),
-        ("--average_embeddings", "| mean of all | last_block | 12, epochs 1"),
+        ("--average_embeddings", "| mean of all | last_block | 12 | epochs 1"),
         ("--average_embeddings --trainable_token_pos flexible", "| mean of real |"),
         ("--context_length model_context_length --trainable_token_pos first", "Tokens per message: 1024 at most"),
         ("--context_length 5", "68 distinct messages, 340 tokens"),

@@ -1,11 +1,14 @@
 """What is printed, and what becomes of errors: exit status, closed streams."""
 
+import os
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from helpers import end_together, start_together
 
 import additional_experiments as ae
 from runner.console import Console, exit_status
@@ -42,6 +45,17 @@ def test_a_quiet_console_prints_results_and_warnings(capsys):
         console.table_row({"a": 1})
         console.warning("careful")
         assert capsys.readouterr() == (lines, "warning: careful\n")
+
+
+def print_and_die():
+    Console().info("Ep 1")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
+def test_a_killed_run_has_printed_its_lines(tmp_path):
+    """Into a file too, to which Python does not write line by line."""
+    assert end_together(start_together(1, tmp_path, print_and_die), tmp_path) == ([-signal.SIGKILL], "Ep 1\n")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a POSIX shell")

@@ -22,9 +22,8 @@ def write(data_dir, **contents):
 
 
 def read(data_dir, ignore_index=-100):
-    """What `number_labels` gives for the files of a folder."""
-    splits, name = datasets.load_splits(data_dir, "uci")
-    return datasets.number_labels(splits, name, data_dir, ignore_index)
+    """Return the Dataset of the files of a folder."""
+    return datasets.load(data_dir, "uci", ignore_index)
 
 
 # --- bad data ---
@@ -78,7 +77,7 @@ def test_a_folder_from_which_somebody_expects_other_data(no_download, tmp_path, 
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     (tmp_path / "other files" / "train.csv.gz").mkdir(parents=True)
     with pytest.raises(UserError, match=f"^--data_dir {path} does not exist, or holds other files than train.csv"):
-        datasets.load_splits(path, "uci")
+        read(path)
 
 
 def test_files_of_ones_own_are_never_replaced(no_download, data_dir):
@@ -86,11 +85,11 @@ def test_files_of_ones_own_are_never_replaced(no_download, data_dir):
     (data_dir / "train.csv").unlink()
     (data_dir / "test.csv").unlink()
     with pytest.raises(UserError, match="holds validation.csv alone; your own data needs all"):
-        datasets.load_splits(data_dir, "uci")
+        read(data_dir)
     for name in ("train.csv", "test.csv"):
         (data_dir / name).symlink_to(data_dir / "nowhere")
     with pytest.raises(FileNotFoundError, match=f"'{data_dir}/train.csv'"):
-        datasets.load_splits(data_dir, "uci")
+        read(data_dir)
 
 
 # --- good data ---
@@ -112,7 +111,7 @@ LINES = 'Label,Text\n0,"a, b"\n1,ä€😀\n0,"say ""hi"""\n1,"two\nlines"\n'
 )
 def test_what_spreadsheets_write(data_dir, content):
     write(data_dir, train=content)
-    frame = read(data_dir)[0]["train"]
+    frame = read(data_dir).splits["train"]
     assert list(frame["Text"]) == ["a, b", "ä€😀", 'say "hi"', "two\nlines"] and list(frame["Label"]) == [0, 1, 0, 1]
 
 
@@ -120,22 +119,22 @@ def test_text_is_taken_as_it_is(nano, data_dir):
     """NA is a message, and so is <|endoftext|>."""
     texts = ["NA", "null", "a\0b", "two\r\nlines", "<|endoftext|>", " b "]
     pd.DataFrame({"Label": [0, 1] * 3, "Text": texts}).to_csv(data_dir / "test.csv", index=None)
-    assert list(read(data_dir)[0]["test"]["Text"]) == texts
-    assert 50256 not in encoded(parse_args([*nano, "--no_padding"])[0])["test"].x
+    assert list(read(data_dir).splits["test"]["Text"]) == texts
+    assert 50256 not in encoded(parse_args([*nano, "--no_padding"])[0]).pool.x
 
 
 def test_labels_may_be_names(nano, data_dir, capsys):
     """They are shown instead of numbers, and tell data from other data."""
-    numbered, _, _ = read(data_dir)
+    numbered = read(data_dir)
     for split in datasets.SPLITS:
         frame = pd.read_csv(data_dir / f"{split}.csv")
         frame.assign(Label=frame["Label"].map({0: " no  spam", 1: "Spam"})).to_csv(data_dir / f"{split}.csv")
-    named, names, warnings = read(data_dir, ignore_index=-1)
-    assert names == ["Spam", "no spam"] and warnings == []
-    assert all((named[split]["Label"] == 1 - numbered[split]["Label"]).all() for split in named)
-    assert datasets.sha256_of_splits(datasets.load_splits(data_dir, "uci")[0]) != datasets.sha256_of_splits(numbered)
+    named = read(data_dir, ignore_index=-1)
+    assert named.class_names == ["Spam", "no spam"] and named.warnings == []
+    assert all((named.splits[split]["Label"] == 1 - numbered.splits[split]["Label"]).all() for split in named.splits)
+    assert named.sha256 != numbered.sha256
     assert main(nano) == 0
-    assert "Spam called no spam" in capsys.readouterr().out
+    assert "Spam predicted as no spam" in capsys.readouterr().out
 
 
 def test_three_classes_and_messages_without_a_label(nano, data_dir, capsys):
@@ -165,8 +164,7 @@ def test_warnings_come_before_training(nano, data_dir, capsys):
 
 def test_a_text_may_be_as_long_as_a_book(data_dir):
     write(data_dir, test=f"Label,Text\n0,{'word ' * 30_000}\n1,b\n")
-    splits, _ = datasets.load_splits(data_dir, "uci")
-    assert len(splits["test"]["Text"][0]) == 150_000
+    assert len(read(data_dir).splits["test"]["Text"][0]) == 150_000
 
 
 def test_without_padding_nothing_is_cut_to_the_longest_training_message(nano, data_dir):
@@ -175,9 +173,8 @@ def test_without_padding_nothing_is_cut_to_the_longest_training_message(nano, da
     write(data_dir, test=f"Label,Text\n0,{long}\n1,{long[:300]}\n")
     cases = {"--no_padding": [1024, 61], "--no_padding --context_length 50": [50, 50], "": [12, 12]}
     for options, expected in cases.items():
-        experiment, *_ = parse_args([*nano, *options.split()])
-        data = ae.prepare_data(experiment)
-        assert data.messages["test"].lengths.tolist() == expected
+        data = encoded(parse_args([*nano, *options.split()])[0])
+        assert data.pool.lengths[data.splits["test"].indices].tolist() == expected
         assert data.longest == max(expected) and data.limit >= data.longest
 
 
@@ -201,15 +198,15 @@ def test_collection_is_split_and_written_once(sums, tmp_path):
     gpt_download.make_uci_splits(tmp_path)
     assert (tmp_path / "test.csv").read_text() == "my own"
     (tmp_path / "test.csv").unlink()
-    first, name = datasets.load_splits(tmp_path, "uci")
-    assert name == "uci" and {split: sha256_of(tmp_path / f"{split}.csv") for split in sums} == sums
+    first = read(tmp_path)
+    assert first.name == "uci" and {split: sha256_of(tmp_path / f"{split}.csv") for split in sums} == sums
     (tmp_path / "test.csv").unlink()
-    assert datasets.load_splits(tmp_path, "uci")[1] == "uci" and sha256_of(tmp_path / "test.csv") == sums["test"]
+    assert read(tmp_path).name == "uci" and sha256_of(tmp_path / "test.csv") == sums["test"]
     (tmp_path / "SMSSpamCollection").unlink()  # not looked at any more
-    again, name = datasets.load_splits(tmp_path, "uci")
-    assert name == "uci" and datasets.sha256_of_splits(again) == datasets.sha256_of_splits(first)
-    assert [len(first[split]) for split in datasets.SPLITS] == [840, 120, 240]  # 70, 10 and 20%
-    assert sum(frame["Label"].sum() for frame in first.values()) == 600  # half of it spam
+    again = read(tmp_path)
+    assert again.name == "uci" and again.sha256 == first.sha256 and again.class_names == ["ham", "spam"]
+    assert [len(first.splits[split]) for split in datasets.SPLITS] == [840, 120, 240]  # 70, 10 and 20%
+    assert sum(frame["Label"].sum() for frame in first.splits.values()) == 600  # half of it spam
 
 
 def test_a_folder_that_cannot_be_written_to(sums, tmp_path, monkeypatch):
@@ -217,8 +214,8 @@ def test_a_folder_that_cannot_be_written_to(sums, tmp_path, monkeypatch):
         raise PermissionError
 
     monkeypatch.setattr(os, "replace", refuse)
-    splits, name = datasets.load_splits(tmp_path, "uci")
-    assert name == "uci" and len(splits["train"]) == 840 and len(list(tmp_path.iterdir())) == 1
+    found = read(tmp_path)
+    assert found.name == "uci" and len(found.splits["train"]) == 840 and len(list(tmp_path.iterdir())) == 1
 
 
 def test_folders_that_the_collection_is_downloaded_into(monkeypatch):
@@ -232,4 +229,4 @@ def test_folders_that_the_collection_is_downloaded_into(monkeypatch):
         if inside:
             Path(folder, inside).mkdir(parents=True)
         with pytest.raises(UserError, match="splits the collection differently"):
-            datasets.load_splits(folder, "uci")
+            read(folder)

@@ -1,8 +1,6 @@
-"""Several processes for one run: the numbers of one process, whatever they share, and how they end together."""
+"""Several processes for one run: the numbers of one process, and how they end together."""
 
-import json
 import os
-import random
 import re
 import shutil
 import signal
@@ -11,16 +9,25 @@ import sys
 import time
 from datetime import timedelta
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import TINY, TINY_SIZE
-from helpers import CPU, end_together, finish_together, records_in, save_random_weights, start_together
+from helpers import (
+    CPU,
+    encoded,
+    end_together,
+    finish_together,
+    interrupt_at,
+    records_in,
+    save_random_weights,
+    start_together,
+)
 from torch.torch_version import TorchVersion
 
 import additional_experiments as ae
-from gpt_download import find_weights
+from classifier import build_classifier, place
+from gpt_download import load_weights
 from previous_chapters import GPT_SIZES
 from runner.data import features
 from runner.data.messages import Batch, Stage
@@ -32,7 +39,7 @@ from runner.rows import ROWS
 from runner.saved import checkpoints
 
 # Each with 43 training messages: no number of processes divides the batches, nor a batch the messages.
-CONFIGURATIONS = {f"row {number}": row.options for number, row in ROWS.items()} | {
+CONFIGURATIONS = {f"row {n}": row.options for n, row in ROWS.items() if "model_size" not in row.options} | {
     "batches of 3": dict(batch_size=3),
     "batches of 1": dict(batch_size=1, trainable_layers="last_two_blocks"),
     "accumulation": dict(batch_size=3, accumulation_steps=4, trainable_layers="all"),
@@ -44,11 +51,7 @@ HAS_SHARDS = torch.__version__ >= "2.8"
 needs_shards = pytest.mark.skipif(not HAS_SHARDS, reason="--shard needs PyTorch 2.8")
 SHARDED = ("row 1", "row 3", "row 4", "row 5", "row 11", "row 14", "row 15", "row 19", "accumulation", "bf16, lora")
 SHARDED += ("kept features", "features read")
-RUNS = {
-    "repeats": dict(repeats=2),
-    "kept features": dict(feature_cache="features"),
-    "features read": dict(feature_cache="features"),
-}
+RUNS = {"repeats": dict(repeats=2)} | dict.fromkeys(("kept features", "features read"), dict(feature_cache="features"))
 
 
 def make_tiny():
@@ -57,181 +60,188 @@ def make_tiny():
     processes.TIMEOUT = timedelta(minutes=1)
 
 
-def results(data_dir, weights, shard, names):
-    """{configuration: what its runs have found}, at the tiny size."""
-    base = dict(model_size=TINY, device="cpu", data_dir=str(data_dir), weights="random", learning_rate=5e-4)
-    base |= dict(num_epochs=1)
-    found, known = {}, set()
+def results(base, weights, names):
+    """Return {configuration: what its runs have found}, at the tiny size."""
+    found = {}
     for name in names:
-        own = {option: value for option, value in CONFIGURATIONS.get(name, {}).items() if option != "model_size"}
-        own["weights"] = weights if name in ("row 1", "row 5", "row 11") else "random"
-        experiment = ae.Experiment(**base | own)
-        if experiment in known and name not in RUNS:  # rows that differ in their size only
-            continue
-        known.add(experiment)
-        run_options = dict(results="", feature_cache="", shard=shard) | RUNS.get(name, {})
+        own = dict(weights=weights if name in ("row 1", "row 5", "row 11") else "random", num_epochs=1)
+        experiment = ae.Experiment(**base | dict(learning_rate=5e-4) | CONFIGURATIONS.get(name, {}) | own)
+        run_options = RunOptions(**dict(results="", feature_cache="") | RUNS.get(name, {}))
         found[name] = [
             dict(
                 losses=record.history.train_losses + record.history.val_losses,
                 accuracies=record.history.train_accuracies,
                 mistakes={split: len(confusion.mistakes) for split, confusion in record.confusions.items()},
             )
-            for record in ae.run(experiment, RunOptions(**run_options))
+            for record in ae.run(experiment, run_options)
         ]
     return found
+
+
+def gradients(base):
+    """Return {parameter: gradient} of three batches, of which no number of processes divides the last one."""
+    layers = dict(weights="random", trainable_layers="last_two_blocks")
+    experiment = ae.Experiment(**base | layers, batch_size=3, accumulation_steps=3)
+    classifier = place(build_classifier(experiment, 2), CPU, experiment.shard)
+    ae.accumulate_gradients(classifier, encoded(experiment), torch.arange(7).split(3), experiment)
+    return {name: processes.gather_full(p.grad) for name, p in classifier.named_parameters() if p.grad is not None}
 
 
 def write_results(data_dir, weights):
     make_tiny()
     with processes.process_group():
         for shard in (False, True)[: processes.world_size() if HAS_SHARDS else 1]:
-            found = results(data_dir, weights, shard, SHARDED if shard else (*CONFIGURATIONS, *RUNS))
+            base = dict(model_size=TINY, device="cpu", data_dir=str(data_dir), shard=shard)
+            found = results(base, weights, SHARDED if shard else (*CONFIGURATIONS, *RUNS)), gradients(base)
             if processes.rank() == 0:
-                Path(f"{shard}.json").write_text(json.dumps(found))
-
-
-def folders(tmp_path, *names):
-    for name in names:
-        (tmp_path / name).mkdir()
-        yield tmp_path / name
+                torch.save(found, f"{shard}.pt")
 
 
 @pytest.mark.parametrize("n", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_the_numbers_are_those_of_one_process(data_dir, tmp_path, n):
-    alone, together = folders(tmp_path, "alone", "together")
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    alone.mkdir(), together.mkdir()
     weights = save_random_weights(tmp_path, emb_dim=16)
     finish_together(1, alone, write_results, data_dir, weights)
-    of_one_process = json.loads((alone / "False.json").read_text())
+    expected, expected_gradients = torch.load(alone / "False.pt")
     out = finish_together(n, together, write_results, data_dir, weights)
-    n_shared = 1 + HAS_SHARDS
-    assert out.count("and kept in features/") == out.count("read from features/") == n_shared  # printed by one process
     assert f"{n} × CPU, 1 thread" in out
-    for shard in (False, True)[:n_shared]:
-        found = json.loads((together / f"{shard}.json").read_text())
-        assert found.keys() == (set(SHARDED) if shard else of_one_process.keys())
-        for name, runs in found.items():
-            for run, expected in zip(runs, of_one_process[name], strict=True):
-                expected_losses = pytest.approx(expected["losses"], rel=0, abs=2e-3 if "bf16" in name else 1e-5)
-                assert run == expected | dict(losses=expected_losses), (name, shard)
+    for shard in (False, True)[: 1 + HAS_SHARDS]:
+        found, found_gradients = torch.load(together / f"{shard}.pt")
+        assert found.keys() == (set(SHARDED) if shard else expected.keys())
+        for name in found:
+            for run, in_one in zip(found[name], expected[name], strict=True):
+                losses = pytest.approx(in_one["losses"], rel=0, abs=2e-3 if "bf16" in name else 1e-5)
+                assert run == in_one | dict(losses=losses), (name, shard)
+        # AdamW takes the same steps whether gradients are summed or averaged.
+        torch.testing.assert_close(found_gradients, expected_gradients)
+    assert out.count("and kept in features/") == out.count("read from features/") == 1 + HAS_SHARDS  # by one process
 
 
 # --- how they end ---
 
 
-def main(options, elsewhere=None, slow=1):
-    """A run as the command line starts it; process 1 may have another folder, and a slow clock."""
+def main(options, of_rank1=(), fault=None):
+    """A run as the command line starts it; rank 1 may have further options, and there may be a fault."""
     make_tiny()
     ae.EVALUATE_EVERY = 5
-    if processes.rank() == 1:
-        os.chdir(elsewhere or ".")
-        clock, start = time.monotonic, time.monotonic()
-        clocks = dict(monotonic=lambda: start + (clock() - start) / slow, perf_counter=time.perf_counter)
-        checkpoints.time = SimpleNamespace(**clocks)
-    return ae.main(options)
-
-
-ENDINGS = {
-    "all": (signal.SIGKILL, "--trainable_layers all --accumulation_steps 3 --checkpoint_minutes 0"),
-    "sharded": (signal.SIGTERM, "--trainable_layers last_two_blocks --shard"),
-    "repeats": (signal.SIGINT, "--trainable_layers last_layer --repeats 2"),
-}
+    if fault is not None:
+        fault(pytest.MonkeyPatch())
+    return ae.main([*options, *of_rank1] if processes.rank() == 1 else options)
 
 
 @pytest.fixture
 def long_options(options):
-    """Those of a run with so many epochs that there is time to interrupt it in one of the first."""
+    """Those of a run with so many epochs that there is time to interrupt it in the second one."""
     return [*options, "--num_epochs", "5", "--batch_size", "8", "--checkpoint", "run.ckpt"]
 
 
-@pytest.mark.parametrize("name", [pytest.param("sharded", marks=needs_shards), "all", "repeats"])
-def test_ended_together_and_resumed(long_options, tmp_path, name):
-    """At a random moment of training, by a signal to one of them. Resumed by as many, by one, and sharded by three."""
-    number, own = ENDINGS[name]
-    options = [*long_options, *own.split()]
-    whole, ended, by_one, by_three = folders(tmp_path, "whole", "ended", "by_one", "by_three")
-    finish_together(2, whole, main, options)
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
+@pytest.mark.parametrize(
+    "n, number, further, others",
+    [
+        (1, signal.SIGKILL, "--trainable_layers all --checkpoint_minutes 0", ()),
+        (2, signal.SIGKILL, "--trainable_layers all --accumulation_steps 3 --checkpoint_minutes 0", (1,)),
+        pytest.param(2, signal.SIGTERM, "--trainable_layers last_two_blocks --shard", (1, 3), marks=needs_shards),
+    ],
+)
+def test_ended_and_resumed(long_options, tmp_path, n, number, further, others):
+    """By a signal to the last of `n` processes. Resumed by as many, and by other numbers of them."""
+    options = [*long_options, *further.split()]
+    whole, ended, *folders = (tmp_path / name for name in ("whole", "ended", *map(str, others)))
+    for folder in (whole, ended, *folders):
+        folder.mkdir()
+    finish_together(n, whole, main, options)
 
-    started = start_together(2, ended, main, options)
-    printed, moment = ended / "out.txt", f"Ep {random.choice((2, 3))} ("
-    while not printed.exists() or moment not in printed.read_text():
+    started = start_together(n, ended, main, options)
+    printed = ended / "out.txt"
+    while not printed.exists() or "Ep 2 (" not in printed.read_text():
         time.sleep(0.005)
     os.kill(started[-1].pid, number)
     statuses, out = end_together(started, ended)
     if number == signal.SIGKILL:
-        assert statuses == [1, -number]
+        assert statuses == [1, -number][-n:]
     else:
-        assert statuses == [128 + number] * 2 and "Traceback" not in out
+        assert statuses == [128 + number] * n and "Traceback" not in out
         assert re.findall("^interrupted.*", out, re.M) == ["interrupted; the same command resumes from run.ckpt"]
 
-    for folder in (by_one, by_three):
+    for folder in folders:
         shutil.copy(ended / "run.ckpt", folder)
-    assert "Resuming from run.ckpt after" in finish_together(2, ended, main, options)
+    assert "Resuming from run.ckpt after" in finish_together(n, ended, main, options)
     assert records_in(ended / "results") == records_in(whole / "results")
-    finish_together(1, by_one, main, [option for option in options if option != "--shard"])
-    if name == "sharded":
-        finish_together(3, by_three, main, options)
-    for folder in (by_one, by_three) if name == "sharded" else (by_one,):
-        for record, expected in zip(*(read_records([each / "results"])[0] for each in (folder, whole)), strict=True):
-            assert record.test == expected.test
-            assert record.history.train_losses == pytest.approx(expected.history.train_losses, abs=1e-5)
+    for other, folder in zip(others, folders, strict=True):
+        finish_together(other, folder, main, [word for word in options if other > 1 or word != "--shard"])
+        [found], [expected] = (read_records([each / "results"])[0] for each in (folder, whole))
+        assert found.test == expected.test
+        assert found.history.train_losses == pytest.approx(expected.history.train_losses, abs=1e-5)
+
+
+def run_out_of_memory(monkeypatch):
+    def fail(*arguments):
+        raise RuntimeError("CUDA out of memory")
+
+    if processes.rank() == 1:
+        monkeypatch.setattr(ae, "accumulate_gradients", fail)
+
+
+def interrupt_the_last_save(monkeypatch):
+    if processes.rank() == 1:
+        interrupt_at(monkeypatch, checkpoints.Checkpoint, "save", 5, signal.SIGTERM)
+
+
+def diverge(monkeypatch):
+    def step(optimizer):
+        optimizer.param_groups[0]["params"][0].data.fill_(float("nan"))
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+
+
+DIVERGED, SAVE_FIRST = "error: training diverged, at step 00000", "--accumulation_steps 2 --checkpoint_minutes 0"
 
 
 @pytest.mark.parametrize(
-    "further, status, message",
+    "further, of_rank1, fault, status, told",
     [
-        (["--learning_rate", "1e18"], 1, "error: training diverged, at step 0000"),
-        (["--batch_size", "44"], 2, "error: --batch_size 44: there are only 43 training messages\n"),
+        ("--learning_rate 1e18", "", None, 1, DIVERGED),
+        ("--batch_size 44", "", None, 2, "error: --batch_size 44: there are only 43 training messages\n"),
+        ("", "--weights missing", None, 2, "error: --weights missing: neither "),
+        ("", "", run_out_of_memory, 1, "error: out of memory\nTry: "),
+        pytest.param("--shard", "", interrupt_the_last_save, 143, "interrupted; the same", marks=needs_shards),
+        pytest.param(f"--shard {SAVE_FIRST}", "", diverge, 1, DIVERGED, marks=needs_shards),
     ],
 )
-def test_what_all_find_is_told_once(long_options, tmp_path, further, status, message):
-    statuses, out = end_together(start_together(2, tmp_path, main, [*long_options, *further]), tmp_path)
-    assert statuses == [status] * 2 and out.count(message) == out.count("error") == 1 and "Traceback" not in out
+def test_all_end_and_one_says_why(long_options, tmp_path, further, of_rank1, fault, status, told):
+    options = [*long_options, "--trainable_layers", "last_layer", *further.split()]
+    statuses, out = end_together(start_together(2, tmp_path, main, options, of_rank1.split(), fault), tmp_path)
+    assert statuses == [status] * 2 and out.count(told) == out.count("error: ") + out.count("interrupted") == 1
+    assert fault is run_out_of_memory or "Traceback" not in out
 
 
-@needs_shards
-def test_what_one_finds_ends_all(long_options, tmp_path):
-    """Process 1 has a slow clock and would not save when the other does; then, in another folder, has no checkpoint."""
-    here, elsewhere = folders(tmp_path, "here", "elsewhere")
-    options = [*long_options, "--trainable_layers", "last_layer", "--shard", "--checkpoint_minutes", "0.001"]
-    finish_together(2, here, main, options, None, 1000)  # with shards all have to take part in saving
-    statuses, out = end_together(start_together(2, here, main, options, elsewhere), here)
-    assert statuses == [2, 2]
-    assert out.endswith("error: --checkpoint run.ckpt: not all hosts have the same file there\n")
+def test_ranks_that_differ(long_options, tmp_path):
+    """Rank 1 would save less often; then it has another checkpoint, then other results."""
+    options = [*long_options, "--trainable_layers", "last_layer", *["--shard"] * HAS_SHARDS]
+    options += ["--checkpoint_minutes", "0.001"]
+    finish_together(2, tmp_path, main, options, ["--checkpoint_minutes", "1000"])  # with shards all ranks save
+    statuses, out = end_together(start_together(2, tmp_path, main, options, ["--checkpoint", "other"]), tmp_path)
+    assert statuses == [2, 2] and out.endswith("error: --checkpoint other: not all hosts have the same file there\n")
+    out = finish_together(2, tmp_path, main, [*options, "--skip_finished"], ["--results", "other"])
+    assert out.count("Finished before: ") == 1
 
 
-def test_a_finished_run_is_skipped_by_all(options, tmp_path):
-    """Its record is in the folder of process 0 alone."""
-    here, elsewhere = folders(tmp_path, "here", "elsewhere")
-    options = [*options, "--trainable_layers", "last_layer", "--batch_size", "8", "--skip_finished"]
-    finish_together(2, here, main, options)
-    statuses, out = end_together(start_together(2, here, main, options, elsewhere), here)
-    assert statuses == [0, 0] and out.count("Finished before: ") == 1
+def write_slowly(monkeypatch):
+    """Ctrl-C reaches all ranks; rank 0 takes a second to write the checkpoint."""
+    fsync = os.fsync
+    interrupt_at(monkeypatch, ae, "accumulate_gradients", 4, signal.SIGINT)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: time.sleep(1) or fsync(descriptor))
 
 
-def main_with_a_last_fault(fault, options):
-    """A run in which, as its last state is saved, process 1 gets a signal, or parameters are not finite."""
-    save = checkpoints.Checkpoint.save
-
-    def faulty(checkpoint, state):
-        if fault == "signal" and processes.rank() == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-        if fault == "nan":
-            next(iter(state.parameters.values())).data.fill_(float("nan"))
-        save(checkpoint, state)
-
-    checkpoints.Checkpoint.save = faulty
-    return main(options)
-
-
-@needs_shards
-@pytest.mark.parametrize(
-    "fault, status, told", [("signal", 143, "interrupted; the same"), ("nan", 1, "error: training diverged, at")]
-)
-def test_the_last_state_ends_all(long_options, tmp_path, fault, status, told):
-    options = [*long_options, "--num_epochs", "1", "--trainable_layers", "last_layer", "--shard"]
-    started = start_together(2, tmp_path, main_with_a_last_fault, fault, options)
-    statuses, out = end_together(started, tmp_path)
-    assert statuses == [status] * 2 and out.count(told) == 1 and "Traceback" not in out
+def test_no_rank_ends_before_the_checkpoint_is_written(long_options, tmp_path):
+    """When one has ended, torchrun ends the others."""
+    rank0, rank1 = start_together(2, tmp_path, main, long_options, (), write_slowly)
+    rank1.join()
+    rank0.terminate()
+    rank0.join()
+    assert torch.load(tmp_path / "run.ckpt")["state"]["batches_done"] == 4
 
 
 # --- what torchrun itself does ---
@@ -280,22 +290,17 @@ def measure_shards(path):
             return fully_shard(module, **arguments)
 
         fsdp.fully_shard = measured
-        classifier = ae.build_classifier(experiment, 2, find_weights(path, "wide").tensors)
-        processes.shard(classifier, CPU)
+        classifier = build_classifier(experiment, 2, load_weights(path, "wide").tensors)
+        place(classifier, CPU, shard=True)
         peak = max(*held, memory_of_its_own()) - held[0]
-        state = ae.make_training_state(classifier, experiment)
+        optimizer = ae.make_optimizer(classifier, experiment)
         batch = Batch(Stage.TOKEN_IDS, torch.ones(2, 5, dtype=torch.int32), torch.tensor([4, 4]), None)
-        logits = classifier(batch)
-        logits.square().sum().backward()
-        of_bias = classifier.out_head.bias.grad.full_tensor()  # AdamW would not tell a sum from a mean
-        torch.testing.assert_close(of_bias, processes.world_size() * 2 * logits.sum(0))
-        state.optimizer.step()
+        classifier(batch).square().sum().backward()
+        optimizer.step()
         parameters = list(classifier.parameters())
-        moments = [moment for kept in state.optimizer.state.values() for moment in kept.values() if moment.ndim]
-        sizes = [
-            [part.to_local().nbytes for part in parts] for parts in (parameters, [p.grad for p in parameters], moments)
-        ]
-        print(sum(p.nbytes for p in parameters), *map(sum, sizes), peak, flush=True)
+        moments = [moment for kept in optimizer.state.values() for moment in kept.values() if moment.ndim]
+        shards = [sum(x.to_local().nbytes for x in xs) for xs in (parameters, [p.grad for p in parameters], moments)]
+        print(sum(p.nbytes for p in parameters), *shards, peak, flush=True)
 
 
 def memory_of_its_own():
@@ -308,7 +313,7 @@ def memory_of_its_own():
 
 @pytest.fixture
 def launched(monkeypatch):
-    """This process is number 1 of two on its host."""
+    """This process is rank 1 of two on its host."""
     launched = dict(TORCHELASTIC_RUN_ID="test", RANK="1", WORLD_SIZE="2", LOCAL_RANK="1", LOCAL_WORLD_SIZE="2")
     for name, value in launched.items():
         monkeypatch.setenv(name, value)
@@ -317,7 +322,7 @@ def launched(monkeypatch):
 def test_a_device_for_each(launched, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda number: None)
-    assert devices.own_device("cuda") == torch.device("cuda:1")
+    assert devices.device_of_rank("cuda") == torch.device("cuda:1")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(UserError, match="2 processes cannot have a CUDA device each: this host has 1"):
         devices.resolve_device("cuda")
@@ -325,16 +330,10 @@ def test_a_device_for_each(launched, monkeypatch):
         devices.resolve_device("mps")
 
 
-def test_an_empty_share_is_one_message_without_weight(launched):
-    indices, weights = torch.tensor([7, 8, 9]), torch.tensor([0.2, 0.3, 0.5])
-    assert [part.tolist() for part in processes.own_share(indices, weights)] == [[8], [weights[1].item()]]
-    assert [part.tolist() for part in processes.own_share(indices[:1], weights[:1])] == [[7], [0.0]]
-
-
 def test_shards_need_a_newer_pytorch(launched, monkeypatch):
     monkeypatch.setattr(torch, "__version__", TorchVersion("2.7.1+cu126"))
     with pytest.raises(UserError, match="--shard needs PyTorch 2.8 or later; this is 2.7.1"):
-        RunOptions(shard=True)
+        ae.Experiment(shard=True)
 
 
 @pytest.mark.parametrize("mode", ["--report", "--baseline", "--load_model"])

@@ -1,6 +1,7 @@
 """Files that are whole or absent, paths that are refused, values that are not finite."""
 
 import os
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,25 @@ def test_what_was_there_stays_if_writing_fails():
         temporary.write_bytes(b"half")
         raise KeyboardInterrupt
     assert path.read_bytes() == b"before" and os.listdir() == ["file"]
+
+
+def test_a_file_is_on_disk_before_it_gets_its_name(monkeypatch):
+    """The power fails just after the renaming: the system, a pretended one, has written what was flushed to disk."""
+    fsync, replace, on_disk = os.fsync, os.replace, {}
+
+    def flush(descriptor):
+        fsync(descriptor)
+        on_disk[os.fstat(descriptor).st_ino] = os.pread(descriptor, 100, 0)
+
+    def rename(source, target):
+        content = on_disk.get(os.stat(source).st_ino, b"")
+        replace(source, target)
+        Path(target).write_bytes(content)
+
+    monkeypatch.setattr(os, "fsync", flush)
+    monkeypatch.setattr(os, "replace", rename)
+    files.write_bytes(Path("file"), b"content")
+    assert Path("file").read_bytes() == b"content"
 
 
 def test_two_writers_of_one_file():
@@ -63,3 +83,19 @@ def test_values_that_are_not_finite_are_named():
     for value in (float("nan"), -float("inf")):
         with pytest.raises(files.NonFiniteError, match="tensor b has values that are infinite or not a number"):
             files.require_finite(good | {"b": torch.tensor([1.0, value, 2.0]).bfloat16()}, "tensor")
+
+
+@pytest.mark.parametrize(
+    "size, max_bytes, removed", [(10, 100, ""), (10, 99, "b"), (10, 40, "bc"), (100, 100, "bca"), (101, 100, None)]
+)
+def test_room_is_made_by_the_least_recently_used(tmp_path, size, max_bytes, removed):
+    """Files of 30 bytes, last used in the order b, c, a, and larger ones of somebody else, which are older."""
+    folder = tmp_path / "new" / "folder"
+    files.make_room(folder, r"\w\.npy", 0, 0)
+    for age, name in enumerate(["a.npy", "c.npy", "b.npy", "b.npy.old", "thesis.npy"]):
+        (folder / name).write_bytes(bytes(30 if age < 3 else 1000))
+        os.utime(folder / name, (10**9 - age, 10**9 - age))
+    with pytest.raises(OSError, match="--feature_cache_gb") if removed is None else nullcontext():
+        files.make_room(folder, r"\w\.npy", size, max_bytes)
+    left = {name for name in "abc" if name not in (removed or "")}
+    assert {path.name for path in folder.iterdir()} == {f"{n}.npy" for n in left} | {"b.npy.old", "thesis.npy"}

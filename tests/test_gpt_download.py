@@ -25,7 +25,7 @@ from transformers import GPT2Config, GPT2Model
 
 import additional_experiments
 import gpt_download
-from gpt_download import HubFile, fetch_collection, fetch_weights, load_vocabulary, open_weights
+from gpt_download import HubFile, fetch_collection, fetch_weights, load_vocabulary, load_weights, open_weights
 from runner.files import UserError
 
 # --- a server that does as it is told ---
@@ -385,7 +385,7 @@ def test_weights_with_values_that_are_not_finite(tmp_path, nano_weights, dtype, 
     tensors[name][3, 5] = value
     save_file(tensors, tmp_path / "weights")
     with pytest.raises(UserError, match=f"cannot be used as gpt2-nano .*: tensor {name} has values"):
-        gpt_download.find_weights(str(tmp_path / "weights"), "gpt2-nano (7M)")
+        load_weights(str(tmp_path / "weights"), "gpt2-nano (7M)")
 
 
 # --- what the project carries ---

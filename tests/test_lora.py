@@ -8,15 +8,15 @@ import copy
 
 import pytest
 import torch
-from helpers import assert_equal_to_rounding, train_quietly
+from helpers import CPU, assert_equal_to_rounding, train_quietly
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import GPT2Config, GPT2Model
 
-import additional_experiments as ae
-from additional_experiments import Experiment, LinearWithLoRA, LinearWithMergedLoRA
+from additional_experiments import Experiment
+from classifier import LinearWithLoRA, LinearWithMergedLoRA, build_classifier, place
 from runner.data.datasets import SPLITS
-from runner.data.messages import Batch, Messages, Stage
+from runner.data.messages import Batch, EncodedData, MessagePool, Split, Stage
 
 RANK, ALPHA, CLASSES = 3, 2.5, 4
 NANO = dict(model_size="gpt2-nano (7M)", weights="random", lora_rank=RANK, lora_alpha=ALPHA)
@@ -48,14 +48,14 @@ TRAINED = {
 
 
 def build(trainable_layers, **others):
-    return ae.build_classifier(Experiment(trainable_layers=trainable_layers, **NANO, **others), CLASSES)
+    return build_classifier(Experiment(trainable_layers=trainable_layers, **NANO, **others), CLASSES)
 
 
-def randomize_B(module):
+def randomize_B(module, std=0.1):
     torch.manual_seed(1)
     for part in module.modules():
         if isinstance(part, LinearWithLoRA):
-            nn.init.normal_(part.B, std=0.1)
+            nn.init.normal_(part.B, std=std)
 
 
 # --- one layer ---
@@ -113,6 +113,18 @@ def test_classifier_with_lora_is_the_bare_one_with_other_weights(name):
     assert_equal_to_rounding(classifier(batch()), bare(batch()))
 
 
+@torch.no_grad()
+def test_with_bf16_the_first_steps_of_merged_lora_are_not_lost():
+    """They are smaller than the distance between two bfloat16 numbers of the size of the weights."""
+    classifier = build("lora_alternative", precision="bf16")
+    for part in classifier.gpt.modules():
+        if isinstance(part, LinearWithLoRA):  # as large as pretrained weights
+            part.linear.weight.copy_(0.1 * part.linear.weight.sign() + part.linear.weight / 4)
+    before = place(classifier, CPU)(batch())
+    randomize_B(classifier.gpt, std=1e-5)
+    assert not classifier(batch()).equal(before)
+
+
 # --- what is trained ---
 
 
@@ -130,19 +142,18 @@ def test_one_step_changes_what_is_trained_and_nothing_else(trainable_layers, fro
     tensors_before = {name: tensor.clone() for name, tensor in tensors.items()}
     # Weight decay would also change what gets no gradient.
     experiment = Experiment(trainable_layers=trainable_layers, **NANO, num_epochs=1, weight_decay=0.0)
-    classifier = ae.build_classifier(experiment, CLASSES, tensors or None)
-    ae.optimize_frozen_blocks(ae.copy_trained_parameters(classifier))
+    classifier = place(build_classifier(experiment, CLASSES, tensors or None), CPU)
     before = {name: parameter.detach().clone() for name, parameter in classifier.named_parameters()}
     trained = set(TRAINED[trainable_layers])
     assert {name for name, parameter in classifier.named_parameters() if parameter.requires_grad} == trained
     lengths, labels = torch.arange(8) % 5 + 2, torch.arange(8) % CLASSES
-    tokens = torch.randint(50257, (int(lengths.sum()),))
-    messages = dict.fromkeys(SPLITS, Messages(Stage.TOKEN_IDS, tokens, lengths, lengths - 1, labels))  # one batch
+    pool = MessagePool(Stage.TOKEN_IDS, torch.randint(50257, (int(lengths.sum()),)), lengths, lengths - 1)
+    data = EncodedData(pool, dict.fromkeys(SPLITS, Split(torch.arange(8), labels)), limit=6, longest=6)  # one batch
     maybe = {name for name in trained if name.endswith("W_key.bias")}  # its gradient is zero but for rounding
 
-    train_quietly(classifier, messages, experiment)
+    train_quietly(classifier, data, experiment)
     # The gradient of A has B as a factor, which is zero until the first step is done.
     assert changed(classifier, before) - maybe == {name for name in trained - maybe if not name.endswith(".A")}
-    train_quietly(classifier, messages, experiment)
+    train_quietly(classifier, data, experiment)
     assert changed(classifier, before) - maybe == trained - maybe
     assert [name for name in tensors if not tensors[name].equal(tensors_before[name])] == []

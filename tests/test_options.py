@@ -1,13 +1,16 @@
 """The command line: what options mean, what bad ones are told, and --help."""
 
+import json
 import math
+import os
 import tempfile
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from additional_experiments import Experiment, main, parse_args
+from additional_experiments import Experiment, main, parse_args, run
 from runner.files import UserError
 from runner.options import RunOptions
 from runner.rows import ROWS
@@ -63,6 +66,10 @@ def test_dashes_and_short_names():
         ("--demo --row 3", "not allowed with argument"),
         ("--row 20", '"20" is not a whole number from 1 to 19'),
         ("--weights random --precision tf32 --device cpu", "--precision tf32 is for CUDA"),
+        ("--weights random --shard", "--shard needs several processes: torchrun"),
+        ("--features disk --feature_cache=", "--features disk needs a --feature_cache"),
+        ("--checkpoint a --repeats 2 --results=", "--checkpoint with --repeats needs --results"),
+        ("--skip_finished --results=", "--skip_finished needs --results"),
         ("--write a.png", "--write needs --report"),
         ("--classify a", "--classify needs --load_model"),
         ("--load_model a", "--load_model needs --classify"),
@@ -109,29 +116,60 @@ def test_help_names_every_option_and_its_default(capsys):
     "settings, message",
     [
         (dict(model_size=NANO), "no pretrained weights"),
-        (dict(model_size="xl"), "--model_size does not take 'xl'"),
+        (dict(model_size="gpt3"), '--model_size: "gpt3" is none of gpt2-small (124M), '),
         (dict(precision="fp16"), "--precision does not take 'fp16'; choose from fp32, bf16, tf32"),
-        (dict(num_epochs="3"), "--num_epochs does not take '3'"),
         (dict(num_epochs=2.5), '--num_epochs: "2.5" is not a whole number'),
+        (dict(batch_size=True), '--batch_size: "True" is not a whole number'),
         (dict(learning_rate=math.nan), '--learning_rate: "nan" is not a finite number'),
-        (dict(no_padding=0), "--no_padding does not take 0"),
+        (dict(no_padding="no"), "--no_padding does not take 'no'"),
         (dict(weights=None), "--weights does not take None"),
-        (dict(device=["cpu"]), "--device does not take ['cpu']; choose from auto, cpu, mps, cuda"),
+        (dict(device=["cpu"]), "choose from auto, cpu, mps, cuda"),
+        (dict(shard=True), "--shard needs several processes: torchrun"),
         (dict(repeats=0), '--repeats: "0" is not a whole number'),
+        (dict(write=("a.gif",), report=()), '--write: "a.gif" does not end in'),
     ],
 )
 def test_settings_are_checked_without_a_command_line_too(settings, message):
-    kind = RunOptions if "repeats" in settings else Experiment
+    kind = RunOptions if {"repeats", "write"} & settings.keys() else Experiment
     with pytest.raises(UserError) as error:
         kind(**settings)
     assert message in str(error.value)
 
 
-def test_settings_of_a_command_line_and_of_python_are_the_same():
-    settings = dict(context_length=50, learning_rate=1, weight_decay=0, ignore_index=-1, seed=2**63 - 1)
-    given = [word for name, value in settings.items() for word in (f"--{name}", value)]
-    assert Experiment(no_padding=True, **settings) == parse("--no_padding", *given)
-    assert RunOptions(classify=("a", "b"), load_model="c") == parse_args(["--load_model=c", "--classify", "a", "b"])[1]
+def test_settings_of_a_command_line_and_of_python_are_the_same(nano_weights):
+    """Also as Python has them: short names, paths, numbers of NumPy and whole numbers for others."""
+    given = dict(model_size="nano", weights=Path(nano_weights), data_dir=Path("a"), context_length=np.int64(50))
+    given |= dict(learning_rate=np.float32(1e-3), weight_decay=0, lora_alpha=16, seed=np.int64(2**63 - 1))
+    given |= dict(ignore_index=-1, lora_rank="4")
+    expected = parse(
+        "--no_padding", "--activation_checkpointing", *(f"--{name}={value!s}" for name, value in given.items())
+    )
+    found = Experiment(no_padding=np.bool_(True), activation_checkpointing=True, **given)
+    assert (found, repr(found)) == (expected, repr(expected))  # 16 == 16.0, but they are not stored alike
+    assert json.loads(json.dumps(asdict(found))) == asdict(expected)
+    assert found.config.activation_checkpointing and not parse().config.activation_checkpointing
+    of_command = parse_args(["--load_model=c", "--classify", "a", "b", "--export=d"])[1]
+    assert RunOptions(classify=["a", "b"], load_model=Path("c"), export=Path("d")) == of_command
+
+
+@pytest.mark.parametrize(
+    "settings, run_options, message",
+    [
+        (dict(), dict(save_model="missing/x.safetensors"), "--save_model missing/x.safetensors cannot be written"),
+        (dict(data_dir="."), dict(checkpoint="test.csv"), "--checkpoint test.csv would overwrite the data"),
+        (dict(), dict(results="file"), "--results file cannot be written"),
+        (dict(), dict(plot="missing/x.png", repeats=2), "--plot missing/x.png cannot be written"),
+        (dict(), dict(export="out"), "--export needs --trainable_token_pos flexible"),
+        (dict(features="disk"), dict(feature_cache=""), "--features disk needs a --feature_cache"),
+    ],
+)
+def test_outputs_are_checked_for_callers_from_python_too(data_dir, capsys, settings, run_options, message):
+    """Before anything is trained or printed."""
+    Path("file").touch()
+    common = dict(model_size="nano", weights="random", data_dir=data_dir)
+    with pytest.raises(UserError, match=message):
+        run(Experiment(**common | settings), RunOptions(**run_options))
+    assert capsys.readouterr() == ("", "") and os.listdir() == ["file"]
 
 
 @pytest.mark.parametrize("option", ["--results", "--checkpoint", "--save_model", "--plot", "--write"])

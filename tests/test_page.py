@@ -41,10 +41,32 @@ def test_the_page_holds_everything(everything):
     assert captions[0].startswith("The table. Not run: rows 3, 4,")
     assert captions[1].startswith("Rows with gpt2-nano, random weights, sample data, lr 0.0005. Not run: rows 3, 4,")
     assert len(summaries) == 11 and summaries[0].startswith("row 1, seed 1: 93.00% (279/300")
-    assert any(cell.startswith("worse, -") for cell in cells) and any(QUESTIONS[0].why in cell for cell in cells)
-    assert any(cell.startswith("no verdict") for cell in cells) and {"linear SVM", "message 3"} < set(cells)
+    assert any(cell.startswith("Row 2 is worse, -") for cell in cells)
+    assert any(QUESTIONS[0].why(True) in cell for cell in cells) and {"linear SVM", "message 3"} < set(cells)
+    assert any(cell.startswith("Row 18 has no verdict") for cell in cells)
+    assert any(text.startswith("These seeds show a difference of about") for text in texts(everything, "p"))
+    assert any(
+        "without the last partial one, as in the original (300 of 1,045 messages)." in text
+        for text in texts(everything, "p")
+    )
     assert any(text.endswith(": a remark") for text in texts(everything, "p"))
-    assert "There are no runs." in texts(page_of(), "p")
+    assert any(text.startswith("There are no runs. This command") for text in texts(page_of(), "p"))
+
+
+def test_precision_and_recall_of_each_class(everything):
+    """Of the first run: 20 mistakes on messages 0 to 19, every other one of them spam."""
+    [table, *_] = [
+        one for one in ElementTree.fromstring(page_of(row(1, range(21)))).iter("table") if "Classes" in one[0].text
+    ]
+    found = [[cell.text for cell in line] for line in table.iter("tr")][1:]
+    assert found == [["ham", "150", "93.29%", "92.67%"], ["spam", "150", "92.72%", "93.33%"]]
+
+
+def test_the_legend_names_what_is_drawn(everything):
+    assert "seeds (strokes), published (diamond)" in everything
+    alone = page_of(nano(1), nano(2))
+    assert "strokes" not in alone and "diamond" not in alone and "mean (disc)" in alone
+    assert 'class="seed"' not in alone and 'class="published"' not in alone
 
 
 def test_intervals_and_seeds_are_drawn_where_they_are(everything):
@@ -54,7 +76,23 @@ def test_intervals_and_seeds_are_drawn_where_they_are(everything):
     low, high = places["interval"][0]  # of row 1, with its three seeds
     assert all(low < x < high for [x] in [*places["seed"][:3], places["mean"][0]])
     ends = [end for place in places["interval"] for end in place]
-    assert (min(ends), max(ends)) == (0, 200)  # the farther end of the widest difference, and 100%
+    assert 0 <= min(ends) < 10 and max(ends) == 200 and not places["cut"]
+    for label in ("75", "100%", "−10", "0", "+10 points"):
+        assert label in texts(everything, "text")
+
+
+def test_a_wide_interval_is_cut_with_an_arrow():
+    wide = [row(1, range(n), seed=seed, lora_rank=4) for seed, n in ((1, 10), (2, 30))]
+    found = ElementTree.fromstring(
+        page_of(*(row(n, range(9), seed=seed) for n in (1, 2, 3) for seed in (1, 2, 3)), *wide)
+    )
+    [cut] = [one.get("d") for one in found.iter("path") if one.get("class") == "cut"]
+    starts = [one.get("d").split()[0] for one in found.iter("path") if one.get("class") == "interval"]
+    assert cut.startswith("M0.0 10") and "M0.0" in starts
+
+
+def test_values_stand_at_the_axes_of_the_losses(everything):
+    assert {"1.00", "0", "100 batches"} <= set(texts(everything, "text"))
 
 
 def test_losses_that_are_not_known_are_not_drawn():
@@ -93,6 +131,8 @@ OUTER = """<iframe id="page" width="{}" height="900" srcdoc="{}"></iframe><scrip
 const inside = document.getElementById("page").contentDocument, root = inside.documentElement;
 inside.querySelectorAll("details").forEach(details => details.open = true);
 document.title = `${{root.scrollWidth}} of ${{root.clientWidth}}`;
+const shown = name => inside.defaultView.getComputedStyle(inside.querySelector(name)).display;
+document.title += ` ${{shown("thead")}}`;
 const table = inside.querySelector("table"), values = [];
 table.querySelector("th:nth-child(4) button").click();
 for (const row of table.tBodies[0].rows) values.push(parseFloat(row.cells[3].textContent));
@@ -101,11 +141,12 @@ document.title += ` sorted ${{values.length > 2 && values.every((x, i) => i === 
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
-@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("width", [1280, 768, 390])
 def test_nothing_is_wider_than_the_window_and_a_heading_sorts(everything, tmp_path, width):
     (tmp_path / "page.html").write_text(OUTER.format(width, html.escape(everything)), encoding="utf-8")
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
     command += ["--virtual-time-budget=3000", "--dump-dom", f"file://{tmp_path / 'page.html'}"]
     out = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
-    widths = re.search(r"<title>(\d+) of (\d+) sorted true</title>", out)
-    assert int(widths[1]) <= int(widths[2]) <= width
+    found = re.search(r"<title>(\d+) of (\d+) (\S+) sorted true</title>", out)
+    assert int(found[1]) <= int(found[2]) <= width
+    assert found[3] == ("none" if width < 600 else "table-header-group")  # cards on a telephone only

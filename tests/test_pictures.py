@@ -28,8 +28,18 @@ def test_the_picture_names_each_row_and_has_no_legend_for_what_is_not_drawn():
     name = "{0} 100% $x^2$ \\frac"  # whatever it is
     other = made_up_record(options=dict(weights=name), row=None, configuration=name)
     summary = summarize([row(1, seed=1), row(1, seed=2), row(3), nano(1), nano(2), other])
-    names = {"last block, last token  1", "last layer  3", "last block, last token  1, 6, 7, 8", "The table:", name}
+    names = {"1  last block, last token", "3  last layer", "The table:", name}
     assert names | {"published", "single seeds"} <= set(texts_in(pictures.plot_summary, summary))
     texts = texts_in(pictures.plot_summary, summarize([nano(1)]))
     assert "published" not in texts and "single seeds" not in texts and "measured, 95% interval" in texts
     assert "Test accuracy (%)" in texts_in(pictures.plot_summary, summarize([]))
+
+
+def test_a_wide_interval_does_not_squeeze_the_others():
+    """Two seeds alone say little: their interval is cut, with an arrow, and the axis begins near the others."""
+    runs = [row(n, range(n), seed=seed) for n in range(1, 16) for seed in (1, 2, 3)]
+    wide = [row(1, range(n), seed=seed, lora_rank=4) for seed, n in ((1, 10), (2, 30))]
+    texts = texts_in(pictures.plot_summary, summarize([*runs, *wide]))
+    assert min(int(text) for text in texts if text.isdecimal()) >= 60 and 'id="cut"' in Path("picture.svg").read_text()
+    texts_in(pictures.plot_summary, summarize(runs))
+    assert 'id="cut"' not in Path("picture.svg").read_text()

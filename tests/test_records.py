@@ -1,19 +1,24 @@
 """A run's history, its record, and the file that holds it."""
 
+import json
 import shlex
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pandas as pd
 import pytest
-import torch
 from helpers import made_up_record
 
-from additional_experiments import main, parse_args
-from gpt_download import find_weights
-from runner.data.datasets import Repeats, find_repeats
+from additional_experiments import Experiment, main, parse_args
+from gpt_download import PRETRAINED, Weights, load_weights
+from runner.data.datasets import Repeats, find_repeats, normalized
+from runner.files import sha256_of
+from runner.results.page import render
 from runner.results.records import History, identify, read_records, write_record
+from runner.results.report import as_text, row_cells, runs_as_csv
+from runner.results.summary import summarize
 from runner.rows import ROWS
 from runner.wording import command_line
 
@@ -21,16 +26,17 @@ UCI = SimpleNamespace(name="uci", sha256="01234567" * 8)
 OWN = SimpleNamespace(name="own", sha256="89abcdef" * 8)
 
 
-def identity_of(experiment, data=UCI, device="cpu"):
-    weights = find_weights(experiment.weights, experiment.model_size)
-    return identify(experiment, data, weights, torch.device(device))
+def identity_of(experiment, data=UCI):
+    size, source = experiment.model_size, experiment.weights
+    weights = Weights(size, source, PRETRAINED[size].sha256) if source == "pretrained" else load_weights(source, size)
+    return identify(experiment, data, weights)
 
 
 def test_a_record_survives_its_file(tmp_path):
     history = History([0, 50], [1.0, 0.5], [1.0, 0.6], [[30, 40]], [[35, 40]], ["a line"])
     record = made_up_record([1, 2, 299], history=history, note="two\nlines \u2028 \x1b[1m")
     path = write_record(tmp_path / "new", record)
-    assert path == tmp_path / "new" / f"{record.run}.json"
+    assert path == tmp_path / "new" / f"{record.run_id}.json"
     [found], problems = read_records([path.parent])
     assert write_record(tmp_path / "again", found).read_bytes() == path.read_bytes() and problems == []
     assert (found.confusions, found.history) == (record.confusions, history)
@@ -38,58 +44,130 @@ def test_a_record_survives_its_file(tmp_path):
     assert [found.minutes for found in read_records([path.parent])[0]] == [9.0]
 
 
-DAMAGES = [lambda text: text[:-50], lambda text: b"\xff\xfe", lambda text: b"[1, 2]"]
-DAMAGES += [lambda text: text.replace(b'"version": 2', b'"version": 1')]
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_what_is_no_record_is_named_and_skipped(tmp_path, damage):
+def test_a_file_that_is_no_record_is_named_and_skipped(tmp_path):
     good, bad = (write_record(tmp_path, made_up_record([1], seed=seed)) for seed in (1, 2))
-    bad.write_bytes(damage(bad.read_bytes()))
-    records, [problem] = read_records([tmp_path])
-    assert [record.seed for record in records] == [1] and problem.startswith(f"{bad} is no record of a run (")
-    assert problem.endswith("; skipped") and "\n" not in problem
+    content = bad.read_bytes()
+    for damaged in (content[:-50], b"\xff\xfe", b"[1, 2]", b"[" * 100_000, b"3", content.replace(b"made", b"\xff")):
+        bad.write_bytes(damaged)
+        records, [problem] = read_records([tmp_path])
+        assert [record.seed for record in records] == [1] and problem.startswith(f"{bad} is no record of a run (")
+        assert problem.endswith("; skipped") and "\n" not in problem
+    for version, told in ((b"2", "an older"), (b"4", "a newer")):
+        bad.write_bytes(content.replace(b'"version": 3', b'"version": ' + version))
+        _, [problem] = read_records([tmp_path])
+        assert problem == f"{bad} was written by {told} version; move it away, or use --results DIR; skipped"
+
+
+def places_in(content, path=()):
+    """The path of every value in what JSON holds, of lists the first item only."""
+    items = content.items() if isinstance(content, dict) else list(enumerate(content))[:1]
+    for name, value in items:
+        yield (*path, name)
+        if isinstance(value, dict | list):
+            yield from places_in(value, (*path, name))
+
+
+NOTHING = object()
+
+
+@pytest.mark.parametrize("damage", [None, "text", -7, {}, NOTHING], ids=["null", "text", "number", "dict", "missing"])
+def test_a_record_with_one_damage_is_skipped_or_reported(tmp_path, damage):
+    """A value that is missing or another, wherever it is, and every format of the report."""
+    history = History([0, 50], [1.0, 0.5], [1.0, 0.6], [[30, 40]], [[35, 40]], ["a line"])
+    whole = made_up_record([1, 2, 299], history=history, learning_rate=1e-3, model_size="gpt2-medium (355M)")
+    others = [
+        made_up_record([5], seed=7, learning_rate=1e-3, model_size="gpt2-medium (355M)"),
+        made_up_record([5], seed=7),
+    ]
+    path, content = write_record(tmp_path, whole), whole.to_dict()
+    n_skipped = 0
+    for place in places_in(json.loads(json.dumps(content))):
+        damaged = json.loads(json.dumps(content))
+        inner = damaged
+        for name in place[:-1]:
+            inner = inner[name]
+        if damage is NOTHING:
+            del inner[place[-1]]
+        else:
+            inner[place[-1]] = damage
+        path.write_text(json.dumps(damaged))
+        records, problems = read_records([tmp_path])
+        assert len(records) + len(problems) == 1
+        n_skipped += len(problems)
+        if records:
+            summary = summarize(records + others)
+            assert as_text(summary) and runs_as_csv(summary) and render(summary)
+            assert row_cells(records)
+    assert n_skipped > 20
+
+
+def test_records_are_in_the_order_of_time_in_any_time_zone(tmp_path):
+    """Noon in Tokyo is before eight in London, though it is later as a text; without a zone it is the system's."""
+    dates = ["2026-11-24T12:00:00+09:00", "2026-11-24T08:00:00+00:00", "2026-11-24T07:30:00-05:00"]
+    for seed, date in zip((3, 1, 2), dates):
+        write_record(tmp_path, made_up_record(date=date, seed=seed))
+    assert [record.date for record in read_records([tmp_path])[0]] == dates
+    write_record(tmp_path, made_up_record(date="2020-01-01T00:00:00", seed=9))
+    assert read_records([tmp_path])[0][0].seed == 9
 
 
 def test_the_name_of_a_run_is_what_it_is():
     def name_of(*options, **changes):
-        return identity_of(parse_args(["--row", "16", *options])[0], **changes)["run"]
+        return identity_of(parse_args(["--row", "16", *options])[0], **changes)["run_id"]
 
     name = name_of()
     assert name.startswith("row16-seed123-") and len(name) == len("row16-seed123-") + 8
-    same = ("--data_dir", "elsewhere"), ("--features", "off"), ("--device", "cpu")
+    same = ("--data_dir", "elsewhere"), ("--features", "off"), ("--device", "cpu"), ("--activation_checkpointing",)
     assert {name_of(*options) for options in same} == {name}
+    from_python = Experiment(trainable_token_pos="flexible", seed=np.int64(123), weight_decay=np.float32(0.1))
+    assert identity_of(from_python)["run_id"] == name
     others = [("--seed", "7"), ("--precision", "bf16"), ("--num_epochs", "2"), ("--learning_rate", "1e-4")]
-    names = {name, *(name_of(*options) for options in others), name_of(device="cuda"), name_of(data=OWN)}
-    assert len(names) == 7
+    assert len({name, *(name_of(*options) for options in others), name_of(data=OWN)}) == 6
     demo = identity_of(parse_args(["--demo"])[0])
-    assert demo["run"].startswith("gpt2-nano-random-weights-all-layers-lr-0.0005-sample-data-seed123-")
+    assert demo["run_id"].startswith("gpt2-nano-random-weights-all-layers-lr-0.0005-sample-data-seed123-")
 
 
 def test_each_row_is_one_command_and_known_by_its_options():
     for number, row in ROWS.items():
         experiment, *_ = parse_args(shlex.split(command_line(row.options)))
-        assert experiment == parse_args(["--row", str(number)])[0] and identity_of(experiment)["row"] == number
+        as_text = {name: value if value is True else str(value) for name, value in row.options.items()}
+        assert experiment == parse_args(["--row", str(number)])[0] == Experiment(**as_text)
+        assert identity_of(experiment)["row"] == number
         assert identity_of(experiment, OWN)["row"] is identity_of(replace(experiment, num_epochs=2))["row"] is None
 
 
 def test_weights_from_a_file_are_known_by_their_content(nano_weights):
-    experiment, *_ = parse_args(["--model_size", "gpt2-nano", "--weights", nano_weights])
-    weights = find_weights(nano_weights, experiment.model_size)
-    assert identity_of(experiment)["options"]["weights"] == f"model.safetensors {weights.sha256[:8]}"
-    weights.sha256 = find_weights("pretrained", "gpt2-small (124M)").sha256
-    weights.model_size = "gpt2-small (124M)"
-    assert "weights" not in identify(experiment, UCI, weights, torch.device("cpu"))["options"]
+    experiment, content = Experiment(model_size="nano", weights=nano_weights), sha256_of(nano_weights)
+    of_file = identity_of(experiment)
+    assert of_file["options"]["weights"] == f"model.safetensors {content[:8]}"
+    moved = Weights(experiment.model_size, "elsewhere/model.safetensors", content)
+    assert identify(experiment, UCI, moved) == of_file
+    assert identify(experiment, UCI, replace(moved, sha256="0" * 64))["run_id"] != of_file["run_id"]
+    experiment = Experiment(weights=nano_weights)
+    copied = Weights(experiment.model_size, nano_weights, PRETRAINED[experiment.model_size].sha256)
+    assert identify(experiment, UCI, copied)["row"] == 1  # the published ones under another name
 
 
 def test_repeated_messages_are_found():
     texts = dict(train=["Win 500 NOW!", "ok", "1234"], validation=["no"], test=["win now", "ok", "??", "OK.", "ok"])
     splits = {split: pd.DataFrame(dict(Text=found, Label=0)) for split, found in texts.items()}
     splits["test"].loc[4, "Label"] = -100  # has no label, and is in no accuracy
-    found = find_repeats(splits)
-    assert found == dict(validation=Repeats(), test=Repeats((1,), (1, 3)))
-    splits["test"].loc[0, "Text"] = "WIN 900 now"
-    assert find_repeats(splits)["test"] == Repeats((1,), (0, 1, 3))
+    assert find_repeats(splits) == dict(validation=Repeats(), test=Repeats((1,), (0, 1, 3)))
+
+
+SAME = [("call now - free", "call now free"), ("Win £500!", "win £9"), ("ＦＲＥＥ", "free"), ("Straße", "STRASSE")]
+SAME += [("a_b", "ab"), ("№ ④", "no"), ("e\u0301te\u0301", "ÉTÉ")]
+OTHERS = [("काम", "कम"), ("I love it 😂", "I love it 😡"), ("50 £", "50 $"), ("therapist", "the rapist")]
+
+
+@pytest.mark.parametrize("a, b", SAME)
+def test_messages_that_differ_in_case_numbers_or_punctuation_are_similar(a, b):
+    assert normalized(a) == normalized(b) != ""
+
+
+@pytest.mark.parametrize("a, b", OTHERS)
+def test_marks_and_symbols_make_other_messages(a, b):
+    assert normalized(a) != normalized(b)
 
 
 def test_a_finished_run_is_skipped(options, capfd):

@@ -2,14 +2,18 @@
 
 import csv
 import json
+import os
+import re
 import time
 from pathlib import Path
 
+import pytest
 from helpers import made_up_confusion, made_up_record
 from test_summary import baseline, nano, row
 
 from additional_experiments import main
 from runner.data.datasets import Repeats
+from runner.results import report
 from runner.results.records import write_record
 from runner.results.report import as_text
 from runner.results.summary import summarize
@@ -30,9 +34,10 @@ def test_the_report_is_tables_of_100_columns_with_conclusions():
     assert "## Rows with gpt2-nano, random weights, sample data, lr 0.0005" in lines
     assert "| 1 | 100.00 [98.7–100.0] | 100.00 | rank 4 |" in lines[lines.index("## Other runs") :]
     text = " ".join(" ".join(lines_of(row(1, range(10, 30)), row(2, range(60)))).split())
-    assert "- 1–2: Does the first token serve as well as the last? Row 2: worse, -13.33 points (95% interval" in text
-    assert "p < 0.001; one run each" in text and "Under the causal mask the first token sees only itself" in text
-    assert "The p-value decides" in text and "Not run: rows 3, 4, 5" in text
+    assert "### Conclusions These single runs show a difference of about " in text
+    assert "- 1–2: Does the first token serve as well as the last? Row 2 is worse, -13.33 points (95% interval" in text
+    assert "p < 0.001, of these two runs" in text and "Under the causal mask the first token sees only itself" in text
+    assert "Which is best? Row 1" in text and "Not run: rows 3, 4, 5" in text
 
 
 def test_data_without_labels_has_a_report():
@@ -56,21 +61,50 @@ def test_texts_from_files_are_escaped():
 def test_the_report_from_the_command_line(options, capfd):
     assert main([*options, "--plot", "run.png", "--note", "=1+1"]) == 0
     Path("results/other.json").write_text("{}")
-    files = [f"out{suffix}" for suffix in (".html", ".md", ".csv", ".tex", ".svg", ".pdf", ".png")]
+    files = [f"out{suffix}" for suffix in (".html", ".md", ".tex", ".svg", ".pdf", ".png", ".csv")]
     capfd.readouterr()
     assert main(["--report", "--write", *files]) == 0
     out, err = capfd.readouterr()
     assert out.startswith("Test: accuracy in percent") and "gpt2-tiny, random weights, " in out
     assert err == "results/other.json is no record of a run (KeyError: 'version'); skipped\n"
-    assert [f"Written: {name}" for name in files] == out.splitlines()[-7:]
+    assert [f"Written: {name}" for name in [*files, "out-conclusions.csv"]] == out.splitlines()[-8:]
     assert Path("out.md").read_text() == out[: out.index("Written: ")]
     [line] = csv.DictReader(open("out.csv", newline=""))
     [record] = (json.loads(path.read_text()) for path in Path("results").glob("*seed123*.json"))
     assert (line["settings.num_epochs"], line["note"]) == ("2", "=1+1")
     assert line["test.correct"] == str(record["test"]["correct"]) and not any("confusions" in name for name in line)
-    assert Path("out.tex").read_text().count(r"\\") == 2 and "own data" in Path("out.tex").read_text()
+    assert Path("out.tex").read_text().count(r" \\") == 2 and "own data" in Path("out.tex").read_text()
     for name, begin in {".html": b"<!DOCTYPE", ".svg": b"<?xml", ".pdf": b"%PDF", ".png": b"\x89PNG"}.items():
         assert Path(f"out{name}").read_bytes().startswith(begin)
+
+
+def test_a_conclusion_is_a_line_of_a_csv_and_of_a_table_in_latex():
+    summary = summarize([row(1, range(10, 30)), row(2, range(60)), row(18, range(10, 30), num_epochs=9)])
+    report.write_report(Path("a.b.csv"), summary)
+    [line] = csv.DictReader(open("a.b-conclusions.csv", newline="", encoding="utf-8"))
+    assert (line["rows"], line["verdict"], line["subject"]) == ("1–2", "worse", "Row 2")
+    numbers = [float(line[name]) for name in ("difference", "low", "high", "p")]
+    assert numbers == pytest.approx([-40 / 3, -17.1, -9.4, 2 * 0.5**40], abs=0.05)
+    report.write_report(Path("a.tex"), summary)
+    lines = Path("a.tex").read_text(encoding="utf-8").splitlines()
+    verdict = r"1–2 & Does the first token serve as well as the last? & worse & -13.33 & -17.1 to -9.4 & < 0.001 \\"
+    assert verdict in lines
+    columns = [line for line in lines if line.startswith(r"\begin{tabular}")]
+    assert [len(re.sub(r"[^rp]", "", re.sub(r">\{.*?\}|\{\d.*?\}|begin|tabular", "", line))) for line in columns] == [
+        6,
+        6,
+        4,
+    ]
+
+
+def test_a_note_that_is_not_utf8_is_escaped_in_every_file():
+    """As a shell gives it to Python: a byte of Latin-1."""
+    note = os.fsdecode(b"caf\xe9")
+    summary = summarize([made_up_record([1], note=note, options=dict(weights=note), row=None, configuration=note)])
+    for suffix in (".html", ".md", ".csv", ".tex", ".svg"):
+        report.write_report(Path(f"out{suffix}"), summary)
+    for suffix in (".html", ".md", ".csv"):
+        assert r"caf\udce9" in Path(f"out{suffix}").read_text(encoding="utf-8")
 
 
 def test_folders_are_named(tmp_path, capfd):
@@ -81,7 +115,8 @@ def test_folders_are_named(tmp_path, capfd):
     assert "| 1   |" in out and "| 3   |" in out and "| 2   |" not in out
     assert main(["--report"]) == 2 and "--report results: there is no such folder" in capfd.readouterr().err
     Path("results").mkdir()
-    assert main(["--report"]) == 0 and capfd.readouterr().out == "There are no runs.\n"
+    assert main(["--report"]) == 0
+    assert " ".join(capfd.readouterr().out.split()).startswith("There are no runs. This command makes one")
 
 
 def test_a_report_of_the_whole_table_is_quick(tmp_path, capsys):

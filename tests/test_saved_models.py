@@ -15,6 +15,7 @@ import torch
 from helpers import save_random_weights
 
 import additional_experiments as ae
+from runner.files import UserError
 from runner.saved import classifiers
 
 PREDICT_BATCHES = ae.predict_batches
@@ -27,11 +28,11 @@ PREDICT_BATCHES = ae.predict_batches
         "last_layer --trainable_token_pos flexible",
         "last_block --precision bf16 --average_embeddings",
         "all --disable_causal_mask --context_length 9",
-        "lora --no_padding",
+        "lora --no_padding --seed 7",
         "lora_alternative --average_embeddings --no_padding",
     ],
 )
-def test_a_loaded_classifier_gives_the_very_logits(options, data_dir, monkeypatch, tmp_path, further, on_file):
+def test_a_loaded_classifier_predicts_the_very_same(options, data_dir, monkeypatch, tmp_path, further, on_file):
     if on_file:
         options[options.index("random")] = save_random_weights(tmp_path, emb_dim=16)
     # At this learning rate all that is trained changes.
@@ -45,10 +46,10 @@ def test_a_loaded_classifier_gives_the_very_logits(options, data_dir, monkeypatc
     monkeypatch.setattr(ae, "predict_batches", noting)
     command = [*options, "--trainable_layers", *further.split(), "--save_model", "trained.safetensors"]
     assert ae.main(command) == 0
-    classifier, experiment, saved = ae.load_classifier("trained.safetensors", {})
-    texts = list(pd.read_csv(data_dir / "test.csv", keep_default_na=False)["Text"])
-    assert ae.predict_texts(ae.ready_to_use(classifier, experiment), experiment, texts).equal(given[-1].logits)
-    assert saved.class_names == ["0", "1"] and saved.record["history"]["lines"]
+    texts = pd.read_csv(data_dir / "test.csv", keep_default_na=False)["Text"]
+    labels, probabilities = ae.load_classifier("trained.safetensors").predict(texts)
+    assert probabilities.equal(given[-1].logits.softmax(-1))
+    assert labels == [str(label) for label in given[-1].logits.argmax(-1).tolist()]
 
 
 @pytest.fixture(scope="module")
@@ -62,13 +63,34 @@ def trained(tmp_path_factory, nano_weights):
 
 
 def test_classify_arguments(trained, capsys):
+    """No record is written, so that it does not matter what stands in place of its folder."""
     path, _ = trained
+    Path("results").touch()
     spam, ham = "URGENT! You have won a 1000 prize. Call 09061701461 now to claim", "ok, see you at home later"
     assert ae.main(["--load_model", path, "--classify", spam, ham, "-5 degrees", "--hello you"]) == 0
     first, second, *others = (line.split("\t") for line in capsys.readouterr().out.splitlines())
     assert first[0] == "spam" and second[0] == "ham" and first[2] == spam and second[2] == ham
     assert 0.5 < float(first[1]) <= 1 and 0.5 < float(second[1]) <= 1
     assert [text for _, _, text in others] == ["-5 degrees", "--hello you"]
+
+
+def test_the_same_from_python(trained, capsys):
+    """And a list may be empty, or hold the same text twice; a blank text has no class."""
+    path, weights = trained
+    texts = ["ok, see you at home", "URGENT! You have won a 1000 prize. Call 09061701461 now", "ok, see you at home"]
+    assert ae.main(["--load_model", path, "--classify", *texts]) == 0
+    printed = [line.split("\t")[:2] for line in capsys.readouterr().out.splitlines()]
+    classifier = ae.load_classifier(path, device="cpu", weights=weights)
+    labels, probabilities = classifier.predict(texts)
+    assert labels == ["ham", "spam", "ham"] and classifier.class_names == ["ham", "spam"]
+    of_labels = [probabilities[row, classifier.class_names.index(label)] for row, label in enumerate(labels)]
+    assert printed == [[label, f"{one:.4f}"] for label, one in zip(labels, of_labels)] and min(of_labels) > 0.5
+    torch.testing.assert_close(probabilities.sum(-1), torch.ones(3))
+    nothing = classifier.predict([])
+    assert nothing[0] == [] and nothing[1].shape == (0, 2)
+    with pytest.raises(UserError, match="text 1 is blank"):
+        classifier.predict(["ok", " \n"])
+    assert capsys.readouterr() == ("", "")
 
 
 def classify(path, monkeypatch, content, status=0, buffering=-1):
@@ -155,9 +177,10 @@ def test_files_that_are_none_of_ours(trained, capsys):
 
 
 def test_trained_on_a_device_that_is_not_here(trained, monkeypatch, capsys):
+    """Or on several."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     saved, parameters = classifiers.read_classifier(trained[0])
-    saved.settings |= dict(device="cuda", precision="tf32")
+    saved.settings |= dict(device="cuda", precision="tf32", shard=True, activation_checkpointing=True)
     classifiers.save_classifier("changed", saved, parameters)
     for file in (trained[0], "changed"):
         assert ae.main(["--load_model", file, "--classify", "You have won"]) == 0
@@ -173,9 +196,8 @@ def test_weights_that_have_moved_or_changed(trained, options, monkeypatch, capsy
     assert ae.main(["--load_model", path, "--classify", "a", "--weights", "changed.safetensors"]) == 2
     assert "changed.safetensors: the classifier was trained on other weights" in capsys.readouterr().err
 
-    assert (
-        ae.main([*options, "--save_model", "trained.safetensors"]) == 0
-    )  # random ones: PyTorch may come to draw others
+    assert ae.main([*options, "--save_model", "trained.safetensors"]) == 0
+    # Random ones: PyTorch may come to draw others.
     monkeypatch.setattr(torch.nn.init, "normal_", lambda tensor, *_, **__: tensor.data.zero_())
     assert ae.main(["--load_model", "trained.safetensors", "--classify", "a"]) == 2
     assert "--weights random: the classifier was trained on other weights" in capsys.readouterr().err

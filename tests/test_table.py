@@ -16,6 +16,8 @@ def test_settings_in_words():
     demo = changed_options(parse_args(["--demo", "--num_epochs", "2"])[0])
     assert describe_settings(demo) == "gpt2-nano, random weights, all layers, epochs 2, lr 0.0005, sample data"
     assert len({describe_settings(row.options) for row in ROWS.values()}) == len(ROWS)
+    assert describe_settings(dict(weights="a_b (1).safetensors 12ab34cd")) == "a_b (1).safetensors 12ab34cd weights"
+    assert describe_settings(dict(learning_rate=1.2345678e-05, weight_decay=1.0)) == "lr 1.2345678e-05, weight decay 1"
 
 
 def test_tables_are_markdown_whatever_is_in_them():
@@ -42,10 +44,10 @@ def test_row_under_the_published_figures(capsys):
     assert printed([record(1)], capsys)[1:] == [
         "Published, row 1: training 96.63%, validation 99.33%, test 95.00%; 0.28 minutes on an A100",
         "",
-        "| Row | Model | Weights | Token position | Trained layers | Context length | Train acc | Val acc | Test acc "
-        "| Minutes | CPU/GPU |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-        "| 1 | gpt2-small | pretrained | last | last_block | 120 | 100.00% | 100.00% | 99.33% | 0.28 "
+        "| Row | Model | Weights | Position | Trained | Context | Other options | Train acc "
+        "| Val acc | Test acc | Minutes | CPU/GPU |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| 1 | gpt2-small | pretrained | last | last_block | 120 | - | 100.00% | 100.00% | 99.33% | 0.28 "
         "| A100-SXM4-40GB |",
     ]
 
@@ -54,15 +56,16 @@ def test_rows_fit_140_columns_also_as_means_and_differ_in_more_than_their_number
     for seeds in ((123,), (123, 124, 130)):
         rows = [printed([record(number, seed) for seed in seeds], capsys) for number in ROWS]
         assert max(len(line) for lines in rows for line in lines) <= 140
-        assert len({str(lines[-1].split(" | ")[1:6]) for lines in rows}) == len(ROWS)
+        assert len({str(lines[-1].split(" | ")[1:7]) for lines in rows}) == len(ROWS)
 
 
 def test_the_row_names_all_that_differs_from_row_1():
     changes = dict(trainable_layers="lora", lora_alpha=16.0, average_embeddings=True, no_padding=True, batch_size=1)
     changes |= dict(accumulation_steps=8, num_epochs=2, learning_rate=1e-3, weight_decay=0.0, ignore_index=1)
     cells = row_cells([replace(made_up_record(**changes, dataset="sample"), precision="bf16", seed=5)])
-    assert (cells["Row"], cells["Trained layers"], cells["Token position"]) == ("-", "lora 8/16", "mean of real")
-    words = "unpadded, batch 1×8, epochs 2, lr 0.001, weight decay 0, ignore 1, sample data, bf16, seed 5"
-    assert cells["Context length"] == words
+    assert (cells["Row"], cells["Trained"], cells["Position"]) == ("-", "lora 8/16", "mean of real")
+    words = "batch 1×8, epochs 2, lr 0.001, weight decay 0, ignore 1, sample data, bf16, seed 5"
+    assert (cells["Context"], cells["Other options"]) == ("unpadded", words)
     cells = row_cells([record(17, seed) for seed in (123, 124, 125)])
-    assert list(cells.values())[5:7] == ["120, no causal mask", "99.90±0.1"] and cells["Row"] == "17, n=3"
+    assert (cells["Row"], cells["Context"], cells["Other options"]) == ("17, n=3", "120", "no causal mask")
+    assert (cells["Train acc"], cells["Test ± SD of seeds"]) == ("99.90±0.1", "99.33±0.0")

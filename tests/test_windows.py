@@ -24,7 +24,7 @@ def test_a_story(options, monkeypatch, capfd):
 
     def kept():
         gc.collect()
-        return {path.name.rsplit("-", 1)[0] for path in Path("kept").glob("*.npy")}
+        return {path.name for path in Path("kept").glob("*.npy")}
 
     with pretended_windows(monkeypatch):
         # A checkpoint that is replaced after each epoch, resumed in the second of two seeds.
@@ -44,6 +44,13 @@ def test_a_story(options, monkeypatch, capfd):
             out, err = capfd.readouterr()
             assert how in out and err == ""
         assert len(before) == 3 and len(kept()) == 1 and not before & kept()
+
+        # A file that does not hold what is computed is replaced.
+        [path] = Path("kept").glob("*.npy")
+        path.write_bytes(path.read_bytes()[:128].ljust(path.stat().st_size, b"\0"))
+        assert ae.main([*options, "--seed", "7", "--feature_cache", "kept"]) == 0
+        out, err = capfd.readouterr()
+        assert f" and kept in {path}" in out and err.count("\n") == 1 and f"{path} does not hold" in err
 
         assert ae.main(["--load_model", "spam.safetensors", "--classify", "You have won"]) == 0
         assert capfd.readouterr().out.endswith("\tYou have won\n")

@@ -4,8 +4,8 @@ import codecs
 import csv
 import io
 import os
-import re
 import textwrap
+import unicodedata
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count, takewhile
@@ -190,24 +190,28 @@ def warnings_about(labelled):
 
 @dataclass(frozen=True)
 class Repeats:
-    """Numbers of the labelled messages of a split that are among the training messages too."""
+    """Indices of the labelled messages of a split that are among the training messages too."""
 
-    exact: tuple = ()  # word for word
-    similar: tuple = ()  # where case, digits and punctuation do not count; the exact ones included
+    exact: tuple[int, ...] = ()  # word for word
+    similar: tuple[int, ...] = ()  # but for case, numbers and punctuation; the exact ones included
 
 
 def find_repeats(splits):
-    """{"validation": Repeats, "test": Repeats} of the splits, {split: DataFrame with columns Label and Text}."""
+    """Return {"validation": Repeats, "test": Repeats} of the splits, {split: DataFrame with columns Label and Text}."""
     train, found = splits["train"]["Text"], {}
     for split in ("validation", "test"):
         frame = splits[split].reset_index(drop=True)
         texts = frame["Text"][frame["Label"] >= 0]
         exact = texts.isin(train)
-        similar = exact | texts.map(letters_of).isin(set(map(letters_of, train)) - {""})
+        similar = exact | texts.map(normalized).isin(set(map(normalized, train)) - {""})
         found[split] = Repeats(*(tuple(texts.index[repeated].tolist()) for repeated in (exact, similar)))
     return found
 
 
-def letters_of(text):
-    """A text without case, digits and punctuation."""
-    return re.sub(r"[^\w\s]|[\d_]", "", text.lower()).strip()
+def normalized(text):
+    """Return a text without case, numbers and punctuation, in NFKC, with single spaces.
+
+    Marks and symbols stay: a vowel sign makes another word, and an emoji another message.
+    """
+    folded = unicodedata.normalize("NFKC", text).casefold()
+    return " ".join("".join(c for c in folded if unicodedata.category(c)[0] not in "PN").split())

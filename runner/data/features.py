@@ -11,6 +11,7 @@ import math
 import os
 import platform
 import time
+import warnings
 from collections import deque
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, replace
@@ -236,7 +237,9 @@ class FrozenFeatures:
                 seconds = np.frombuffer(file.read(8).ljust(8), dtype="<f8")
             if not is_right:
                 raise OSError(f"{path} is damaged")
-            x = torch.from_numpy(np.memmap(path, "<f4", "c", len(header), shape))
+            with warnings.catch_warnings(action="ignore"):  # that nobody may write to the tensor
+                # Mapped for reading only: a private copy counts as memory, even before anything is written to it.
+                x = torch.from_numpy(np.memmap(path, "<f4", "r", len(header), shape))
         states = replace(pool, stage=Stage.HIDDEN_STATES, x=x, n_blocks=n_blocks)
         indices, computed, _ = compute_random_pass(classifier, pool, n_blocks)
         with processes.raise_on_all_ranks():
@@ -254,12 +257,13 @@ class FrozenFeatures:
         """
         shape, depth = (len(states.x), classifier.gpt.cfg.emb_dim), classifier.n_full_blocks
         header, is_writer = npy_header(shape), processes.rank() == 0
+        processes.call_on_rank0(make_room, self.folder, FILE_NAMES, len(header) + 4 * math.prod(shape), self.max_bytes)
+        with processes.raise_on_all_ranks():
+            self.folder.stat()  # raises if a rank has another folder
         of_all = torch.arange(len(states))
         passes = compute_passes(classifier, states, of_all, lambda batch: classifier.run_blocks(batch, depth))
         with processes.raise_on_all_ranks(), self.console.progress("features", len(states), "message") as bar:
             try:
-                if is_writer:
-                    make_room(self.folder, FILE_NAMES, len(header) + 4 * math.prod(shape), self.max_bytes)
                 with atomic_write(path) if is_writer else nullcontext(os.devnull) as temporary:
                     with open(temporary, "wb") as file:
                         file.write(header)
@@ -273,5 +277,6 @@ class FrozenFeatures:
                         file.write(np.float64(time.perf_counter() - started).tobytes())
                     self.weights.require_unchanged()
             except OSError:
-                deque(passes, maxlen=0)  # the other ranks wait for this one in each of the passes that are left
+                if processes.world_size() > 1:  # the others wait for this rank in each of the passes that are left
+                    deque(passes, maxlen=0)
                 raise

@@ -1,4 +1,4 @@
-"""What a classifier got right and wrong: accuracies with their intervals, and the single mistakes."""
+"""Count what a classifier got right and wrong: accuracies with their intervals, and the single mistakes."""
 
 import math
 import statistics
@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from scipy.special import ndtri, stdtrit
 
+from runner.data.datasets import SPLITS
 from runner.wording import shown
 
 Z95 = float(ndtri(0.975))  # the normal distribution has 95% of its mass within this many standard deviations
@@ -25,7 +26,7 @@ class Accuracy(NamedTuple):
 
     @property
     def interval(self):
-        """The 95% score interval (low, high) of the fraction (Wilson 1927).
+        """Return the 95% score interval (low, high) of the fraction (Wilson 1927).
 
         Unlike p ± 1.96 sqrt(p (1 - p) / n) it stays within 0 and 1, and has a width also where all or none are right.
         """
@@ -42,23 +43,21 @@ class Accuracy(NamedTuple):
 
     @property
     def in_full(self):
-        """`95.00% (285/300, 95% interval 91.9–96.9)`."""
+        """Return `95.00% (285/300, 95% interval 91.9–96.9)`."""
         low, high = (100 * end for end in self.interval)
         return f"{self} ({self.correct}/{self.total}, 95% interval {low:.1f}–{high:.1f})"
 
 
-def mean_interval(accuracies):
-    """The 95% interval (low, high) of the mean of the Accuracies of S seeds on the same messages.
+def mean_interval(mean, variance, freedom):
+    """Return the 95% interval (low, high) of the mean Accuracy of several seeds on the same messages.
 
-    Of one seed it is the interval of that Accuracy. Of several, the distance of each end from the mean is made of two,
-    that of the interval of their mean Accuracy and that of the seeds by Student's t, squared and added (MOVER: Zou,
-    Computational Statistics & Data Analysis 52, 2008). With two seeds it is very wide.
+    `variance` is that of the mean by the choice of seeds, with so many degrees of freedom. The distance of each end
+    from the mean has two parts, that of Wilson's interval and that of the seeds by Student's t, which are squared and
+    added (MOVER: Zou, Computational Statistics & Data Analysis 52, 2008).
     """
-    seeds = len(accuracies)
-    mean = Accuracy(statistics.fmean(one.correct for one in accuracies), accuracies[0].total)
-    if seeds == 1 or not mean.total:
+    if not mean.total:
         return mean.interval
-    by_seeds = stdtrit(seeds - 1, 0.975) * statistics.stdev(one.fraction for one in accuracies) / math.sqrt(seeds)
+    by_seeds = stdtrit(freedom, 0.975) * math.sqrt(variance)
     below, above = (math.hypot(by_seeds, mean.fraction - end) for end in mean.interval)
     return max(mean.fraction - below, 0.0), min(mean.fraction + above, 1.0)
 
@@ -66,84 +65,106 @@ def mean_interval(accuracies):
 class Mistake(NamedTuple):
     """A message that was not classified as labelled."""
 
-    number: int  # of the message in its split, from 0
+    index: int  # of the message in its split
     label: int
-    called: int
-    confidence: float  # the probability of the class it was called; of a baseline, the margin
+    predicted: int  # the class
+    confidence: float  # the probability of the predicted class; of a baseline, the margin
 
 
 @dataclass(frozen=True)
 class Confusion:
-    """What became of the labelled messages of a split."""
+    """How many labelled messages of a split there are of each class, and those that were classified wrongly."""
 
-    totals: list  # how many there are of each of the K classes
-    mistakes: list  # of Mistake, by number
+    totals: list[int]  # how many there are of each of the K classes
+    mistakes: list[Mistake]  # by index
 
     @classmethod
-    def of(cls, numbers, labels, called, confidences, n_classes):
-        """The Confusion of n messages, described by lists (n,); a negative label is none and does not count."""
-        rows = [row for row in map(Mistake, numbers, labels, called, confidences) if row.label >= 0]
+    def from_predictions(cls, indices, labels, predicted, confidences, n_classes):
+        """Build the Confusion of n messages from lists (n,). Messages with a negative label do not count."""
+        rows = [row for row in map(Mistake, indices, labels, predicted, confidences) if row.label >= 0]
         totals = Counter(row.label for row in rows)
-        mistakes = sorted(row for row in rows if row.label != row.called)
+        mistakes = sorted(row for row in rows if row.label != row.predicted)
         return cls([totals[label] for label in range(n_classes)], mistakes)
 
     @property
     def accuracy(self):
-        return self.without(())
+        return self.accuracy_excluding(())
 
-    def without(self, numbers):
-        """The Accuracy of the messages but for those with these numbers, all of which have a label."""
-        wrong = sum(mistake.number not in numbers for mistake in self.mistakes)
-        total = sum(self.totals) - len(numbers)
+    def accuracy_excluding(self, indices):
+        """Return the Accuracy of the messages that are not at these indices, all of which must have a label."""
+        wrong = sum(mistake.index not in indices for mistake in self.mistakes)
+        total = sum(self.totals) - len(indices)
         return Accuracy(total - wrong, total)
 
     @property
     def most_frequent(self):
-        """The Accuracy of calling every message the most frequent class."""
+        """Return the Accuracy of predicting the most frequent class for every message."""
         return Accuracy(max(self.totals), sum(self.totals))
 
     @property
-    def macro_f1(self):
-        """The mean over the classes of F1 = 2 TP / (2 TP + FP + FN); NaN where nothing was measured.
+    def counts(self):
+        """Return [(true positives, false positives, false negatives), ...] of the K classes."""
+        missed, wrongly = Counter(m.label for m in self.mistakes), Counter(m.predicted for m in self.mistakes)
+        return [(total - missed[k], wrongly[k], missed[k]) for k, total in enumerate(self.totals)]
 
-        A class that no message is labelled with is left out; a message that was called so is an FN of its own class.
+    @property
+    def precision_and_recall(self):
+        """Return [(precision, recall), ...] of the K classes, as Accuracies of those predicted or labelled so."""
+        return [(Accuracy(tp, tp + fp), Accuracy(tp, tp + fn)) for tp, fp, fn in self.counts]
+
+    @property
+    def macro_f1(self):
+        """Return the mean over the classes of F1 = 2 TP / (2 TP + FP + FN); NaN where nothing was measured.
+
+        As in scikit-learn's f1_score(..., average="macro"), a class counts if a message has it as label or prediction.
         """
-        missed, called = Counter(m.label for m in self.mistakes), Counter(m.called for m in self.mistakes)
-        found = {label: 2 * (total - missed[label]) for label, total in enumerate(self.totals) if total}  # twice TP
-        scores = [n / (n + called[label] + missed[label]) for label, n in found.items()]
+        scores = [2 * tp / (2 * tp + fp + fn) for tp, fp, fn in self.counts if tp + fp + fn]
         return statistics.fmean(scores) if scores else math.nan
 
     @property
     def needs_macro_f1(self):
-        """Whether accuracy alone says little: not where there are two classes of similar size."""
+        """Tell whether accuracy alone says little: not where there are two classes of similar size."""
         return len(self.totals) > 2 or max(self.totals) > 2 * min(self.totals)
 
     def describe(self, names):
-        """How many of which class were called what, by the names of the classes; of many, the ten most frequent."""
-        pairs = Counter((mistake.label, mistake.called) for mistake in self.mistakes).most_common(10)
-        words = [f"{n} of {self.totals[label]} {names[label]} called {names[c]}" for (label, c), n in sorted(pairs)]
+        """Return how many messages of which class were predicted as which, the ten most frequent pairs of classes."""
+        pairs = Counter((mistake.label, mistake.predicted) for mistake in self.mistakes)
+        ordered = sorted(pairs.items(), key=lambda item: (-item[1], item[0]))
+        words = [f"{n} of {self.totals[a]} {names[a]} predicted as {names[b]}" for (a, b), n in ordered[:10]]
+        if more := ordered[10:]:
+            words.append(f"and {sum(n for _, n in more)} in {len(more)} other pairs of classes")
         return ", ".join(words) or "none"
 
     def most_confident(self, n):
-        """The n mistakes of which the classifier was most certain."""
+        """Return the n mistakes of which the classifier was most certain."""
         return sorted(self.mistakes, key=lambda mistake: -mistake.confidence)[:n]
 
 
-def describe_test(confusion, data, measure=""):
-    """Lines that stand beside the test accuracy on a Dataset; `measure` names confidences that are no probabilities."""
-    lines, names = [], data.class_names
-    if repeated := data.repeats["test"].similar:
-        accuracy = confusion.without(repeated).in_full
-        lines.append(f"Test accuracy without the {len(repeated)} that are like training messages: {accuracy}")
+def describe_accuracies(record):
+    """Return the lines that a run prints of the accuracies in its Record, and of its errors in numbers."""
+    confusion, names, repeated = record.confusions["test"], record.class_names, record.repeats["test"].similar
+    lines = [f"{SPLITS[name]} accuracy: {found.accuracy.in_full}" for name, found in record.confusions.items()]
+    if repeated:
+        lines.append(
+            f"Test accuracy without the {len(repeated)} that are like training messages: {record.unseen.in_full}"
+        )
     if confusion.most_frequent.fraction > 0.6:
         lines.append(f"Test accuracy of always the most frequent class: {confusion.most_frequent}")
     if confusion.needs_macro_f1:
         lines.append(f"Test macro-averaged F1: {confusion.macro_f1:.3f}")
     lines.append(f"Test errors: {confusion.describe(names)}")
-    if worst := confusion.most_confident(3):
-        lines.append(f"Most confident test mistakes{measure}:")
-    for mistake in worst:
-        text = shown(data.test_texts[mistake.number])
-        cut = text[:60] + "…" * (len(text) > 60)
-        lines.append(f"  {mistake.confidence:.3f} {names[mistake.called]}, labelled {names[mistake.label]}: {cut}")
+    if len(names) == 2:
+        of_classes = zip(names, confusion.precision_and_recall, strict=True)
+        words = (f"{name} {precision} and {recall}" for name, (precision, recall) in of_classes)
+        lines.append(f"Test precision and recall: {', '.join(words)}")
     return lines
+
+
+def describe_mistakes(record):
+    """Return lines on the test mistakes of which the classifier of a Record was most certain."""
+    lines, names = [], record.class_names
+    for mistake, text in zip(record.confusions["test"].most_confident(3), record.texts):
+        cut = shown(text)[:60] + "…" * (len(shown(text)) > 60)
+        lines.append(f"  {mistake.confidence:.3f} {names[mistake.predicted]}, labelled {names[mistake.label]}: {cut}")
+    heading = f"Most confident test mistakes{' (with their margins)' * record.is_baseline}:"
+    return [heading, *lines] if lines else []

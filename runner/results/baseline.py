@@ -1,4 +1,4 @@
-"""`--baseline`: what linear models on words and on letters make of the same splits, in a second."""
+"""Train linear models on words and on letters of the same splits, in a second (`--baseline`)."""
 
 import time
 
@@ -10,7 +10,7 @@ from sklearn.svm import LinearSVC
 
 from runner.console import Console, describe_data
 from runner.data.datasets import SPLITS, load
-from runner.results.accuracy import Confusion, describe_test
+from runner.results.accuracy import Confusion, describe_accuracies, describe_mistakes
 from runner.results.records import file_name, new_record, write_record
 
 
@@ -32,18 +32,17 @@ def run_baselines(experiment, run_options):
         start = time.perf_counter()
         confusions = evaluate(model, data.splits, len(data.class_names))
         seconds = time.perf_counter() - start
-        for line in describe_test(confusions["test"], data, " (with their margins)"):
-            console.info(line)
         record = new_record(
             data,
             confusions,
-            run=file_name(name, dict(baseline=name, data=data.sha256)),
+            run_id=file_name(name, dict(baseline=name, data=data.sha256)),
             configuration=name + of_data,
             minutes=seconds / 60,
             seconds=seconds,
             note=run_options.note,
             is_baseline=True,
         )
+        console.info("\n".join([*describe_accuracies(record), *describe_mistakes(record)]))
         cells = {f"{title} acc": getattr(record, split) for split, title in SPLITS.items()}
         console.table_row({"Baseline": name, **cells, "Unseen": record.unseen, "Time": f"{seconds:.1f} s"})
         if folder := run_options.results:
@@ -52,7 +51,7 @@ def run_baselines(experiment, run_options):
 
 
 def evaluate(model, splits, n_classes):
-    """{split: Confusion} of a model that is trained here on the training messages that have a label."""
+    """Train a model on the training messages that have a label, and return {split: Confusion}."""
     labelled = splits["train"][splits["train"]["Label"] >= 0]
     model.fit(list(labelled["Text"]), labelled["Label"].to_numpy())
     confusions = {}
@@ -61,5 +60,5 @@ def evaluate(model, splits, n_classes):
         margins = model.decision_function(texts)  # (n, K), of two classes (n,)
         margins = np.abs(margins) if margins.ndim == 1 else margins.max(axis=1)
         columns = range(len(texts)), frame["Label"].tolist(), model.predict(texts).tolist(), margins.tolist()
-        confusions[split] = Confusion.of(*columns, n_classes)
+        confusions[split] = Confusion.from_predictions(*columns, n_classes)
     return confusions

@@ -1,12 +1,30 @@
-"""Two configurations compared on the messages that both were tested on.
+"""Compare two configurations on the messages that both were tested on.
 
-One run each: the exact test of McNemar (Psychometrika 12, 1947) on the messages that only one of the two classifies as
-labelled; its verdict is about these two classifiers. Three seeds or more of each: seeds and messages both vary, and the
-verdict is about the configurations. Intervals are those of Agresti and Min (Statistics in Medicine 24, 2005), to which
-the variation of seeds is added by MOVER (Zou, Computational Statistics & Data Analysis 52, 2008).
+One run each: the exact test of McNemar (Psychometrika 12, 1947) on the messages that only one of the two gets right.
+Its verdict is about these two classifiers. Three seeds or more of each: seeds and messages both vary, and the verdict
+is about the configurations. The 95% interval of the difference is then made of three variances:
+
+- Messages. vm is the variance of the mean over the n messages of the difference of the two mean accuracies, with the
+  padding of Agresti and Min (Statistics in Medicine 24, 2005).
+- Seeds. A configuration with S seeds has the variance v of its S accuracies (divisor S - 1). With three seeds v is off
+  by more than a factor of three in a third of all cases, and with two degrees of freedom Student's t is 4.3 at 95% and
+  18 at the level that Holm's correction may ask of one of 17 questions. But the configurations of a table resemble
+  each other. So v is shrunk towards their mean v̄, as in a moderated t-test (Smyth, Statistical Applications in
+  Genetics and Molecular Biology 3, 2004). There the prior variance s0² counts as d0 degrees of freedom, and the
+  posterior variance (d0 s0² + (S - 1) v) / (d0 + S - 1) has d0 + S - 1. Here s0² = v̄ and d0 = 1, which gives
+  ṽ = (v̄ + (S - 1) v) / S with S degrees of freedom. A larger d0, also one that is estimated, shows more and is wrong
+  too often where one configuration varies much more than the others. The variance vs of a difference is the sum of
+  ṽ / S of both sides, with Welch's degrees of freedom (Biometrika 34, 1947). Runs with the same seed are not paired:
+  their accuracies hardly correlate, and pairing would halve the degrees of freedom.
+- Both. r is what single seeds make of single messages: the residual mean squares of both two-way tables, divided by
+  S n each. It is in both variances above and is subtracted once.
+
+The half-width at a level is sqrt(z² vm + max(t² vs - z² r, 0)): each part with its own quantile, squared and added
+(MOVER: Zou, Computational Statistics & Data Analysis 52, 2008). p is the level at which the interval touches zero.
 """
 
 import math
+import statistics
 from bisect import bisect_left
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -16,19 +34,76 @@ from scipy.special import bdtr, ndtri, stdtrit  # scipy.stats and scipy.optimize
 
 LEVEL = 0.05
 MIN_SEEDS = 3  # with two, no method holds its level: their differences may tie
+MIN_CONFIGURATIONS = 5  # whose mean variance is worth shrinking towards
 STEPS = 10**9  # p-values of several seeds are found in steps of 1 / STEPS
+MAX_SEEDS = 100  # that anybody is advised to run
+
+
+class MeanVariance(NamedTuple):
+    """The variance of a mean accuracy by the choice of its seeds, and its degrees of freedom."""
+
+    variance: float = 0.0
+    freedom: float = 1.0
+
+
+def seed_variances(accuracies):
+    """Return the MeanVariance of each configuration of a table from its accuracies, a list of lists (S,).
+
+    The variance of a single run is not known and counts as 0: its interval is that of the run itself.
+    """
+    own = [statistics.variance(seeds) if len(seeds) > 1 else None for seeds in accuracies]
+    known = [variance for variance in own if variance is not None]
+    prior = 1 if len(known) >= MIN_CONFIGURATIONS else 0  # degrees of freedom
+    found = []
+    for seeds, variance in zip(accuracies, own, strict=True):
+        if variance is None:
+            found.append(MeanVariance())
+        else:
+            freedom = prior + len(seeds) - 1
+            shrunk = (prior * statistics.fmean(known) + (len(seeds) - 1) * variance) / freedom
+            found.append(MeanVariance(shrunk / len(seeds), freedom))
+    return found
 
 
 class Sample(NamedTuple):
     """The runs of one configuration on n messages."""
 
-    seeds: tuple  # of the S runs
-    called: np.ndarray  # (S, n) int: the class that a message was called, -1 where that is its label
+    name: str  # of the configuration in a sentence: "row 1"
+    seeds: tuple  # of the S runs; (None,) for a classifier that has no seed
+    predicted: np.ndarray  # (S, n) int: the predicted class, -1 where that is the label
+    mean_variance: MeanVariance
 
     @property
     def correct(self):
-        """(S, n) float: 1 where a message was classified as labelled, else 0."""
-        return (self.called == -1).astype(float)
+        """Return (S, n) float: 1 where a message was classified as labelled, else 0."""
+        return (self.predicted == -1).astype(float)
+
+    @property
+    def n_seeds(self):
+        """Return the number of seeds. A classifier without a seed does not vary, like one of infinitely many."""
+        return math.inf if self.seeds == (None,) else len(self.seeds)
+
+
+class Variances(NamedTuple):
+    """The variances of a mean difference: by messages, by seeds, the part that is in both; see above."""
+
+    messages: float
+    seeds: float = 0.0
+    both: float = 0.0
+    freedom: float = 1.0  # of `seeds`
+
+    def half_width(self, level):
+        """Return half the width of the interval that holds the true difference with probability 1 - level.
+
+        The seeds never make it narrower than the messages alone.
+        """
+        z, t = ndtri(level / 2), stdtrit(self.freedom, level / 2)
+        return math.sqrt(z**2 * self.messages + max(t**2 * self.seeds - z**2 * self.both, 0.0))
+
+    def with_seeds(self, factor):
+        """Return the Variances that `factor` times as many seeds would have."""
+        messages = max(self.messages - self.both, 0.0) + self.both / factor
+        return Variances(messages, self.seeds / factor, self.both / factor, self.freedom * factor)
 
 
 @dataclass
@@ -36,60 +111,80 @@ class Comparison:
     """How much better b is than a, in fractions of the messages."""
 
     difference: float
-    interval: tuple  # 95%, (low, high), of this comparison alone; of these very runs where there is no verdict
-    p: float | None  # of this comparison alone, until it is corrected by `holm`; None where no verdict may be drawn
-    basis: str  # what was compared, and why no verdict may be drawn
-    is_identical: bool  # whether both ran the same seeds, and each called all messages the same
+    interval: tuple  # 95%, (low, high), of this question alone
+    p: float | None  # after correction for the number of questions; None where there is no verdict
+    p_alone: float | None  # before
+    basis: str  # what was compared
+    n_seeds: int  # the smaller number of both sides
+    variances: Variances
+    is_same: bool  # whether both have the same seeds and the same predictions
 
     @property
     def verdict(self):
-        """The verdict on b in words."""
-        if self.is_identical:
-            return "identical predictions"
+        """Return the verdict on b in words."""
+        low, high = self.interval
+        if self.is_same:
+            return "the same predictions"
         if self.p is None:
             return "no verdict"
-        if self.p >= LEVEL:
-            return "no difference shown"
-        return "better" if self.difference > 0 else "worse"
+        word = "better" if self.difference > 0 else "worse"
+        if self.p < LEVEL:
+            return word
+        return f"probably {word}" if low > 0 or high < 0 else "undecided"
 
     @property
     def sentence(self):
-        """What was measured, in a sentence."""
-        words, (low, high) = self.verdict, (100 * end for end in self.interval)
-        if not self.is_identical:
-            words += f", {100 * self.difference + 0.0:+.2f} points (95% interval {low:+.1f} to {high:+.1f})"
-            if self.p is not None:
-                words += ", p < 0.001" if self.p < 0.001 else f", p = {self.p:.2g}"
-        return f"{words}; {self.basis}."
+        """Return what was found, in a sentence that begins with the verdict."""
+        verdict, (low, high) = self.verdict, (100 * end for end in self.interval)
+        difference = f"{100 * self.difference + 0.0:+.2f} points"
+        if self.is_same:
+            return f"{verdict} ({'one run each' if self.n_seeds == 1 else self.basis})."
+        if verdict == "undecided":
+            words = f"undecided: between {abs(low):.1f} points worse and {high:.1f} better (95% interval)"
+            words += f", measured {difference}"
+        else:
+            words = f"{verdict}, {difference} (95% interval {low:+.1f} to {high:+.1f})"
+        if self.p is not None:
+            words += f", {describe_p(self.p)}"
+        if verdict.startswith("probably"):
+            words += ", certain only if this were the only question" if self.p_alone < LEVEL else ", not certain"
+        return f"{words}{', ' if self.basis.startswith('of these') else '; '}{self.basis}."
+
+
+def describe_p(p):
+    """Return `p = 0.012`. A p near 1 is not printed: many take it for a proof of equality."""
+    return "p < 0.001" if p < 0.001 else "p > 0.5" if p > 0.5 else f"p = {p:.2g}"
 
 
 def compare(a, b):
-    """The Comparison of two Samples on the same messages.
+    """Return the Comparison of two Samples on the same messages, its p not yet corrected.
 
-    The interval of the difference of one run each is that of Agresti and Min, the test is McNemar's; where they
-    disagree, the test decides. Of several seeds the p-value is the level at which the interval touches zero.
+    For one run each the interval is that of Agresti and Min, the test is McNemar's; where they disagree, the test
+    decides.
     """
-    fewest, by_message = min(len(a.seeds), len(b.seeds)), b.correct.mean(axis=0) - a.correct.mean(axis=0)
-    basis = f"{len(a.seeds)} seeds each" if len(a.seeds) == len(b.seeds) else f"{len(a.seeds)} and {len(b.seeds)} seeds"
+    fewest, by_message = min(a.n_seeds, b.n_seeds), b.correct.mean(axis=0) - a.correct.mean(axis=0)
     centre, messages = centre_and_variance(by_message)
-    variances = messages, *(seed_variance(a, b) if fewest >= MIN_SEEDS else (0.0, 0.0, 1.0))
-    half = half_width(LEVEL, *variances)
+    variances = add_seeds(messages, a, b) if fewest >= MIN_SEEDS else Variances(messages)
+    half = variances.half_width(LEVEL)
+    counts = [f"{one.n_seeds} seed{'s' * (one.n_seeds > 1)}" for one in (a, b) if one.seeds != (None,)]
+    basis = f"{counts[0]} each" if counts[0] == counts[-1] and len(counts) == 2 else " and ".join(counts)
     if len(a.seeds) == len(b.seeds) == 1:
         only_a, only_b = int((by_message < 0).sum()), int((by_message > 0).sum())
         p = min(2 * float(bdtr(min(only_a, only_b), only_a + only_b, 0.5)), 1.0)  # a binomial test of 1/2, both sides
-        basis = f"one run each, {only_a} messages right only in the first, {only_b} only in the second"
+        basis = f"of these two runs: {only_a} messages right only in {a.name}, {only_b} only in {b.name}"
     elif fewest < MIN_SEEDS:
         p = None
         basis += "; a verdict takes three seeds or more on both sides, or one run each"
     else:  # the larger the level, the narrower the interval
-        p = bisect_left(range(STEPS), -abs(centre), lo=1, key=lambda p: -half_width(p / STEPS, *variances)) / STEPS
+        step = bisect_left(range(STEPS), -abs(centre), lo=1, key=lambda step: -variances.half_width(step / STEPS))
+        p = step / STEPS
     interval = max(centre - half, -1.0), min(centre + half, 1.0)
-    is_identical = sorted(zip(a.seeds, a.called.tolist())) == sorted(zip(b.seeds, b.called.tolist()))
-    return Comparison(float(by_message.mean()), interval, p, basis, is_identical)
+    is_same = sorted(zip(a.seeds, a.predicted.tolist())) == sorted(zip(b.seeds, b.predicted.tolist()))
+    return Comparison(float(by_message.mean()), interval, p, p, basis, fewest, variances, is_same)
 
 
 def centre_and_variance(by_message):
-    """The centre of the interval of a mean difference, and its variance by the choice of messages; differences (n,).
+    """Return the centre of the interval of a mean difference, and its variance by messages; differences (n,).
 
     Agresti and Min add half a message to each cell of the table of pairs, which is two messages whose differences have
     the sum 0 and the sum of squares 1. So the variance is not zero where few messages differ.
@@ -98,41 +193,44 @@ def centre_and_variance(by_message):
     return float(padded.mean()), float(padded.var()) / len(padded)
 
 
-def seed_variance(a, b):
-    """The variance of the mean difference by the choice of seeds: (variance, part of it, degrees of freedom).
-
-    Where both ran the same seeds it is that of the differences of each seed, else the sum of both sides' own, with the
-    degrees of freedom of Welch (Biometrika 34, 1947). The part is in the variance by messages too: what single seeds
-    make of single messages, the residual of a two-way analysis of variance.
-    """
-    sides = [a.correct, b.correct]  # (S, n) each
-    if set(a.seeds) == set(b.seeds):
-        sides = [sides[1][[b.seeds.index(seed) for seed in a.seeds]] - sides[0]]
-    variances, both = [], 0.0
-    for side in sides:
-        n_seeds, n = side.shape
-        variances.append(float(side.mean(axis=1).var(ddof=1)) / n_seeds)
-        residuals = side - side.mean(axis=1, keepdims=True) - side.mean(axis=0) + side.mean()
-        both += float((residuals**2).sum()) / ((n_seeds - 1) * max(n - 1, 1)) / side.size
-    total = sum(variances)
-    freedom = total**2 / sum(v**2 / (len(side) - 1) for v, side in zip(variances, sides, strict=True)) if total else 1.0
-    return total, both, freedom
-
-
-def half_width(level, messages, seeds, both, freedom):
-    """Half the width of the interval of a mean difference that holds the true one with probability 1 - level (MOVER).
-
-    The parts of messages and seeds are squared, each with its own quantile, and added, less what is in both. Seeds
-    never make it narrower than the messages alone.
-    """
-    z, t = ndtri(level / 2), stdtrit(freedom, level / 2)
-    return math.sqrt(z**2 * messages + max(t**2 * seeds - z**2 * both, 0.0))
+def add_seeds(messages, *samples):
+    """Return the Variances of the difference of two Samples, of which that by messages is known."""
+    parts, both = [sample.mean_variance for sample in samples], 0.0
+    for sample in samples:
+        table = sample.correct  # (S, n)
+        n_seeds, n = table.shape
+        residuals = table - table.mean(axis=1, keepdims=True) - table.mean(axis=0) + table.mean()
+        both += float((residuals**2).sum()) / (max(n_seeds - 1, 1) * max(n - 1, 1)) / table.size
+    total = sum(part.variance for part in parts)
+    freedom = total**2 / sum(part.variance**2 / part.freedom for part in parts) if total else 1.0
+    return Variances(messages, total, both, freedom)
 
 
 def holm(p_values):
-    """A list of p-values corrected for their number (Holm, Scandinavian Journal of Statistics 6, 1979)."""
+    """Return p-values corrected for their number (Holm, Scandinavian Journal of Statistics 6, 1979)."""
     p_values = np.array(p_values)
     order, corrected = p_values.argsort(), np.empty_like(p_values)
     weighted = p_values[order] * np.arange(len(order), 0, -1)
     corrected[order] = np.maximum.accumulate(weighted).clip(max=1.0)
     return corrected.tolist()
+
+
+def describe_power(comparisons, level):
+    """Return a line on what the runs can show at a level, and about how many seeds would show 3 points; or "".
+
+    The difference is the median half-width of the intervals at this level: one that is measured to be as large is
+    shown. Comparisons by seeds come before single runs.
+    """
+    tested = [found for found in comparisons if found.p is not None and not found.is_same]
+    by_seeds = [found for found in tested if found.n_seeds >= MIN_SEEDS]
+    if not tested:
+        return ""
+    shown = 100 * statistics.median(found.variances.half_width(level) for found in by_seeds or tested)
+    words = f"These {'seeds' if by_seeds else 'single runs'} show a difference of about {shown:.1f} points or more"
+    if not by_seeds:
+        return f"{words}; what an option does, rather than one run of it, takes three seeds or more on both sides."
+    for seeds in range(MIN_SEEDS, MAX_SEEDS + 1):
+        more = [found.variances.with_seeds(seeds / found.n_seeds) for found in by_seeds]
+        if 100 * statistics.median(variances.half_width(level) for variances in more) <= 3:
+            return f"{words}; about {seeds} seeds each would show 3 points."
+    return f"{words}; {MAX_SEEDS} seeds each would not show 3 points: that takes more test messages."

@@ -6,82 +6,113 @@ from pathlib import Path
 import jinja2
 from markupsafe import Markup
 
-from runner.results.summary import NOTE
+from runner.results.summary import NO_RUNS, NOTE
 
 
 def render(summary):
-    """The page of a Summary as text."""
+    """Return the page of a Summary as text."""
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    groups = [group for table in summary.tables for group in table.groups]
-    ends = [end for group in groups for end in (group.interval[0], group.published) if end is not None]
-    low = 5 * int(min(ends, default=50) // 5)
+    low = 5 * int(summary.low // 5)
     return environment.get_template("page.html").render(
-        note=NOTE,
-        low=low,
+        note=NOTE if summary.tables else NO_RUNS,
+        legend=legend(summary),
+        n_trained=next((r.train.total for r in summary.records if r.data == "uci" and not r.is_baseline), None),
         tables=[(table, table_lines(table, low), answer_lines(table)) for table in summary.tables],
         remarks=summary.remarks,
-        runs=[(record, curves(record.history), mistake_lines(record)) for record in summary.records],
+        runs=[
+            (record, curves(record.history), class_lines(record), mistake_lines(record)) for record in summary.records
+        ],
     )
 
 
+def legend(summary):
+    """Return what the drawings of the table show: only what is there."""
+    groups = [group for table in summary.tables for group in table.groups]
+    words = ["mean (disc)", "95% interval (bar)"]
+    words += ["seeds (strokes)"] * any(len(group.records) > 1 for group in groups)
+    words += ["published (diamond)"] * any(group.published is not None for group in groups)
+    return f"Drawn: {', '.join(words)}, with a tick every 5%."
+
+
 def table_lines(table, low):
-    """A line, {title: text}, for each Group of a Table, with a drawing from `low` to 100%."""
+    """Return a line, {title: text}, for each Group of a Table, with a drawing from `low` to 100%."""
     lines = table.cells.to_dict("records")
     for line, group in zip(lines, table.groups, strict=True):
-        seeds = [100 * accuracy.fraction for accuracy in group.accuracies()]
+        seeds = [100 * one.fraction for one in group.accuracies()] if len(group.records) > 1 else []
         values = dict(tick=range(low, 101, 5), seed=seeds, mean=[group.percent()], published=[group.published])
-        line["Test"] += drawing(low, 100, group.interval, values)
+        line["Test"] += drawing({low: f"{low}", 100: "100%"}, group.interval, values)
     return lines
 
 
 def answer_lines(table):
-    """A line for each answer of a Table."""
-    widest, lines = max([0.05, *(abs(end) for found in table.answers.values() for end in found.interval)]), []
-    for question, found in table.answers.items():
-        drawn = drawing(-widest, widest, found.interval, dict(rule=[0], mean=[found.difference]))
-        asked = Markup("{} <small>{}</small>").format(question.asks, question.why)
-        lines.append(dict(Rows=question.rows, Question=asked, Answer=found.sentence + drawn))
+    """Return a line for each answer of a Table, with a drawing of the interval in points."""
+    widest = max([5, *(math.ceil(100 * abs(end)) for answer in table.answers for end in answer.found.interval)])
+    labels, lines = {-widest: f"−{widest}", 0: "0", widest: f"+{widest} points"}, []
+    for answer in table.answers:
+        found = answer.found
+        interval = [100 * end for end in found.interval]
+        drawn = drawing(labels, interval, dict(rule=[0], mean=[100 * found.difference]))
+        asked = Markup("{} <small>{}</small>").format(answer.asks, answer.why)
+        lines.append(dict(Rows=answer.rows, Question=asked, Answer=answer.sentence + drawn))
     return lines
 
 
+def class_lines(record):
+    """Return a line for each class: precision and recall on the test messages."""
+    confusion = record.confusions["test"]
+    classes = zip(record.class_names, confusion.totals, confusion.precision_and_recall, strict=True)
+    return [{"Class": name, "Messages": n, "Precision": p, "Recall": r} for name, n, (p, r) in classes]
+
+
 def mistake_lines(record):
-    """A line for each of the most confident test mistakes of a Record."""
+    """Return a line for each of the most confident test mistakes of a Record."""
     names, lines = record.class_names, []
-    for mistake, text in zip(record.confusions["test"].most_confident(len(record.texts)), record.texts, strict=True):
-        line = dict(Message=mistake.number, Confidence=f"{mistake.confidence:.3f}", Called=names[mistake.called])
-        lines.append(line | dict(Labelled=names[mistake.label], Text=text[:200]))
+    for mistake, text in zip(record.confusions["test"].most_confident(len(record.texts)), record.texts):
+        line = dict(Message=mistake.index, Confidence=f"{mistake.confidence:.3f}", Predicted=names[mistake.predicted])
+        lines.append(line | dict(Label=names[mistake.label], Text=text[:200]))
     return lines
 
 
 MEAN, PUBLISHED = "m-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0", "m0-7l6 7-6 7-6-7z"  # a disc and a diamond
-MARKS = dict(tick="m0 7v3", rule="m0-10v20", seed="m0-5v10", mean=MEAN, published=PUBLISHED)
+MARKS = dict(tick="m0 7v3", rule="m0-10v20", seed="m0-5v10", mean=MEAN, published=PUBLISHED, cut="m6-5l-6 5 6 5")
 
 
-def drawing(low, high, interval, values):
-    """An interval on a scale from low to high, with marks at values, {kind of mark: values}; None and NaN have none."""
+def drawing(labels, interval, values):
+    """Return an interval on a scale with marks at values, {kind of mark: values}; None and NaN have none.
+
+    `labels` are {value: text} at the scale, whose first and last value are its ends. An interval that begins below the
+    scale is cut, with an arrow.
+    """
+    low, *_, high = labels
 
     def at(value):
-        return f"M{200 * (value - low) / (high - low):.1f} 10"
+        return round(200 * (value - low) / (high - low), 1)
 
-    drawn = f'<path class="interval" d="{at(interval[0])}L{at(interval[1])[1:]}"/>'
-    for kind in values:
-        for value in values[kind]:
+    begin, end = max(interval[0], low), interval[1]
+    drawn = f'<path class="interval" d="M{at(begin)} 10L{at(end)} 10"/>'
+    for kind, places in (values | dict(cut=[low] * (interval[0] < low))).items():
+        for value in places:
             if value is not None and not math.isnan(value):
-                drawn += f'<path class="{kind}" d="{at(value)}{MARKS[kind]}"/>'
-    return Markup(f'<svg width="200" height="20" viewBox="0 0 200 20" aria-hidden="true">{drawn}</svg>')
+                drawn += f'<path class="{kind}" d="M{at(value)} 10{MARKS[kind]}"/>'
+    for value, text in labels.items():
+        anchor = {low: "start", high: "end"}.get(value, "middle")
+        drawn += f'<text x="{at(value)}" y="30" text-anchor="{anchor}">{text}</text>'
+    return Markup(f'<svg width="200" height="32" viewBox="0 0 200 32" aria-hidden="true">{drawn}</svg>')
 
 
 def curves(history):
-    """The losses over the batches, and what the corners stand for; nothing of fewer than two."""
+    """Return the losses over the batches, with values at the axes; nothing of fewer than two."""
     if len(history.steps) < 2:
         return ""
     losses, last = dict(training=history.train_losses, validation=history.val_losses), history.steps[-1]
     known = {name: [(x, y) for x, y in zip(history.steps, losses[name]) if not math.isnan(y)] for name in losses}
     drawn, top = "", max((y for points in known.values() for _, y in points), default=0) or 1
-    for name, values in known.items():
-        points = (f"{300 * step / last:.0f},{110 - 110 * loss / top:.0f}" for step, loss in values)
-        drawn += f'<polyline class="{name}" points="{" ".join(points)}"/>'
-    drawn = f'<svg width="300" height="110" role="img" aria-label="Losses"><path d="M0 110h300"/>{drawn}</svg>'
-    words = f"Loss, 0 to {top:.2f}, over {last:,} batches: training —, validation - -"
-    return Markup(f'{drawn}<p class="soft">{words}</p>')
+    for name, points in known.items():
+        places = (f"{40 + 300 * step / last:.0f},{118 - 110 * loss / top:.0f}" for step, loss in points)
+        drawn += f'<polyline class="{name}" points="{" ".join(places)}"/>' * bool(points)
+    labels = (36, 12, f"{top:.2f}"), (36, 120, "0"), (46, 132, "0"), (340, 132, f"{last:,} batches")
+    drawn += "".join(f'<text x="{x}" y="{y}" text-anchor="end">{text}</text>' for x, y, text in labels)
+    drawn = f'<svg width="344" height="134" role="img" aria-label="Losses"><path d="M40 8v110h300"/>{drawn}</svg>'
+    lines = " and ".join(f"{name} {mark}" for name, mark in (("training", "—"), ("validation", "- -")) if known[name])
+    return Markup(f'{drawn}<p class="soft">Loss{" in " * bool(lines)}{lines}</p>')

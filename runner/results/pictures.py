@@ -1,4 +1,4 @@
-"""Pictures: the course of training, and the table with its intervals. They are fit for a paper, in grey too."""
+"""Draw the course of training, and the table with its intervals, for a paper, in grey too."""
 
 import math
 import textwrap
@@ -7,6 +7,7 @@ from pathlib import Path
 
 from runner.files import atomic_write
 from runner.results.accuracy import Accuracy
+from runner.wording import shown
 
 # Told apart by colour-blind readers too (Okabe and Ito 2008), and also by their line or mark.
 BLUE, ORANGE = "#0072B2", "#D55E00"
@@ -16,7 +17,7 @@ STYLE = {"font.size": 8, "axes.spines.right": False, "axes.spines.top": False, "
 
 @contextmanager
 def picture(path, width, height):
-    """A matplotlib Figure of so many inches, written at the end in the format of the suffix. Raises OSError."""
+    """Yield a matplotlib Figure of so many inches, and write it in the format of the suffix. Raises OSError."""
     import matplotlib  # takes long
     from matplotlib.figure import Figure
 
@@ -56,8 +57,8 @@ def plot_summary(path, summary):
     lines = []  # (label, Group or None of a heading)
     for table in summary.tables:
         lines += [(f"{table.title}:", None)] * (len(summary.tables) > 1)
-        lines += [(f"{group.name}  {group.cells['Row']}".rstrip(), group) for group in table.groups]
-    labels = [textwrap.fill(label, 50).replace("$", r"\$") for label, _ in lines]  # $ is a formula's sign
+        lines += [(f"{group.row or ''}  {group.name}".lstrip(), group) for group in table.groups]
+    labels = [textwrap.fill(shown(label), 50).replace("$", r"\$") for label, _ in lines]  # $ is a formula's sign
     sizes = [label.count("\n") + 1 for label in labels]
     heights = [sum(sizes[:i]) + size / 2 for i, size in enumerate(sizes)]
     seed = dict(marker="|", color="black", linestyle="", markersize=6, markeredgewidth=0.6, label="single seeds")
@@ -69,7 +70,9 @@ def plot_summary(path, summary):
             if group is None:
                 continue
             low, high = group.interval
-            axes.plot([low, group.percent(), high], [height] * 3, **measured)
+            axes.plot([max(low, summary.low), group.percent(), high], [height] * 3, **measured)
+            if low < summary.low:  # cut, so that one wide interval does not squeeze the others
+                axes.plot(summary.low, height, marker="<", color=BLUE, markersize=5, gid="cut")
             if len(group.records) > 1:
                 seeds = [100 * one.fraction for one in group.accuracies()]
                 axes.plot(seeds, [height] * len(seeds), **seed)
@@ -77,7 +80,11 @@ def plot_summary(path, summary):
                 axes.plot(group.published, height, **diamond)
         axes.set_yticks(heights, labels)
         axes.set(xlabel="Test accuracy (%)", ylim=(max(sum(sizes), 1), 0))
+        if summary.low:
+            axes.set_xlim(summary.low - 0.02 * (100 - summary.low), None)
         axes.grid(axis="y", visible=False)
         axes.tick_params(axis="y", length=0)
-        handles = {handle.get_label(): handle for handle in axes.get_lines()}  # one of each kind
+        handles = {
+            line.get_label(): line for line in axes.get_lines() if line.get_label()[0] != "_"
+        }  # one of each kind
         figure.legend(handles=[*handles.values()], loc="outside upper right", ncols=3, frameon=False)

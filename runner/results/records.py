@@ -4,9 +4,12 @@ import json
 import math
 import platform
 import re
-from dataclasses import asdict, dataclass, field, fields
+from collections import Counter
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
+from types import UnionType
+from typing import NamedTuple, get_args, get_origin, get_type_hints
 
 import pandas as pd
 import tiktoken
@@ -14,7 +17,7 @@ import torch
 
 from runner.data.datasets import SPLITS, Repeats
 from runner.files import UserError, sha256_of_json, write_bytes
-from runner.results.accuracy import Confusion, Mistake
+from runner.results.accuracy import Confusion
 from runner.rows import ROWS
 from runner.wording import changed_options, describe_settings
 
@@ -23,34 +26,34 @@ from runner.wording import changed_options, describe_settings
 class History:
     """What a run printed, as numbers and as lines. It only grows; JSON can hold it."""
 
-    steps: list = field(default_factory=list)  # at which the losses were evaluated
-    train_losses: list = field(default_factory=list)
-    val_losses: list = field(default_factory=list)
-    train_accuracies: list = field(default_factory=list)  # [correct, total] of the first messages after each epoch
-    val_accuracies: list = field(default_factory=list)
-    lines: list = field(default_factory=list)
-
-    def add_line(self, line):
-        """Add a line and return it, as the others do."""
-        self.lines.append(line)
-        return line
+    steps: list[int] = field(default_factory=list)  # at which the losses were evaluated
+    train_losses: list[float] = field(default_factory=list)
+    val_losses: list[float] = field(default_factory=list)
+    # [correct, total] of the first messages after each epoch
+    train_accuracies: list[list[int]] = field(default_factory=list)
+    val_accuracies: list[list[int]] = field(default_factory=list)
+    lines: list[str] = field(default_factory=list)
 
     def add_losses(self, epoch, step, train_loss, val_loss):
+        """Add the losses at a step and return the line that is printed."""
         self.steps.append(step)
         self.train_losses.append(train_loss)
         self.val_losses.append(val_loss)
         train, val = ("n/a" if math.isnan(loss) else f"{loss:.3f}" for loss in (train_loss, val_loss))  # without labels
-        return self.add_line(f"Ep {epoch} (Step {step:06d}): Train loss {train}, Val loss {val}")
+        self.lines.append(f"Ep {epoch} (Step {step:06d}): Train loss {train}, Val loss {val}")
+        return self.lines[-1]
 
     def add_accuracies(self, train, val):
-        """Add the Accuracies after an epoch, which are of the first messages only."""
+        """Add the Accuracies of the first messages after an epoch and return the line that is printed."""
         self.train_accuracies.append(list(train))
         self.val_accuracies.append(list(val))
         counts = f"{train.correct}/{train.total}, {val.correct}/{val.total}"
-        return self.add_line(f"Training accuracy: {train} | Validation accuracy: {val} (first messages only: {counts})")
+        self.lines.append(f"Training accuracy: {train} | Validation accuracy: {val} (first messages only: {counts})")
+        return self.lines[-1]
 
 
-VERSION = 2  # of the file
+VERSION = 3  # of the file
+Setting = str | bool | int | float
 VERSIONS = {module.__name__: str(module.__version__) for module in (torch, tiktoken, pd)}
 
 
@@ -58,24 +61,25 @@ VERSIONS = {module.__name__: str(module.__version__) for module in (torch, tikto
 class Record:
     """One finished run. The printed row, its JSON file and the report are made from it."""
 
-    run: str  # the name of its file: what makes it this run
+    run_id: str  # the name of its file: what makes it this run
     configuration: str  # in words
     data: str  # "uci", "sample" or "own"
     data_sha256: str
-    class_names: list  # of the K classes
-    confusions: dict  # {split: Confusion}
-    repeats: dict  # {split: Repeats} of validation and test
-    texts: list  # of the most confident test mistakes, in the order of `most_confident`
+    class_names: list[str]  # of the K classes
+    confusions: dict[str, Confusion]  # {split: Confusion}
+    repeats: dict[str, Repeats]  # {split: Repeats} of validation and test
+    texts: list[str]  # of the most confident test mistakes, in the order of `most_confident`
     minutes: float  # of training alone
     seconds: float  # of the whole run
     note: str = ""
     date: str = field(default_factory=lambda: datetime.now().astimezone().isoformat(timespec="seconds"))
-    versions: dict = field(default_factory=lambda: dict(python=platform.python_version()) | VERSIONS)
+    versions: dict[str, str] = field(default_factory=lambda: dict(python=platform.python_version()) | VERSIONS)
     # What a baseline does without.
     tokens_per_message: int | None = None  # of the longest message, padding included
     row: int | None = None  # of the published table, if the run was one of its rows
-    options: dict = field(default_factory=dict)  # what tells it from row 1, but for seed, device, precision and paths
-    settings: dict = field(default_factory=dict)  # the Experiment's, by name
+    # What tells it from row 1, but for seed, device, precision and paths.
+    options: dict[str, Setting] = field(default_factory=dict)
+    settings: dict[str, Setting] = field(default_factory=dict)  # the Experiment's, by name
     seed: int | None = None
     weights_sha256: str = ""  # "" of random weights
     feature_seconds: float = 0.0  # what the frozen features took when they were first computed
@@ -91,7 +95,7 @@ class Record:
     test = property(lambda self: self.confusions["test"].accuracy)
 
     # Of the test messages that are not, in similar form, among the training messages.
-    unseen = property(lambda self: self.confusions["test"].without(self.repeats["test"].similar))
+    unseen = property(lambda self: self.confusions["test"].accuracy_excluding(self.repeats["test"].similar))
 
     @property
     def name(self):
@@ -100,24 +104,90 @@ class Record:
         return name + f", {self.precision}" * (self.precision != "fp32")
 
     def to_dict(self):
-        """What `from_dict` takes, and what is worked out from it: JSON can hold it."""
+        """Return what `from_dict` takes, and what follows from it, for JSON."""
         accuracies = {split: getattr(self, split)._asdict() for split in (*SPLITS, "unseen")}
         macro_f1 = {split: found.macro_f1 for split, found in self.confusions.items()}
         return dict(version=VERSION) | asdict(self) | accuracies | dict(macro_f1=macro_f1)
 
     @classmethod
     def from_dict(cls, content):
-        """What `to_dict` gave, also after a round trip through JSON. Raises ValueError, KeyError or TypeError."""
-        if content["version"] != VERSION:
-            raise ValueError(f"it is of version {content['version']}, not {VERSION}")
-        parts = {part.name: content[part.name] for part in fields(cls)}
-        parts["confusions"] = {
-            split: Confusion(found["totals"], [Mistake(*mistake) for mistake in found["mistakes"]])
-            for split, found in content["confusions"].items()
-        }
-        parts["repeats"] = {split: Repeats(**found) for split, found in content["repeats"].items()}
-        parts["history"] = History(**content["history"])
-        return cls(**parts)
+        """Return the Record of what `to_dict` gave, also after a round trip through JSON.
+
+        Every field is checked. Raises an exception of any kind for what is no record.
+        """
+        if (version := content["version"]) != VERSION:
+            raise UserError(
+                f"was written by {'an older' if version < VERSION else 'a newer'} version; move it away, or use "
+                "--results DIR"
+            )
+        record = restore(cls, content)
+        record.check()
+        return record
+
+    def check(self):
+        """Raise ValueError for fields that do not belong together."""
+        datetime.fromisoformat(self.date).astimezone()
+        if not self.is_baseline:
+            restore(UsedSettings, self.settings)
+            restore(UsedSettings, self.settings | self.options)
+        mistakes = self.confusions["test"].mistakes
+        for found in (self.confusions[split] for split in SPLITS):
+            missed = Counter(mistake.label for mistake in found.mistakes)
+            indices = [mistake.index for mistake in found.mistakes]
+            classes = {k for mistake in found.mistakes for k in (mistake.label, mistake.predicted)}
+            if not (
+                len(found.totals) == len(self.class_names)
+                and classes <= set(range(len(found.totals)))
+                and all(missed[k] <= total for k, total in enumerate(found.totals))
+                and indices == sorted({*indices} - {-1})
+            ):
+                raise ValueError("the mistakes are not those of its classes and messages")
+        history, similar = self.history, self.repeats["test"].similar
+        if not (
+            len(history.steps) == len(history.train_losses) == len(history.val_losses)
+            and len(similar) == len({*similar}) <= sum(self.confusions["test"].totals)
+            and len(self.texts) <= len(mistakes)
+            and (self.row is None or self.row in ROWS)
+            and (self.seed is None) == self.is_baseline
+        ):
+            raise ValueError("its fields do not belong together")
+
+
+class UsedSettings(NamedTuple):
+    """The settings by which a run is described."""
+
+    model_size: str
+    trainable_layers: str
+    trainable_token_pos: str
+    lora_rank: int
+    lora_alpha: float
+    batch_size: int
+    accumulation_steps: int
+    no_padding: bool
+    average_embeddings: bool
+
+
+def restore(kind, value):
+    """Return what JSON holds as a value of a type, such as `dict[str, Confusion]`.
+
+    Dataclasses and NamedTuples are restored from dicts, NamedTuples from lists too. Raises TypeError, KeyError or
+    ValueError for what is no such value.
+    """
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin is UnionType:
+        kinds = [part for part in parts if type(value) is part or (part is float and type(value) is int)]
+        return restore(kinds[0] if kinds else parts[0], value)
+    if origin is dict:
+        return {restore(str, name): restore(parts[1], item) for name, item in dict(value).items()}
+    if origin and isinstance(value, list | tuple):
+        return origin(restore(parts[0], item) for item in value)
+    if isinstance(value, list | tuple) and issubclass(kind, tuple):
+        value = dict(zip(kind._fields, value, strict=True))
+    if isinstance(value, dict) and (hints := get_type_hints(kind)):
+        return kind(**{name: restore(part, value[name]) for name, part in hints.items()})
+    if type(value) is not kind and not (kind is float and type(value) is int):
+        raise TypeError(f"{str(value)[:50]!r} is no {getattr(kind, '__name__', kind)}")
+    return value
 
 
 # --- what makes a run the same run ---
@@ -133,7 +203,7 @@ def run_identity(experiment, data, weights):
 
 
 def identify(experiment, data, weights):
-    """Return the fields run, row, configuration and options of a run's Record, which are known before it starts.
+    """Return the fields run_id, row, configuration and options of a run's Record, which are known before it starts.
 
     The name of the run, `row16-seed123-3f9c2a1b`, ends with a hash of its `run_identity`.
     """
@@ -148,13 +218,13 @@ def identify(experiment, data, weights):
     row = next((number for number, row in ROWS.items() if row.options == options), None)
     configuration = describe_settings(options)
     words = f"row{row}" if row else configuration[:100]
-    run = file_name(f"{words} seed{experiment.seed}", run_identity(experiment, data, weights))
-    return dict(run=run, row=row, configuration=configuration, options=options)
+    run_id = file_name(f"{words} seed{experiment.seed}", run_identity(experiment, data, weights))
+    return dict(run_id=run_id, row=row, configuration=configuration, options=options)
 
 
 def find_record(folder, experiment, data, weights):
     """Return the Record of this run in a folder, whatever device it ran on, or None. Raises UserError."""
-    paths = sorted(Path(folder).glob(f"{identify(experiment, data, weights)['run']}*.json"))
+    paths = sorted(Path(folder).glob(f"{identify(experiment, data, weights)['run_id']}*.json"))
     return read_record(paths[0]) if paths else None
 
 
@@ -171,7 +241,7 @@ def new_record(data, confusions, **further):
         class_names=list(data.class_names),
         confusions=confusions,
         repeats=data.repeats,
-        texts=[data.test_texts[mistake.number] for mistake in confusions["test"].most_confident(10)],
+        texts=[data.test_texts[mistake.index] for mistake in confusions["test"].most_confident(10)],
         **further,
     )
 
@@ -180,7 +250,7 @@ def make_record(experiment, data, weights, confusions, state, **further):
     """Return the Record of a run of GPT-2 that finishes now with this TrainingState; `further` are other fields."""
     usage, identity = state.usage(), identify(experiment, data, weights)
     if state.device.type != "cpu":  # runs on several types of device have a file each
-        identity["run"] += f"-{state.device.type}"
+        identity["run_id"] += f"-{state.device.type}"
     return new_record(
         data,
         confusions,
@@ -204,28 +274,30 @@ def make_record(experiment, data, weights, confusions, state, **further):
 def write_record(folder, record):
     """Write a Record to its file, in place of that of the same run before. Returns the path. Raises OSError."""
     Path(folder).mkdir(exist_ok=True)
-    path = Path(folder, f"{record.run}.json")
+    path = Path(folder, f"{record.run_id}.json")
     lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(value)}" for name, value in record.to_dict().items())
     write_bytes(path, f"{{\n{lines}\n}}\n".encode())
     return path
 
 
 def read_record(path):
-    """The Record in a file. Raises UserError where there is none."""
+    """Return the Record in a file. Raises UserError where there is none, whatever is wrong with it."""
     try:
         return Record.from_dict(json.loads(Path(path).read_bytes()))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except UserError as error:
+        raise UserError(f"{path} {error}") from None
+    except Exception as error:
         raise UserError(f"{path} is no record of a run ({type(error).__name__}: {error})") from None
 
 
 def read_records(folders):
-    """([Record, ...] by date, [a line for each file that holds none]). Raises UserError for what is no folder."""
+    """Return ([Record, ...] by date, [a line for each file without one]). Raises UserError for what is no folder."""
     if missing := [folder for folder in folders if not Path(folder).is_dir()]:
-        raise UserError(f"--report {missing[0]}: there is no such folder")
+        raise UserError(f"--report {missing[0]}: there is no such folder; a finished run makes it")
     records, problems = [], []
     for path in (path for folder in folders for path in sorted(Path(folder).glob("*.json"))):
         try:
             records.append(read_record(path))
         except UserError as error:
             problems.append(f"{error}; skipped")
-    return sorted(records, key=lambda record: record.date), problems
+    return sorted(records, key=lambda record: datetime.fromisoformat(record.date).astimezone()), problems

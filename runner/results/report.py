@@ -1,4 +1,4 @@
-"""What is printed of finished runs: the row of one, in 140 columns; `--report`, the tables of all, in files too."""
+"""Print finished runs: the row of one, in 140 columns; with `--report` the tables of all, and write them to files."""
 
 import sys
 import textwrap
@@ -10,14 +10,15 @@ import pandas as pd
 
 from runner.data.datasets import SPLITS
 from runner.files import write_bytes
+from runner.results.comparison import describe_p
 from runner.results.records import read_records
-from runner.results.summary import NOTE, summarize
+from runner.results.summary import NO_RUNS, NOTE, summarize
 from runner.rows import ROWS
-from runner.wording import describe_settings, markdown_table, plain, shown
+from runner.wording import describe_settings, markdown_table, plain, short_name, shown
 
 # --- the row of one run, with the columns of the public original's table ---
 
-# Options that have words of their own in a column; others stand beside the context length.
+# Options that have a column of their own, batch size and accumulation steps one word in the column of the others.
 SHOWN = {"model_size", "weights", "trainable_token_pos", "average_embeddings", "trainable_layers", "lora_rank"}
 SHOWN |= {"lora_alpha", "context_length", "no_padding", "batch_size", "accumulation_steps"}
 
@@ -32,7 +33,7 @@ def print_row(records, console):
 
 
 def row_cells(records):
-    """The cells of a row by their titles; of several seeds means ± standard deviations."""
+    """Return the cells of a row by their titles; of several seeds means ± standard deviations."""
     first = records[0]
     settings, n = first.settings, len(records)
     layers, position = settings["trainable_layers"], settings["trainable_token_pos"]
@@ -40,24 +41,26 @@ def row_cells(records):
         layers += f" {settings['lora_rank']}/{settings['lora_alpha']:g}"
     if settings["average_embeddings"]:
         position = "mean of all" if position == "last" and not settings["no_padding"] else "mean of real"
-    context = ["unpadded" if settings["no_padding"] else str(first.tokens_per_message)]
+    others = []
     if first.options.keys() & {"batch_size", "accumulation_steps"}:
-        context.append(f"batch {settings['batch_size']}×{settings['accumulation_steps']}")
-    context += [describe_settings({name: value}) for name, value in first.options.items() if name not in SHOWN]
-    context += [first.precision] * (first.precision != "fp32")
-    context += [f"seed {first.seed}"] * (first.seed != 123 and n == 1)
+        others.append(f"batch {settings['batch_size']}×{settings['accumulation_steps']}")
+    others += [describe_settings({name: value}) for name, value in first.options.items() if name not in SHOWN]
+    others += [first.precision] * (first.precision != "fp32")
+    others += [f"seed {first.seed}"] * (first.seed != 123 and n == 1)
     row = {
         "Row": f"{first.row or '-'}" + f", n={n}" * (n > 1),
-        "Model": settings["model_size"].split(" ")[0],
+        "Model": short_name(settings["model_size"]),
         "Weights": first.options.get("weights", "pretrained"),
-        "Token position": position,
-        "Trained layers": layers,
-        "Context length": ", ".join(context),
+        "Position": position,
+        "Trained": layers,
+        "Context": "unpadded" if settings["no_padding"] else str(first.tokens_per_message),
+        "Other options": ", ".join(others) or "-",
     }
-    for title, split in zip(("Train", "Val", "Test"), SPLITS, strict=True):
+    titles = ("Train acc", "Val acc", "Test ± SD of seeds" if n > 1 else "Test acc")
+    for title, split in zip(titles, SPLITS, strict=True):
         percentages = [100 * getattr(record, split).fraction for record in records]
         mean, deviation = np.mean(percentages), f"±{np.std(percentages, ddof=1):.1f}" if n > 1 else "%"
-        row[f"{title} acc"] = "n/a" if np.isnan(mean) else f"{mean:.2f}{deviation}"  # no labels
+        row[title] = "n/a" if np.isnan(mean) else f"{mean:.2f}{deviation}"  # no labels
     minutes = np.mean([record.minutes for record in records])
     return row | {"Minutes": f"{minutes:.2f}", "CPU/GPU": first.device_name.removeprefix("NVIDIA ")}
 
@@ -73,55 +76,97 @@ def print_report(run_options):
     summary = summarize(records)
     print(as_text(summary))
     for path in run_options.write:
-        suffix = Path(path).suffix
-        if suffix in (".png", ".pdf", ".svg"):
-            from runner.results.pictures import plot_summary  # slow to import, as is the page
+        for written in write_report(Path(path), summary):
+            print(f"Written: {written}")
 
-            plot_summary(path, summary)
-        elif suffix == ".html":
-            from runner.results.page import render
 
-            write_bytes(path, render(summary).encode())
-        else:
-            text = {".md": as_text, ".csv": as_csv, ".tex": as_tex}[suffix](summary)
-            write_bytes(path, f"{text.rstrip()}\n".encode())
-        print(f"Written: {path}")
+def write_report(path, summary):
+    """Write the report in the format of a suffix; return the paths of its files. Raises OSError."""
+    if path.suffix in (".png", ".pdf", ".svg"):
+        from runner.results.pictures import plot_summary  # slow to import, as is the page
+
+        plot_summary(path, summary)
+        return [path]
+    texts = {path: ""}
+    if path.suffix == ".html":
+        from runner.results.page import render
+
+        texts[path] = render(summary)
+    elif path.suffix == ".csv":
+        texts = {path: runs_as_csv(summary)}
+        texts[path.with_stem(f"{path.stem}-conclusions")] = conclusions(summary.tables).to_csv(index=False)
+    else:
+        texts[path] = as_text(summary) if path.suffix == ".md" else as_tex(summary)
+    for name, text in texts.items():
+        write_bytes(name, f"{text.rstrip()}\n".encode(errors="backslashreplace"))  # a note need not be UTF-8
+    return list(texts)
 
 
 def as_text(summary):
-    """The report in lines of 100 columns, which are Markdown too."""
-    parts = [wrapped(NOTE)] if summary.tables else ["There are no runs."]
+    """Return the report in lines of 100 columns, which are Markdown too."""
+    parts = [wrapped(NOTE if summary.tables else NO_RUNS)]
     for table in summary.tables:
         cells = narrow_cells(table)
         lines = "\n".join(markdown_table(cells.columns, cells.values.tolist()))
         parts += [f"## {plain(table.title)}", lines, wrapped(table.note)]
-        if answers := table.answers.items():
-            answers = [f"- {asked.rows}: {asked.asks} Row {asked.b}: {a.sentence} {asked.why}" for asked, a in answers]
-            parts += ["### Conclusions", wrapped(*answers)]
+        answers = [f"- {one.rows}: {one.asks} {one.sentence} {one.why}" for one in table.answers]
+        if table.remarks or answers:
+            parts += ["### Conclusions", wrapped(*table.remarks), wrapped(*answers)]
     parts.append(wrapped(*(f"- {remark}" for remark in summary.remarks)))
     return "\n\n".join(filter(None, parts))
 
 
 def wrapped(*lines):
-    """Lines, whatever is in them, as a text of at most 100 columns."""
+    """Return lines, whatever is in them, as a text of at most 100 columns."""
     indents = ["  " * line.startswith("- ") for line in lines]
     fill = partial(textwrap.fill, width=100, break_on_hyphens=False)
     return "\n".join(fill(plain(line), subsequent_indent=indent) for line, indent in zip(lines, indents))
 
 
 def narrow_cells(table):
-    """The cells of a Table that fit 100 columns; the configuration, which may be long, is the last."""
+    """Return the cells of a Table that fit 100 columns; the configuration, which may be long, is the last."""
     cells = table.cells.drop(columns=["Validation", "Training", "Minutes", "Features"], errors="ignore")
     return cells.assign(Configuration=cells.pop("Configuration"))
 
 
-def as_csv(summary):
-    """A line for each run that counts, with the fields of its file in flat columns."""
+def conclusions(tables):
+    """Return the answers of Tables as a DataFrame; differences are in points."""
+    rows = []
+    for table, answer in ((table, answer) for table in tables for answer in table.answers):
+        found, (low, high) = answer.found, answer.found.interval
+        row = dict(table=table.title, rows=answer.rows, question=answer.asks, subject=answer.subject)
+        row |= dict(verdict=found.verdict, difference=100 * found.difference, low=100 * low, high=100 * high)
+        rows.append(row | dict(p=found.p, basis=found.basis))
+    titles = ("table", "rows", "question", "subject", "verdict", "difference", "low", "high", "p", "basis")
+    return pd.DataFrame(rows, columns=titles)
+
+
+def runs_as_csv(summary):
+    """Return a line for each run that counts, with the fields of its file in flat columns."""
     runs = pd.json_normalize([record.to_dict() for record in summary.records])
     return runs.drop(columns=runs.filter(regex="^(confusions|history|options|repeats|texts)")).to_csv(index=False)
 
 
 def as_tex(summary):
-    """A table for a paper, for the package booktabs, for each that the report has."""
-    tables = [narrow_cells(table).map(shown) for table in summary.tables]
-    return "\n".join(cells.to_latex(index=False, escape=True) for cells in tables)
+    """Return the tables and their conclusions in LaTeX, no wider than the text of an article."""
+    parts = ["% Needs \\usepackage{array,booktabs}."]
+    for table in summary.tables:
+        cells = narrow_cells(table).map(shown)
+        parts.append(tabular(cells, dict(Configuration=0.26)))
+        answers = conclusions([table])
+        if len(answers):
+            ends = [f"{low:.1f} to {high:.1f}" for low, high in zip(answers.low, answers.high)]
+            p_values = ["" if pd.isna(p) else describe_p(p).removeprefix("p ").removeprefix("= ") for p in answers.p]
+            cells = dict(Rows=answers.rows, Question=answers.question.map(shown), Verdict=answers.verdict)
+            cells |= {"Points": answers.difference.map("{:+.2f}".format), "95% interval": ends, "p": p_values}
+            parts.append(tabular(pd.DataFrame(cells), dict(Question=0.32, Verdict=0.17)))
+    return "\n".join(parts)
+
+
+def tabular(cells, widths):
+    """Return a DataFrame as LaTeX: columns of text by their widths in parts of \\textwidth, numbers to the right."""
+    left = "".join(
+        rf">{{\raggedright\arraybackslash}}p{{{widths[c]}\textwidth}}" if c in widths else "r" for c in cells
+    )
+    body = cells.to_latex(index=False, escape=True, column_format=f"@{{}}{left}@{{}}")
+    return f"{{\\footnotesize\\setlength{{\\tabcolsep}}{{4pt}}\n{body}}}\n"

@@ -1,4 +1,4 @@
-"""All runs in order: which are of one configuration, which of these are rows of one table, and what the rows answer."""
+"""Sort all runs into configurations, configurations into tables, and answer the questions that are asked of tables."""
 
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -7,48 +7,67 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from runner.results.accuracy import mean_interval
-from runner.results.comparison import Sample, compare, holm
+from runner.results.accuracy import Accuracy, mean_interval
+from runner.results.comparison import (
+    LEVEL,
+    Comparison,
+    MeanVariance,
+    Sample,
+    compare,
+    describe_power,
+    holm,
+    seed_variances,
+)
 from runner.rows import QUESTIONS, ROWS
 from runner.wording import describe_settings
 
+NO_RUNS = "There are no runs. This command makes one in half a minute: python additional_experiments.py --demo"
 NOTE = (
-    "Test: accuracy in percent, of n runs the mean, with its 95% interval, which holds the choice of messages and of "
+    "Test: accuracy in percent, of n runs the mean, with its 95% interval, which covers the choice of messages and of "
     "seeds. Unseen: without the messages that are, but for case, digits and punctuation, among the training messages. "
-    "Conclusions: rows are compared message by message, single runs by the exact McNemar test. The p-value decides, "
-    "which is corrected for the number of comparisons; an interval belongs to one comparison alone."
+    "Conclusions compare rows message by message; p is corrected for the number of questions, an interval is that of "
+    "one question alone. Better, worse: p is below 0.05. Probably: the interval excludes zero, p is not below 0.05. "
+    "Undecided: the interval includes zero, and what it includes is possible."
 )
 
 
 @dataclass(frozen=True)
 class Group:
-    """The runs of one configuration in one precision, one for each seed."""
+    """The runs of one configuration in one precision, one for each seed, as a line of a table."""
 
     records: list  # by date
     name: str  # of the configuration, within its table
-    rows: tuple = ()  # numbers: several where the rows differ in nothing but what the table chooses
+    row: int | None = None  # the row that it is in its table
     published: float | None = None  # test accuracy in percent; None outside the published table
+    mean_variance: MeanVariance = MeanVariance()  # by seeds
 
     def accuracies(self, split="test"):
-        """The Accuracy of each run; split may be "unseen"."""
+        """Return the Accuracy of each run; split may be "unseen"."""
         return [getattr(record, split) for record in self.records]
 
+    def mean(self, split="test"):
+        """Return the mean Accuracy of the runs. Its fraction is rounded once, so equal means are equal numbers."""
+        accuracies = self.accuracies(split)
+        return Accuracy(sum(one.correct for one in accuracies), sum(one.total for one in accuracies))
+
     def percent(self, split="test"):
-        return 100 * np.mean([accuracy.fraction for accuracy in self.accuracies(split)])
+        return 100 * self.mean(split).fraction
 
     @property
     def interval(self):
-        """The 95% interval (low, high) of the mean test accuracy, in percent; it holds messages and seeds."""
-        return tuple(100 * end for end in mean_interval(self.accuracies()))
+        """Return the 95% interval (low, high) of the mean test accuracy, in percent; it covers messages and seeds."""
+        total, n_runs = self.mean(), len(self.records)
+        mean = Accuracy(total.correct / n_runs, total.total // n_runs)
+        return tuple(100 * end for end in mean_interval(mean, *self.mean_variance))
 
     @property
     def cells(self):
-        """What a table says of it, {title: text}; "" where there is nothing to say."""
+        """Return what a table says of it, {title: text}; "" where there is nothing to say."""
         (low, high), confusions = self.interval, [record.confusions["test"] for record in self.records]
         where = "inside" if low <= (self.published or 0) <= high else "outside"
         return {
-            "Row": ", ".join(map(str, self.rows)),
-            "Configuration": self.name,
+            "Row": str(self.row or ""),
+            "Configuration": self.name or "-",
             "n": str(len(self.records)),
             "Test": f"{self.percent():.2f} [{low:.1f}–{high:.1f}]",
             "Unseen": f"{self.percent('unseen'):.2f}",
@@ -61,34 +80,69 @@ class Group:
         }
 
 
+class Answer(NamedTuple):
+    """A question that is asked of a table, and what was found."""
+
+    rows: str  # "1–16"
+    asks: str
+    subject: str  # what the verdict is about: "Row 16"
+    found: Comparison
+    why: str
+
+    @property
+    def sentence(self):
+        """Return the answer in a sentence: `Row 16 is better, +3.33 points, ...`."""
+        verb = "has" if self.found.verdict in ("no verdict", "the same predictions") else "is"
+        return f"{self.subject} {verb} {self.found.sentence}"
+
+
 @dataclass(frozen=True)
 class Table:
-    """The rows' options with one choice of further options, then baselines on the same data; or all other runs."""
+    """The rows with one choice of further options, then baselines on the same data; or all other runs."""
 
     title: str
+    options: dict  # that all its rows have
     groups: list  # by row
-    answers: dict = field(default_factory=dict)  # {Question: Comparison}
+    answers: list = field(default_factory=list)  # of Answer
+    remarks: list = field(default_factory=list)  # lines at the head of the conclusions
 
     @property
     def rows(self):
-        """{number of a row: Group}."""
-        return {number: group for group in self.groups for number in group.rows}
+        """Return {row: Group}."""
+        return {group.row: group for group in self.groups if group.row}
 
     @property
     def cells(self):
-        """A DataFrame of the cells of its Groups, without columns that are empty."""
+        """Return a DataFrame of the cells of its Groups, without columns that are empty."""
         cells = pd.DataFrame([group.cells for group in self.groups])
         return cells.loc[:, (cells != "").any()]
 
     @property
     def note(self):
-        """What always the most frequent class would reach, if that is much, and which rows were not run: a text."""
+        """Return what always the most frequent class would reach, if that is much, and which rows were not run."""
         most_frequent, lines = self.groups[0].records[0].confusions["test"].most_frequent, []
         if self.rows and most_frequent.fraction > 0.6:
             lines.append(f"Always the most frequent class: {most_frequent}.")
-        if self.rows and (missing := sorted(ROWS.keys() - self.rows)):
-            lines.append(f"Not run: rows {', '.join(map(str, missing))}.")
+        possible = [row for row in ROWS if (row, self.options) in places(ROWS[row].options | self.options)]
+        if self.rows and (missing := [str(row) for row in possible if row not in self.rows]):
+            lines.append(f"Not run: rows {', '.join(missing)}.")
         return " ".join(lines)
+
+    @property
+    def best(self):
+        """Return the Group of the row that is best in validation, of equals the first; or None."""
+        return best_in_validation(self.rows.values())
+
+    @property
+    def baseline(self):
+        """Return the Group of the baseline that is best in validation; or None."""
+        return best_in_validation(group for group in self.groups if group.records[0].is_baseline)
+
+
+def best_in_validation(groups):
+    """Return the first of the Groups with the highest mean validation accuracy; None where none is known."""
+    known = [group for group in groups if group.mean("validation").total]
+    return max(known, key=lambda group: group.mean("validation").fraction, default=None)
 
 
 class Summary(NamedTuple):
@@ -96,98 +150,182 @@ class Summary(NamedTuple):
 
     tables: list  # of Table: the published one, others of rows, all other runs
     remarks: list  # lines: seeds whose runs differ, notes of runs
+    records: list  # those that count, each once
 
     @property
-    def records(self):
-        """Those that count."""
-        return [record for table in self.tables for group in table.groups for record in group.records]
+    def low(self):
+        """Return where an axis of test accuracies in percent begins: below them, and below all but very wide intervals.
+
+        An interval may reach beyond the lowest accuracy by three times what intervals do in the middle.
+        """
+        groups = [group for table in self.tables for group in table.groups if group.mean().total]
+        if not groups:
+            return 0.0
+        ends = [group.interval[0] for group in groups]
+        middle = float(np.median([group.percent() - end for group, end in zip(groups, ends, strict=True)]))
+        seeds = [100 * seed.fraction for group in groups for seed in group.accuracies()]
+        lowest = min([*seeds, *(group.published for group in groups if group.published is not None)])
+        return max(min(*ends, lowest), lowest - 3 * middle, 0.0)
 
 
 MODEL = ("model_size", "weights")
-ROW_OPTIONS = {name for row in ROWS.values() for name in row.options} - {*MODEL}
 
 
-def find_rows(options):
-    """(numbers of rows, their options, options of their table) for a run's options.
+def places(options):
+    """Return where a run with these options belongs: [(row, options of its table), ...].
 
-    Of the rows whose options a run has, it is the one that leaves the fewest options of rows to the table. Model size
-    and weights are the table's where they are not the row's; rows that differ in nothing else are then one: at the nano
-    size rows 6 to 8 are row 1.
+    It is a row of every table whose options, together with those of the row, are the run's. In a table that sets model
+    size or weights, rows are told by their other options: at the medium size LoRA of rank 16 is row 12. Rows that have
+    the same other options, such as 1 and 6, are there the first of them.
     """
-    found = defaultdict(list)
+    found = {}
     for number, row in ROWS.items():
-        is_same_model = all(options.get(name) == row.options.get(name) for name in MODEL)
-        wanted = {name: value for name, value in row.options.items() if is_same_model or name not in MODEL}
-        if wanted.items() <= options.items():
-            rest = {name: value for name, value in options.items() if name not in wanted}
-            found[len(rest.keys() & ROW_OPTIONS), not is_same_model].append((number, wanted, rest))
-    best = found[min(found)]
-    _, of_rows, of_table = best[0]
-    return tuple(number for number, _, rest in best if rest == of_table), of_rows, of_table
+        switches = {name: value for name, value in row.options.items() if name not in MODEL}
+        for wanted in (row.options, switches):
+            table = {name: value for name, value in options.items() if name not in wanted}
+            if wanted.items() <= options.items() and row.options.keys() - wanted.keys() <= table.keys():
+                found.setdefault(tuple(table), (number, table))
+    return list(found.values())
+
+
+def options_of(record):
+    """Return the options of a run that tell it from row 1, its precision among them."""
+    return record.options | (dict(precision=record.precision) if record.precision != "fp32" else {})
+
+
+def data_of(record):
+    """Return what identifies the test messages of a run."""
+    return record.data_sha256, tuple(record.confusions["test"].totals)
+
+
+def key_of(record):
+    """Return what tells the configuration of a run from others."""
+    if record.is_baseline:
+        return data_of(record), record.run_id
+    return data_of(record), frozenset(options_of(record).items()), record.weights_sha256
 
 
 def summarize(records):
-    """The Summary of Records, which are by date."""
-    configurations, tables, baselines = defaultdict(dict), defaultdict(list), defaultdict(list)
+    """Return the Summary of Records, which are by date."""
+    configurations = defaultdict(dict)  # {key: {seed: its runs}}
     for record in records:
-        key = record.name, str(record.options), record.data_sha256
-        configurations[key].setdefault(record.seed, []).append(record)
-    for seeds in configurations.values():
-        kept = [runs[0] for runs in seeds.values()]
-        first = kept[0]
-        if first.is_baseline:
-            baselines[first.data_sha256].append(Group(kept, first.name))
-        else:
-            precision = {} if first.precision == "fp32" else dict(precision=first.precision)
-            rows, of_rows, of_table = find_rows(first.options | precision)
-            published = None if of_table else ROWS[rows[0]].test
-            title = f"Rows with {describe_settings(of_table)}" if of_table else ""
-            tables[title].append(Group(kept, describe_settings(of_rows), rows, published))
-    made, others = [], []
-    for title, groups in sorted(tables.items()):
-        first = groups[0].records[0]
-        if title and len(groups) == 1:  # one row is no table
-            others.append(Group(groups[0].records, first.name))
-        else:
-            groups = sorted(groups, key=lambda group: group.rows) + baselines.pop(first.data_sha256, [])
-            made.append(Table(title or "The table", groups))
-    answer_questions(made)
-    others += [group for groups in baselines.values() for group in groups]
-    if others:
-        made.append(Table("Other runs", others))
-    summary = Summary(made, [])
+        configurations[key_of(record)].setdefault(record.seed, []).append(record)
+    counted = [[runs[0] for runs in seeds.values()] for seeds in configurations.values()]
+    tables = make_tables(counted)
+    in_tables = {id(group.records[0]) for table in tables for group in table.groups}
+    if others := [runs for runs in counted if id(runs[0]) not in in_tables]:
+        groups = [Group(runs, runs[0].name, mean_variance=seed_variances([fractions(runs)])[0]) for runs in others]
+        tables.append(Table("Other runs", {}, groups))
+    answer_questions(tables)
+    by_id = {id(record): record for table in tables for group in table.groups for record in group.records}
+    notes = [f"Note of {record.run_id}: {record.note}" for record in by_id.values() if record.note]
+    return Summary(tables, differing_runs(configurations) + notes, list(by_id.values()))
+
+
+def make_tables(configurations):
+    """Return the published Table, if it has a row, and the others by title; configurations are lists of Records.
+
+    A Table of one row, or whose rows are all in one other Table, is left out.
+    """
+    found = defaultdict(list)
+    for runs in (runs for runs in configurations if not runs[0].is_baseline):
+        for row, options in places(options_of(runs[0])):
+            weights = runs[0].weights_sha256 if "weights" in options else ""
+            found[data_of(runs[0]), frozenset(options.items()), weights].append((row, options, runs))
+
+    def by_size(members):
+        return bool(members[0][1]), -len(members), len(members[0][1])
+
+    tables, shown = [], []
+    for members in sorted(found.values(), key=by_size):
+        options, of_table = members[0][1], {id(runs) for _, _, runs in members}
+        if options and (len(members) == 1 or any(of_table <= others for others in shown)):
+            continue
+        shown.append(of_table)
+        members.sort(key=lambda member: member[0])
+        groups = []
+        for (row, _, runs), variance in zip(members, seed_variances([fractions(runs) for *_, runs in members])):
+            of_row = {name: value for name, value in options_of(runs[0]).items() if name not in options}
+            published = None if options else ROWS[row].test
+            groups.append(Group(runs, describe_settings(of_row), row, published, variance))
+        for runs in configurations:
+            if runs[0].is_baseline and data_of(runs[0]) == data_of(members[0][2][0]):
+                groups.append(Group(runs, runs[0].name))
+        tables.append(Table(f"Rows with {describe_settings(options)}" if options else "The table", options, groups))
+    return sorted(tables, key=lambda table: (bool(table.options), table.title))
+
+
+def fractions(records):
+    """Return the test accuracies of runs as fractions."""
+    return [record.test.fraction for record in records]
+
+
+def differing_runs(configurations):
+    """Return a line for each seed that was run more than once with different mistakes."""
+    lines = []
     for runs in (runs for seeds in configurations.values() for runs in seeds.values() if len(runs) > 1):
         results = {}
         for run in runs:
-            called = [(mistake.number, mistake.called) for mistake in run.confusions["test"].mistakes]
-            results.setdefault(str(called), f"{run.test} on {run.device_name}, PyTorch {run.versions['torch']}")
+            predictions = tuple((mistake.index, mistake.predicted) for mistake in run.confusions["test"].mistakes)
+            results.setdefault(predictions, f"{run.test} on {run.device_name}, PyTorch {run.versions.get('torch')}")
         if len(results) > 1:
             of_seed = f"{runs[0].name}, seed {runs[0].seed}: mistakes differ, the first run counts"
-            summary.remarks.append(f"{of_seed}: test {'; '.join(results.values())}.")
-    summary.remarks.extend(f"Note of {record.run}: {record.note}" for record in summary.records if record.note)
-    return summary
+            lines.append(f"{of_seed}: test {'; '.join(results.values())}.")
+    return lines
 
 
 def answer_questions(tables):
-    """Fill in the answers of each Table, with p-values corrected over all of them."""
+    """Fill in the answers and remarks of each Table. p-values are corrected over all of them.
+
+    Two configurations are compared once, in the first table that has both. Those with the same predictions do not count
+    among the questions.
+    """
+    asked = set()
     for table in tables:
-        for question in QUESTIONS:
-            a, b = table.rows.get(question.a), table.rows.get(question.b)
-            if a and b and a is not b and a.accuracies()[0].total:
-                table.answers[question] = compare(*samples_of(a, b))
-    tested = [found for table in tables for found in table.answers.values() if found.p is not None]
-    for found, p in zip(tested, holm([found.p for found in tested]), strict=True):
-        found.p = p
+        questions = [(table.rows.get(one.a), table.rows.get(one.b), one.rows, one.asks, one) for one in QUESTIONS]
+        if (best := table.best) and (baseline := table.baseline):
+            asks = f"Does the row that is best in validation beat a linear model ({baseline.name})?"
+            questions.append((baseline, best, str(best.row), asks, None))
+        for a, b, rows, asks, question in questions:
+            if a is None or b is None or not a.mean().total:
+                continue
+            pair = id(a.records[0]), id(b.records[0])
+            if pair not in asked:
+                asked.add(pair)
+                why = question.why(a.records[0].data == "uci") if question else ""
+                table.answers.append(Answer(rows, asks, f"Row {b.row}", compare(*samples_of(a, b)), why))
+    found = [answer.found for table in tables for answer in table.answers]
+    tested = [one for one in found if one.p is not None and not one.is_same]
+    for one, p in zip(tested, holm([one.p for one in tested]), strict=True):
+        one.p = p
+    for table in tables:
+        power = describe_power([answer.found for answer in table.answers], LEVEL / max(len(tested), 1))
+        table.remarks.extend(filter(None, [power, describe_best(table)]))
+
+
+def describe_best(table):
+    """Return a line on the row with the highest validation accuracy; of a table of one row, ""."""
+    best = table.best
+    if best is None or len(table.rows) == 1:
+        return ""
+    cells, highest = best.cells, best.mean("validation").fraction
+    equal = [str(row) for row, group in table.rows.items() if group.mean("validation").fraction == highest][1:]
+    as_high = f", as high as row{'s' * (len(equal) > 1)} {', '.join(equal)}" if equal else ""
+    return (
+        f"Which is best? Row {best.row} ({best.name}) has the highest validation accuracy, {cells['Validation']}%"
+        f"{as_high}; its test accuracy is {cells['Test']}."
+    )
 
 
 def samples_of(*groups):
-    """The Samples of Groups on the same messages; those that all runs got right are alike, and only counted."""
+    """Return the Samples of Groups on the same messages; those that all runs got right are alike, and only counted."""
     mistakes = [[record.confusions["test"].mistakes for record in group.records] for group in groups]
-    wrong = sorted({mistake.number for runs in mistakes for run in runs for mistake in run})
+    wrong = sorted({mistake.index for runs in mistakes for run in runs for mistake in run})
     samples = []
     for group, runs in zip(groups, mistakes, strict=True):
-        called = np.full((len(runs), group.accuracies()[0].total), -1)
-        for row, run in zip(called, runs, strict=True):
-            row[np.searchsorted(wrong, [mistake.number for mistake in run])] = [mistake.called for mistake in run]
-        samples.append(Sample(tuple(record.seed for record in group.records), called))
+        predicted = np.full((len(runs), group.records[0].test.total), -1)
+        for of_run, run in zip(predicted, runs, strict=True):
+            of_run[np.searchsorted(wrong, [mistake.index for mistake in run])] = [mistake.predicted for mistake in run]
+        name = f"row {group.row}" if group.row else group.name
+        samples.append(Sample(name, tuple(record.seed for record in group.records), predicted, group.mean_variance))
     return samples

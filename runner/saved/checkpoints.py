@@ -198,7 +198,7 @@ def open_checkpoint(path, minutes, identity, seeds, require_unchanged, console):
     `identity` is what makes a run the same run, see `run_identity`; the state may be that of any of `seeds`. Raises
     UserError for the file of another run, for a file that is no checkpoint or in use, and if hosts see different files.
     """
-    identity = identity | dict(format=FORMAT)
+    identity = dict(format=FORMAT) | identity  # the format first: another one has other settings
     if path is None:
         yield Checkpoint(path, minutes, identity, None, require_unchanged, console)
         return
@@ -242,8 +242,8 @@ def read_checkpoint(path, identity, seeds):
             if archive.testzip() is not None:
                 raise zipfile.BadZipFile
         content = torch.load(path, map_location="cpu", weights_only=True)
-        found, state = dict(content["identity"]), dict(content["state"])
-        state["seed"] + state["batches_done"]
+        state = dict(content["state"])
+        found = content["identity"] | dict(seed=state.get("seed"))
     except FileNotFoundError:
         return None
     except (OSError, MemoryError) as error:
@@ -251,9 +251,8 @@ def read_checkpoint(path, identity, seeds):
     except Exception as error:  # of many types
         problem = f"{path} is damaged, or no checkpoint ({type(error).__name__})"
         raise UserError(f"{problem}; delete it to start over") from None
-    expected = identity | dict(seed=state["seed"] if state["seed"] in seeds else seeds[0])
+    expected = identity | dict(seed=found["seed"] if found["seed"] in seeds else seeds[0])
     for name, value in expected.items():
-        theirs = state["seed"] if name == "seed" else found.get(name)
-        if theirs != value:
+        if (theirs := found.get(name)) != value:
             raise UserError(f"{path} is of a run with {name} {theirs}, not {value}; delete it to start over")
     return state

@@ -22,7 +22,8 @@ class SavedClassifier:
     limit: int  # the number of tokens to which messages are cut, and padded unless padding is off
     class_names: list  # of the K classes
     base_sha256: str  # see `sha256_of_base`
-    record: dict  # of the run that trained it
+    data: str  # "uci", "sample" or "own"
+    results: list  # lines on the run that trained it and its accuracies
 
     @property
     def needs_base(self):
@@ -78,9 +79,13 @@ def read_classifier(path):
 
 
 def load_parameters(classifier, parameters):
-    """Replace all trained parameters by {name: tensor}. Raises RuntimeError for other names or shapes."""
+    """Replace all trained parameters of a classifier on the CPU by {name: tensor}, which may be on any device.
+
+    Raises RuntimeError for other names or shapes.
+    """
     frozen = {name: p for name, p in classifier.named_parameters() if not p.requires_grad}
-    classifier.load_state_dict(frozen | parameters, assign=True)
+    trained = {name: tensor.cpu() for name, tensor in parameters.items()}
+    classifier.load_state_dict(frozen | trained, assign=True)
 
 
 # --- messages and answers ---

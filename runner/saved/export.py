@@ -3,7 +3,6 @@
 import os
 import tempfile
 from importlib import metadata
-from itertools import dropwhile, takewhile
 from pathlib import Path
 
 import torch
@@ -128,20 +127,17 @@ Messages are cut to {limit} tokens (`truncation=True`) and padded on the right.
 
 def model_card(path, saved, defaults):
     """Return the text of README.md: how to load the classifier, how it was trained, its accuracies."""
-    settings, record = saved.settings, saved.record
+    settings = saved.settings
     size, base = settings["model_size"], settings["weights"]
     if size in PRETRAINED and saved.base_sha256 == PRETRAINED[size].sha256:
         base = f"{PRETRAINED[size].repo_id}, under OpenAI's MIT License"
-    citation = "" if record["data"] == "own" else " (Almeida & Gómez Hidalgo, DOI 10.24432/C5CC84, CC BY 4.0)"
-    # What the run printed after training, but for the texts of messages, which are not ours to publish.
-    results = dropwhile(lambda line: not line.startswith("Training completed"), record["history"]["lines"])
-    results = takewhile(lambda line: not line.startswith("Most confident test mistakes"), results)
+    citation = "" if saved.data == "own" else " (Almeida & Gómez Hidalgo, DOI 10.24432/C5CC84, CC BY 4.0)"
     return CARD.format(
         size=size,
         name=path.resolve().name,
         limit=saved.limit,
         command=command_line({name: value for name, value in settings.items() if value != defaults[name]}),
         base=base,
-        data=DATASET_NAMES[record["data"]].split(" (")[0] + citation,
-        results="\n".join(results),
+        data=DATASET_NAMES[saved.data].split(" (")[0] + citation,
+        results="\n".join(saved.results),
     )
