@@ -1,11 +1,14 @@
 """Linear models on words and letters, on the splits of the runs."""
 
 import os
+from types import SimpleNamespace
 
+import numpy as np
 import pandas as pd
 import pytest
 
 from additional_experiments import main
+from runner.results.baseline import evaluate
 from runner.results.records import read_records
 
 
@@ -30,6 +33,16 @@ def test_more_classes_and_messages_without_label(data_dir, capfd):
     out = capfd.readouterr().out
     assert "Test errors: " in out and "Test macro-averaged F1: " in out
     assert [record.test.total for record in read_records(["results"])[0]] == [12, 12]
+
+
+def test_the_confidence_of_more_classes_is_the_largest_margin():
+    margins = np.array([[3.0, 1.0, 2.0], [0.5, -1.0, 0.0]])
+    model = SimpleNamespace(
+        fit=lambda *_: None, predict=lambda _: np.array([0, 0]), decision_function=lambda _: margins
+    )
+    split = pd.DataFrame(dict(Text=["a", "b"], Label=[1, 2]))
+    found = evaluate(model, dict(train=split), 3)["train"].mistakes
+    assert [(mistake.predicted, mistake.confidence) for mistake in found] == [(0, 3.0), (0, 0.5)]
 
 
 def test_options_of_gpt_2_are_refused(capfd):

@@ -15,6 +15,7 @@ from additional_experiments import Experiment, main, parse_args
 from gpt_download import PRETRAINED, Weights, load_weights
 from runner.data.datasets import Repeats, find_repeats, normalized
 from runner.files import sha256_of
+from runner.results.accuracy import Confusion, Mistake
 from runner.results.page import render
 from runner.results.records import History, identify, read_records, write_record
 from runner.results.report import as_text, row_cells, runs_as_csv
@@ -59,8 +60,8 @@ def test_a_file_that_is_no_record_is_named_and_skipped(tmp_path):
 
 
 def places_in(content, path=()):
-    """The path of every value in what JSON holds, of lists the first item only."""
-    items = content.items() if isinstance(content, dict) else list(enumerate(content))[:1]
+    """The path of every value in what JSON holds, of lists the first three items only."""
+    items = content.items() if isinstance(content, dict) else list(enumerate(content))[:3]
     for name, value in items:
         yield (*path, name)
         if isinstance(value, dict | list):
@@ -99,6 +100,21 @@ def test_a_record_with_one_damage_is_skipped_or_reported(tmp_path, damage):
             assert as_text(summary) and runs_as_csv(summary) and render(summary)
             assert row_cells(records)
     assert n_skipped > 20
+
+
+TOTALS = [[0, 150], [150, 150, 0]]
+CONFUSIONS = [
+    dict.fromkeys(("train", "validation", "test"), Confusion(totals, [Mistake(0, 0, 1, 0.9)])) for totals in TOTALS
+]
+
+
+@pytest.mark.parametrize(
+    "changes", [dict(seed=None), dict(row=20), *(dict(confusions=one) for one in CONFUSIONS)], ids=str
+)
+def test_fields_that_do_not_belong_together_are_no_record(tmp_path, changes):
+    write_record(tmp_path, replace(made_up_record([1]), **changes))
+    records, [problem] = read_records([tmp_path])
+    assert records == [] and "is no record of a run (ValueError: " in problem
 
 
 def test_records_are_in_the_order_of_time_in_any_time_zone(tmp_path):

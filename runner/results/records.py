@@ -130,26 +130,14 @@ class Record:
         if not self.is_baseline:
             restore(UsedSettings, self.settings)
             restore(UsedSettings, self.settings | self.options)
-        mistakes = self.confusions["test"].mistakes
+        classes = range(len(self.class_names))
         for found in (self.confusions[split] for split in SPLITS):
             missed = Counter(mistake.label for mistake in found.mistakes)
-            indices = [mistake.index for mistake in found.mistakes]
-            classes = {k for mistake in found.mistakes for k in (mistake.label, mistake.predicted)}
-            if not (
-                len(found.totals) == len(self.class_names)
-                and classes <= set(range(len(found.totals)))
-                and all(missed[k] <= total for k, total in enumerate(found.totals))
-                and indices == sorted({*indices} - {-1})
+            if any(missed[k] > total for k, total in zip(classes, found.totals, strict=True)) or any(
+                {mistake.label, mistake.predicted} - {*classes} for mistake in found.mistakes
             ):
-                raise ValueError("the mistakes are not those of its classes and messages")
-        history, similar = self.history, self.repeats["test"].similar
-        if not (
-            len(history.steps) == len(history.train_losses) == len(history.val_losses)
-            and len(similar) == len({*similar}) <= sum(self.confusions["test"].totals)
-            and len(self.texts) <= len(mistakes)
-            and (self.row is None or self.row in ROWS)
-            and (self.seed is None) == self.is_baseline
-        ):
+                raise ValueError("the mistakes are not those of its classes")
+        if self.row not in (None, *ROWS) or (self.seed is None) != self.is_baseline or self.unseen.total < 0:
             raise ValueError("its fields do not belong together")
 
 
