@@ -158,8 +158,9 @@ def test_folders_that_are_not_new_or_empty(flexible, capfd):
     Path("mine/notes.txt").write_text("a")
     Path("itself").symlink_to("itself")
     for path in ("mine", "mine/notes.txt", "itself"):
-        assert ae.main([*flexible, "--export", path]) == 2
-        assert capfd.readouterr().err == f"error: --export {path} is not a new or empty folder\n"
+        for command in (flexible, ["--load_model", "missing"]):
+            assert ae.main([*command, "--export", path]) == 2
+            assert capfd.readouterr().err == f"error: --export {path} is not a new or empty folder\n"
     assert ae.main([*flexible, "--export", "nowhere/out"]) == 2
     assert capfd.readouterr().err.startswith("error: --export nowhere/out cannot be written: ")
     assert Path("mine/notes.txt").read_text() == "a"
@@ -187,9 +188,12 @@ def test_an_export_is_whole_or_absent(flexible, monkeypatch, capfd, error, statu
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows sends no signals")
 def test_half_an_export_does_not_load(flexible, monkeypatch):
-    """Ctrl-C when all files but the last are in their places."""
-    interrupt_at(monkeypatch, Path, "rename", len(FILES), signal.SIGINT)
-    assert ae.main([*flexible, "--num_epochs", "1", "--quiet", "--export", "out"]) == 130
-    assert len(os.listdir("out")) == len(FILES) - 1
-    with pytest.raises((OSError, ValueError)):
-        AutoModelForSequenceClassification.from_pretrained("out")
+    """Ctrl-C when some of the files are in their places."""
+    assert ae.main([*flexible, "--num_epochs", "1", "--quiet", "--save_model", "trained"]) == 0
+    for n in range(len(FILES)):
+        with monkeypatch.context() as patch:
+            interrupt_at(patch, Path, "rename", n + 1, signal.SIGINT)
+            assert ae.main(["--load_model", "trained", "--export", f"out{n}"]) == 130
+        assert len(os.listdir(f"out{n}")) == n
+        with pytest.raises((OSError, ValueError)):
+            AutoModelForSequenceClassification.from_pretrained(f"out{n}")
