@@ -41,12 +41,9 @@ from runner.saved.classifiers import SavedClassifier
 
 
 def experiment_of(*options):
-    return ae.parse_args([*options, "--weights=random"])[0]
-
-
-def load_splits(experiment):
-    """Return the splits of an experiment, {name: DataFrame}."""
-    return datasets.load(experiment.data_dir, experiment.dataset, experiment.ignore_index).splits
+    """Return the Experiment of a command line, and its splits {name: DataFrame}."""
+    experiment, *_ = ae.parse_args([*options, "--weights=random"])
+    return experiment, datasets.load(experiment.data_dir, experiment.dataset, experiment.ignore_index).splits
 
 
 def synchronize(device):
@@ -144,11 +141,11 @@ def time_fast(classifier, experiment, encoded, part=None):
 
 def measure(row, fast_steps, options):
     """Print the line of a row: seconds of the plain and of the fast path."""
-    experiment = experiment_of(f"--row={row}", *options)
+    experiment, splits = experiment_of(f"--row={row}", *options)
     device, _ = resolve_device(experiment.device)
     set_precision(experiment.precision, device)
-    splits, tokenizer = load_splits(experiment), ae.load_vocabulary()
-    encoded, part = ae.encode(tokenizer, splits, experiment), None
+    tokenizer, part = ae.load_vocabulary(), None
+    encoded = ae.encode(tokenizer, splits, experiment)
     if fast_steps:
         sizes = dict.fromkeys(splits, 1) | dict(train=fast_steps * experiment.batch_size)
         frames = {name: frame.head(sizes[name]) for name, frame in splits.items()}
@@ -171,22 +168,20 @@ def classify(options):
     """Print the messages a second of this program and of transformers."""
     from transformers import pipeline
 
-    experiment = replace(experiment_of("--trainable_token_pos=flexible", *options), context_length=120)
-    texts = [text for frame in load_splits(experiment).values() for text in frame["Text"]]
+    experiment, splits = experiment_of("--trainable_token_pos=flexible", "--context_length=120", *options)
+    texts = [text for frame in splits.values() for text in frame["Text"]]
     device, _ = resolve_device(experiment.device)
     print(f"{experiment.model_size}, {len(texts):,} messages\n| | messages/s | peak GFLOP/s |\n| --- | --- | --- |")
 
     with tempfile.TemporaryDirectory() as folder:
         classifier = ae.build_classifier(experiment, 2)
-        record = dict.fromkeys(("data_sha256", "device_name", "date", "python", "torch", "tiktoken"), "")
-        record |= dict(data="sample", minutes=0, history=dict(lines=["Training completed"]))
+        record = dict(data="sample", history=dict(lines=[]))
         saved = SavedClassifier(asdict(experiment), 120, ["ham", "spam"], "", record)
         ae.export_classifier(f"{folder}/out", classifier, saved)
         trained = ae.TrainedClassifier(ae.place(classifier, device), experiment, ["ham", "spam"])
         peak = matmul_peak(device, "fp32")
-        pieces = [texts[first : first + 1000] for first in range(0, len(texts), 1000)]
         start = time.perf_counter()
-        found = [label for piece in pieces for label in trained.predict(piece)[0]]
+        found, _ = trained.predict(texts)
         ours = len(texts) / (time.perf_counter() - start)
         print(f"| this program | {ours:.1f} | {peak / 1e9:.0f} |", flush=True)
 
@@ -206,7 +201,7 @@ def classify(options):
 def sitting(rows, options):
     """Print the seconds of whole commands without and with a cache, and what became of the frozen features."""
     print("| row | without s | with s | peak GFLOP/s | |\n| --- | --- | --- | --- | --- |")
-    totals, experiment = [0.0, 0.0], experiment_of(*options)
+    totals, (experiment, _) = [0.0, 0.0], experiment_of(*options)
     with tempfile.TemporaryDirectory() as cache:
         for row, caches in [*((row, ("", cache)) for row in rows), (rows[0], (cache,))]:
             peak = matmul_peak(resolve_device(experiment.device)[0], experiment.precision)

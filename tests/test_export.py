@@ -5,13 +5,12 @@ import signal
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pandas as pd
 import pytest
 import torch
 from helpers import interrupt_at
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
@@ -65,12 +64,6 @@ def test_messages_and_all_tokens_are_the_same(tokenizer, sample_splits):
     texts += ["a<|endoftext|>b", "<|endoftext|>", "aaa" * 99, "  \t\n \u00a0\u2028 x", "I'LL we'll 東京 ½½ 12345"]
     for text, found in zip(texts, tokenizer(texts)["input_ids"], strict=True):
         assert found == vocabulary.encode_ordinary(text), text
-
-
-@settings(deadline=None, max_examples=100, derandomize=True)
-@given(text=st.text(max_size=60))
-def test_any_text_has_the_same_tokens(tokenizer, text):
-    assert tokenizer(text, truncation=True)["input_ids"] == load_vocabulary().encode_ordinary(text)[:40]
 
 
 # --- beside training, and from a file ---
@@ -174,16 +167,11 @@ def test_transformers_is_needed_before_training(flexible, monkeypatch, capfd, fo
     assert capfd.readouterr() == ("", message)
 
 
-@pytest.mark.parametrize("error, status", [(KeyboardInterrupt(), 130), (SafetensorError("No space left on device"), 1)])
-def test_an_export_is_whole_or_absent(flexible, monkeypatch, capfd, error, status):
-    def fail(*_):
-        raise error
-
-    monkeypatch.setattr(export, "make_model", fail)  # when the tokenizer is written
-    assert ae.main([*flexible, "--export", "out"]) == status
+def test_an_export_that_fails_leaves_an_empty_folder(flexible, monkeypatch, capfd):
+    monkeypatch.setattr(export, "make_model", Mock(side_effect=SafetensorError("No space left on device")))
+    assert ae.main([*flexible, "--export", "out"]) == 1  # the tokenizer is written already
     assert os.listdir("out") == []
-    if status == 1:
-        assert "could not be written to out: No space left on device" in capfd.readouterr().err
+    assert "could not be written to out: No space left on device" in capfd.readouterr().err
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows sends no signals")
