@@ -98,7 +98,7 @@ def files_in(folder):
 )
 @pytest.mark.usefixtures("several_passes")
 def test_read_continued_and_computed_features_are_the_same(tiny, sample_splits, tmp_path, layers, precision, changes):
-    """And so are the predictions from features on disk. How much memory they need is known before."""
+    """And so are the predictions from them, also on disk. How much memory they need is known before."""
     experiment = replace(tiny[0], trainable_layers=layers, precision=precision, **changes)
     classifier, pool = made_for(experiment, sample_splits)
     computed = load_or_compute(classifier, pool, None)
@@ -118,12 +118,13 @@ def test_read_continued_and_computed_features_are_the_same(tiny, sample_splits, 
         assert found.pool.x.dtype == expected.x.dtype and found.pool.x.equal(expected.x)
         assert expected.residual is None or found.pool.residual.equal(expected.residual)
 
+    predictions = [ae.predict(classifier, of_pool, torch.arange(len(pool))) for of_pool in (pool, expected)]
+    torch.testing.assert_close(*predictions, rtol=0, atol=1e-5 if precision == "fp32" else 0.02)
     on_disk = load_or_compute(classifier, pool, tmp_path, "disk")
     assert (
         on_disk.outcome.endswith(" on disk") == (on_disk.pool.stage is Stage.HIDDEN_STATES) == (layers != "last_layer")
     )
-    of_all = torch.arange(len(pool))
-    assert ae.predict(classifier, on_disk.pool, of_all).equal(ae.predict(classifier, expected, of_all))
+    assert ae.predict(classifier, on_disk.pool, torch.arange(len(pool))).equal(predictions[1])
 
 
 def test_runs_and_seeds_share_what_they_have_in_common(options, tmp_path, capfd):
@@ -142,8 +143,10 @@ def test_runs_and_seeds_share_what_they_have_in_common(options, tmp_path, capfd)
     assert run(*further.split()).startswith("read from ")
     assert "-03.npy in 0 s; " in run("--trainable_layers", "last_layer")
     assert run("--average_embeddings").startswith("read from ")
+    found = run("--average_embeddings", "--trainable_layers", "last_layer")
+    assert re.match("continued from 3 blocks in 0 s and kept in .*-04.npy; ", found)
     assert "-02.npy in 0 s; " in run("--trainable_layers", "last_two_blocks")
-    assert len(files_in(tmp_path / "features")) == 2
+    assert len(files_in(tmp_path / "features")) == 3
 
 
 def test_features_that_took_less_than_five_seconds_are_not_kept(tiny, tmp_path, monkeypatch):

@@ -165,10 +165,11 @@ def test_weights_from_a_file_are_known_by_their_content(nano_weights):
 
 
 def test_repeated_messages_are_found():
-    texts = dict(train=["Win 500 NOW!", "ok", "1234"], validation=["no"], test=["win now", "ok", "??", "OK.", "ok"])
+    texts = dict(train=["Win 500 NOW!", "ok", "1234"], validation=["no"])
+    texts["test"] = ["win now", "ok", "??", "OK.", "ok", "1234"]
     splits = {split: pd.DataFrame(dict(Text=found, Label=0)) for split, found in texts.items()}
     splits["test"].loc[4, "Label"] = -100  # has no label, and is in no accuracy
-    assert find_repeats(splits) == dict(validation=Repeats(), test=Repeats((1,), (0, 1, 3)))
+    assert find_repeats(splits) == dict(validation=Repeats(), test=Repeats((1, 5), (0, 1, 3, 5)))
 
 
 SAME = [("call now - free", "call now free"), ("Win £500!", "win £9"), ("ＦＲＥＥ", "free"), ("Straße", "STRASSE")]
