@@ -46,16 +46,13 @@ def experiment_of(*options):
     return experiment, datasets.load(experiment.data_dir, experiment.dataset, experiment.ignore_index).splits
 
 
-def synchronize(device):
-    if device.type != "cpu":
-        getattr(torch, device.type).synchronize()
-
-
 def seconds(device, function, *arguments):
-    synchronize(device)
+    """Return how long a call takes until the device has finished."""
+    synchronize = getattr(torch, device.type).synchronize
+    synchronize()
     start = time.perf_counter()
     function(*arguments)
-    synchronize(device)
+    synchronize()
     return time.perf_counter() - start
 
 

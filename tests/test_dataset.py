@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import os
 from pathlib import Path
+from unittest.mock import Mock
 
 import pandas as pd
 import pytest
@@ -144,6 +145,8 @@ def test_three_classes_and_messages_without_a_label(nano, data_dir, capsys):
     assert capsys.readouterr() == ("", "error: --batch_size 14: there are only 13 training messages\n")
     [record] = ae.run(parse_args([*nano, "--batch_size", "1"])[0])
     assert (record.train.total, record.test.total) == (12, 1)
+    mistakes = record.confusions["train"].mistakes  # by number of the message, not in the order of training
+    assert mistakes and all(mistake.label == mistake.number % 3 for mistake in mistakes)
     assert "n/a" not in capsys.readouterr().out
 
 
@@ -209,10 +212,7 @@ def test_collection_is_split_and_written_once(sums, tmp_path):
 
 
 def test_a_folder_that_cannot_be_written_to(sums, tmp_path, monkeypatch):
-    def refuse(*_):
-        raise PermissionError
-
-    monkeypatch.setattr(os, "replace", refuse)
+    monkeypatch.setattr(os, "replace", Mock(side_effect=PermissionError))
     found = read(tmp_path)
     assert found.name == "uci" and len(found.splits["train"]) == 840 and len(list(tmp_path.iterdir())) == 1
 

@@ -36,10 +36,7 @@ TIMEOUT = gpt_download.READ_TIMEOUT
 
 
 class Server(ThreadingHTTPServer):
-    """Serves `files` (bytes by path) as the hub does, and notes the `requests`.
-
-    `plan` says how the first requests are answered, one after the other; all further ones are answered "whole".
-    """
+    """Serves `files` (bytes by path) as the hub does; `plan` says how the first requests fail, one after the other."""
 
     daemon_threads = True
 

@@ -6,6 +6,7 @@ import os
 import tempfile
 from dataclasses import asdict, fields
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -172,13 +173,11 @@ def test_outputs_are_checked_for_callers_from_python_too(data_dir, capsys, setti
 @pytest.mark.parametrize("option", ["--results", "--checkpoint", "--save_model", "--plot", "--write"])
 @pytest.mark.parametrize("place", ["read-only", "missing", "dangling link", "circular link"])
 def test_what_cannot_be_written_is_found_before_training(tmp_path, monkeypatch, capsys, option, place):
-    def refuse(dir):
-        raise PermissionError(13, "Permission denied")
-
     folder = tmp_path / "folder"
     if place == "read-only":
         folder.mkdir()
-        monkeypatch.setattr(tempfile, "TemporaryFile", refuse)  # also to root
+        refuse = Mock(side_effect=PermissionError(13, "Permission denied"))  # also to root
+        monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
     if place.endswith("link"):
         folder.symlink_to(folder if place == "circular link" else tmp_path / "nowhere" / "deeper")
     path = folder / "a.png" if option != "--results" else folder / "results" if place == "missing" else folder
