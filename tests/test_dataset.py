@@ -146,7 +146,7 @@ def test_three_classes_and_messages_without_a_label(nano, data_dir, capsys):
     [record] = ae.run(parse_args([*nano, "--batch_size", "1"])[0])
     assert (record.train.total, record.test.total) == (12, 1)
     mistakes = record.confusions["train"].mistakes  # by number of the message, not in the order of training
-    assert mistakes and all(mistake.label == mistake.number % 3 for mistake in mistakes)
+    assert mistakes and all(mistake.label == mistake.index % 3 for mistake in mistakes)
     assert "n/a" not in capsys.readouterr().out
 
 
