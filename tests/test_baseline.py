@@ -55,7 +55,7 @@ def test_figures_on_the_sample():
     assert main(["--baseline", "--dataset", "sample", "--quiet"]) == 0
     found = [(r.train.correct, r.validation.correct, r.test.correct) for r in read_records(["results"])[0]]
     assert sorted(found) == [(826, 116, 230), (840, 116, 235)]  # of 840, 120 and 240
-    assert {len(record.repeats["test"].exact) for record in read_records(["results"])[0]} == {22}
+    assert {len(record.duplicates["test"].exact) for record in read_records(["results"])[0]} == {22}
 
 
 @pytest.mark.skipif("COLLECTION_DIR" not in os.environ, reason="needs the collection: COLLECTION_DIR=folder")
@@ -65,5 +65,5 @@ def test_figures_on_the_collection():
     letters, words = sorted(read_records(["results"])[0], key=lambda record: record.configuration)
     assert (words.validation.correct, words.test.correct) == (141, 286)
     assert (letters.validation.correct, letters.test.correct) == (146, 293)
-    assert (len(letters.repeats["test"].exact), len(letters.repeats["test"].similar)) == (36, 52)
+    assert (len(letters.duplicates["test"].exact), len(letters.duplicates["test"].similar)) == (36, 52)
     assert (letters.unseen.correct, letters.unseen.total) == (241, 248)

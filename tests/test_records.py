@@ -13,7 +13,7 @@ from helpers import made_up_record
 
 from additional_experiments import Experiment, main, parse_args
 from gpt_download import PRETRAINED, Weights, load_weights
-from runner.data.datasets import Repeats, find_repeats, normalized
+from runner.data.datasets import Duplicates, find_duplicates, normalized
 from runner.files import sha256_of
 from runner.results.accuracy import Confusion, Mistake
 from runner.results.page import render
@@ -169,7 +169,7 @@ def test_repeated_messages_are_found():
     texts["test"] = ["win now", "ok", "??", "OK.", "ok", "1234"]
     splits = {split: pd.DataFrame(dict(Text=found, Label=0)) for split, found in texts.items()}
     splits["test"].loc[4, "Label"] = -100  # has no label, and is in no accuracy
-    assert find_repeats(splits) == dict(validation=Repeats(), test=Repeats((1, 5), (0, 1, 3, 5)))
+    assert find_duplicates(splits) == dict(validation=Duplicates(), test=Duplicates((1, 5), (0, 1, 3, 5)))
 
 
 SAME = [("call now - free", "call now free"), ("Win £500!", "win £9"), ("ＦＲＥＥ", "free"), ("Straße", "STRASSE")]

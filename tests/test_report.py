@@ -11,7 +11,7 @@ from helpers import made_up_confusion, made_up_record
 from test_summary import baseline, nano, row
 
 from additional_experiments import main
-from runner.data.datasets import Repeats
+from runner.data.datasets import Duplicates
 from runner.results import report
 from runner.results.records import write_record
 from runner.results.report import as_text
@@ -42,7 +42,7 @@ def test_the_report_is_tables_of_100_columns_with_conclusions():
 def test_data_without_labels_has_a_report():
     """Of which nothing can be said: not a number, and no error."""
     nothing = dict.fromkeys(("train", "validation", "test"), made_up_confusion({}, totals=(0, 0)))
-    changes = dict(confusions=nothing, repeats=dict(validation=Repeats(), test=Repeats()))
+    changes = dict(confusions=nothing, duplicates=dict(validation=Duplicates(), test=Duplicates()))
     lines = lines_of(*(row(n, seed=seed, **changes) for n in (1, 2) for seed in (1, 2)))
     assert any("nan" in line for line in lines) and "### Conclusions" not in lines
 

@@ -15,7 +15,7 @@ import pandas as pd
 import tiktoken
 import torch
 
-from runner.data.datasets import SPLITS, Repeats
+from runner.data.datasets import SPLITS, Duplicates
 from runner.files import UserError, sha256_of_json, write_bytes
 from runner.results.accuracy import Confusion
 from runner.rows import ROWS
@@ -67,7 +67,7 @@ class Record:
     data_sha256: str
     class_names: list[str]  # of the K classes
     confusions: dict[str, Confusion]  # {split: Confusion}
-    repeats: dict[str, Repeats]  # {split: Repeats} of validation and test
+    duplicates: dict[str, Duplicates]  # {split: Duplicates} of validation and test
     texts: list[str]  # of the most confident test mistakes, in the order of `most_confident`
     minutes: float  # of training alone
     seconds: float  # of the whole run
@@ -95,7 +95,7 @@ class Record:
     test = property(lambda self: self.confusions["test"].accuracy)
 
     # Of the test messages that are not, in similar form, among the training messages.
-    unseen = property(lambda self: self.confusions["test"].accuracy_excluding(self.repeats["test"].similar))
+    unseen = property(lambda self: self.confusions["test"].accuracy_excluding(self.duplicates["test"].similar))
 
     @property
     def name(self):
@@ -228,7 +228,7 @@ def new_record(data, confusions, **further):
         data_sha256=data.sha256,
         class_names=list(data.class_names),
         confusions=confusions,
-        repeats=data.repeats,
+        duplicates=data.duplicates,
         texts=[data.test_texts[mistake.index] for mistake in confusions["test"].most_confident(10)],
         **further,
     )
