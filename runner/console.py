@@ -85,14 +85,14 @@ def describe_setup(experiment, data, longest, device):
     versions = f"Python {platform.python_version()}, PyTorch {torch.__version__}, tiktoken {tiktoken.__version__}"
     tokens = f"Tokens per message: {longest} at most, {'not padded' if experiment.no_padding else 'padded'}"
     lines = [f"Device: {describe_devices(device)}; {versions}", describe_data(data), tokens]
-    repeats = [
+    duplicates = [
         f"{len(found.exact)} of {len(data.splits[split]):,} {split} messages word for word, {len(found.similar)} but "
         "for case, digits and punctuation"
-        for split, found in data.repeats.items()
+        for split, found in data.duplicates.items()
         if found.similar
     ]
-    if repeats:
-        lines.append(f"Also among the training messages: {'; '.join(repeats)}")
+    if duplicates:
+        lines.append(f"Also among the training messages: {'; '.join(duplicates)}")
     return "\n".join(lines)
 
 

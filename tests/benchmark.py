@@ -1,18 +1,18 @@
 """The fast path compared with the plain one, row by row, in one process: `python tests/benchmark.py --help`.
 
-The plain path (plain.py) runs a few training steps and a few evaluation batches, and its seconds are extrapolated
-to a whole run: 5 epochs, an evaluation of 10 batches every 50 steps and after every epoch, all messages at the
-end. The fast path runs whole, or, with --fast_steps N, is extrapolated from N training steps, the features of their
-messages and their evaluation. What is extrapolated is marked with ~.
-
-Beside each time stands the machine's own peak in matmuls of float32 (with bf16: bfloat16), measured just
-before.
+The plain path (plain.py) runs a few training steps and a few evaluation batches, and its seconds are extrapolated to a
+whole run: 5 epochs, an evaluation of 10 batches every 50 steps and after every epoch, all messages at the end. The fast
+path runs whole, or, with --fast_steps N, is extrapolated from N training steps, the features of their messages and
+their evaluation. What is extrapolated is marked with ~. Beside each time stands the machine's own peak in matmuls of
+the run's precision, measured just before.
 
 With --sitting, whole commands run one after the other, each row without a cache of frozen features and with one that
 is empty at first, and the first row with it once more at the end.
 
 With --classify, all messages are classified once by a classifier in memory, as by the program's option of this name,
 and once by the pipeline of transformers with its export.
+
+All other options are the program's, for every row.
 """
 
 import argparse
@@ -40,29 +40,19 @@ from runner.machine.devices import resolve_device, set_precision
 from runner.saved.classifiers import SavedClassifier
 
 
-def options_of(arguments):
-    """The options of the program that are the same for every row."""
-    names = ("device", "precision", "features", "dataset" if arguments.dataset == "sample" else "data_dir")
-    options = [f"--{name}={getattr(arguments, name)}" for name in names]
-    options += [f"--model_size={arguments.model_size}"] if arguments.model_size else []
-    return [*options, *arguments.options.split(), "--weights=random"]
-
-
-def load_splits(experiment):
-    """Return the splits of an experiment, {name: DataFrame}."""
-    return datasets.load(experiment.data_dir, experiment.dataset, experiment.ignore_index).splits
-
-
-def synchronize(device):
-    if device.type != "cpu":
-        getattr(torch, device.type).synchronize()
+def experiment_of(*options):
+    """Return the Experiment of a command line, and its splits {name: DataFrame}."""
+    experiment, *_ = ae.parse_args([*options, "--weights=random"])
+    return experiment, datasets.load(experiment.data_dir, experiment.dataset, experiment.ignore_index).splits
 
 
 def seconds(device, function, *arguments):
-    synchronize(device)
+    """Return how long a call takes until the device has finished."""
+    synchronize = getattr(torch, device.type).synchronize
+    synchronize()
     start = time.perf_counter()
     function(*arguments)
-    synchronize(device)
+    synchronize()
     return time.perf_counter() - start
 
 
@@ -146,15 +136,15 @@ def time_fast(classifier, experiment, encoded, part=None):
     return feature_seconds + (training - evaluated * per_message) / n_steps * steps + per_message * predicted
 
 
-def measure(number, arguments):
+def measure(row, fast_steps, options):
     """Print the line of a row: seconds of the plain and of the fast path."""
-    experiment, *_ = ae.parse_args([f"--row={number}", *options_of(arguments)])
+    experiment, splits = experiment_of(f"--row={row}", *options)
     device, _ = resolve_device(experiment.device)
     set_precision(experiment.precision, device)
-    splits, tokenizer = load_splits(experiment), ae.load_vocabulary()
-    encoded, part = ae.encode(tokenizer, splits, experiment), None
-    if arguments.fast_steps:
-        sizes = dict.fromkeys(splits, 1) | dict(train=arguments.fast_steps * experiment.batch_size)
+    tokenizer, part = ae.load_vocabulary(), None
+    encoded = ae.encode(tokenizer, splits, experiment)
+    if fast_steps:
+        sizes = dict.fromkeys(splits, 1) | dict(train=fast_steps * experiment.batch_size)
         frames = {name: frame.head(sizes[name]) for name, frame in splits.items()}
         part = ae.encode(tokenizer, frames, replace(experiment, context_length=encoded.limit))
     token_lists = tokenizer.encode_ordinary_batch(list(splits["train"]["Text"]))
@@ -165,33 +155,30 @@ def measure(number, arguments):
     classifier = ae.place(ae.build_classifier(experiment, n_classes=2), device)
     fast, about = time_fast(classifier, experiment, encoded, part), "~" * bool(part)
     figures = f"~{slow:.0f} | {about}{fast:.0f} | {slow / fast:.2f} | {peak / 1e9:.0f}"
-    print(f"| {number} | {experiment.model_size}, {experiment.precision} | {figures} |", flush=True)
+    print(f"| {row} | {experiment.model_size}, {experiment.precision} | {figures} |", flush=True)
 
 
 # --- a trained classifier ---
 
 
-def classify(arguments):
+def classify(options):
     """Print the messages a second of this program and of transformers."""
     from transformers import pipeline
 
-    experiment, *_ = ae.parse_args(["--trainable_token_pos=flexible", *options_of(arguments)])
-    texts = [text for frame in load_splits(experiment).values() for text in frame["Text"]]
-    experiment = replace(experiment, context_length=120)
+    experiment, splits = experiment_of("--trainable_token_pos=flexible", "--context_length=120", *options)
+    texts = [text for frame in splits.values() for text in frame["Text"]]
     device, _ = resolve_device(experiment.device)
     print(f"{experiment.model_size}, {len(texts):,} messages\n| | messages/s | peak GFLOP/s |\n| --- | --- | --- |")
 
     with tempfile.TemporaryDirectory() as folder:
         classifier = ae.build_classifier(experiment, 2)
-        record = dict.fromkeys(("data_sha256", "device_name", "date", "python", "torch", "tiktoken"), "")
-        record |= dict(data="sample", minutes=0, history=dict(lines=["Training completed"]))
+        record = dict(data="sample", history=dict(lines=[]))
         saved = SavedClassifier(asdict(experiment), 120, ["ham", "spam"], "", record)
         ae.export_classifier(f"{folder}/out", classifier, saved)
         trained = ae.TrainedClassifier(ae.place(classifier, device), experiment, ["ham", "spam"])
         peak = matmul_peak(device, "fp32")
-        pieces = [texts[first : first + 1000] for first in range(0, len(texts), 1000)]
         start = time.perf_counter()
-        found = [label for piece in pieces for label in trained.predict(piece)[0]]
+        found, _ = trained.predict(texts)
         ours = len(texts) / (time.perf_counter() - start)
         print(f"| this program | {ours:.1f} | {peak / 1e9:.0f} |", flush=True)
 
@@ -208,17 +195,17 @@ def classify(arguments):
 # --- the table in one sitting ---
 
 
-def sitting(rows, arguments):
+def sitting(rows, options):
     """Print the seconds of whole commands without and with a cache, and what became of the frozen features."""
     print("| row | without s | with s | peak GFLOP/s | |\n| --- | --- | --- | --- | --- |")
-    totals = [0.0, 0.0]
+    totals, (experiment, _) = [0.0, 0.0], experiment_of(*options)
     with tempfile.TemporaryDirectory() as cache:
-        for number, caches in [*((row, ("", cache)) for row in rows), (rows[0], (cache,))]:
-            peak = matmul_peak(resolve_device(arguments.device)[0], arguments.precision)
+        for row, caches in [*((row, ("", cache)) for row in rows), (rows[0], (cache,))]:
+            peak = matmul_peak(resolve_device(experiment.device)[0], experiment.precision)
             taken = []
             for folder in caches:
                 start = time.perf_counter()
-                command = [sys.executable, ae.__file__, f"--row={number}", *options_of(arguments), "--results="]
+                command = [sys.executable, ae.__file__, f"--row={row}", *options, "--weights=random", "--results="]
                 command += [f"--feature_cache={folder}"]
                 out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
                 taken.append(time.perf_counter() - start)
@@ -226,33 +213,26 @@ def sitting(rows, arguments):
             if len(taken) == 2:
                 totals = [total + one for total, one in zip(totals, taken, strict=True)]
             cells = ["-"] * (2 - len(taken)) + [f"{one:.1f}" for one in taken]
-            print(f"| {number} | {' | '.join(cells)} | {peak / 1e9:.0f} | {told} |", flush=True)
+            print(f"| {row} | {' | '.join(cells)} | {peak / 1e9:.0f} | {told} |", flush=True)
     print(f"| all | {totals[0]:.1f} | {totals[1]:.1f} | | {totals[0] / totals[1]:.2f} times |")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", default="1", help="row numbers with commas between them (default: 1)")
-    parser.add_argument("--model_size", help="instead of each row's own")
-    parser.add_argument("--options", default="", help="further options of the program, in one string, for every row")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16", "tf32"))
-    parser.add_argument("--features", default="auto", choices=("auto", "memory", "disk", "off"))
-    parser.add_argument("--dataset", default="uci", choices=("uci", "sample"))
-    parser.add_argument("--data_dir", default="sms_spam_collection")
     parser.add_argument("--fast_steps", type=int, help="extrapolate the fast path too, from this many training steps")
     parser.add_argument("--sitting", action="store_true", help="whole commands, without and with a cache of features")
     parser.add_argument("--classify", action="store_true", help="messages a second, with those of transformers")
-    arguments = parser.parse_args()
-    rows = [int(number) for number in arguments.rows.split(",")]
+    arguments, options = parser.parse_known_args()
+    rows = [int(row) for row in arguments.rows.split(",")]
     if arguments.classify:
-        classify(arguments)
+        classify(options)
     elif arguments.sitting:
-        sitting(rows, arguments)
+        sitting(rows, options)
     else:
         print("| row | model | plain s | fast s | ratio | peak GFLOP/s |\n| --- | --- | --- | --- | --- | --- |")
-        for number in rows:
-            measure(number, arguments)
+        for row in rows:
+            measure(row, arguments.fast_steps, options)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import torch
 import additional_experiments as ae
 from runner.console import Console
 from runner.data import datasets
-from runner.data.datasets import Repeats
+from runner.data.datasets import Duplicates
 from runner.results.accuracy import Confusion, Mistake
 from runner.results.records import NOT_IDENTIFYING, History, Record, file_name, read_records
 from runner.rows import ROWS
@@ -72,7 +72,7 @@ def made_up_record(wrong=(), **changes):
         class_names=["ham", "spam"],
         tokens_per_message=120,
         confusions=confusions | dict(test=made_up_confusion(dict.fromkeys(wrong, 0.9))),
-        repeats=dict(validation=Repeats(), test=Repeats([0], [0, 1])),
+        duplicates=dict(validation=Duplicates(), test=Duplicates([0], [0, 1])),
         texts=[f"message {index}" for index in list(wrong)[:10]],
         minutes=3.5,
         feature_seconds=20.0,

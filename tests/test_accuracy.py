@@ -10,7 +10,7 @@ from scipy.stats import binomtest, t
 from sklearn.metrics import f1_score, precision_recall_fscore_support
 
 import additional_experiments as ae
-from runner.data.datasets import Repeats
+from runner.data.datasets import Duplicates
 from runner.results.accuracy import Accuracy, Confusion, Mistake, describe_accuracies, describe_mistakes, mean_interval
 
 
@@ -66,8 +66,10 @@ def test_the_confusion_of_predictions():
 def lines_of(confusion, *class_names, texts=(), similar=()):
     """The lines on the test split of a record, and on its mistakes."""
     confusions = {split: made_up_confusion({}) for split in ("train", "validation")} | dict(test=confusion)
-    repeats = dict(validation=Repeats(), test=Repeats((), similar))
-    record = made_up_record(class_names=list(class_names), confusions=confusions, repeats=repeats, texts=list(texts))
+    duplicates = dict(validation=Duplicates(), test=Duplicates((), similar))
+    record = made_up_record(
+        class_names=list(class_names), confusions=confusions, duplicates=duplicates, texts=list(texts)
+    )
     return describe_accuracies(record)[3:], describe_mistakes(record)
 
 

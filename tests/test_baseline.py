@@ -1,11 +1,14 @@
 """Linear models on words and letters, on the splits of the runs."""
 
 import os
+from types import SimpleNamespace
 
+import numpy as np
 import pandas as pd
 import pytest
 
 from additional_experiments import main
+from runner.results.baseline import evaluate
 from runner.results.records import read_records
 
 
@@ -32,6 +35,16 @@ def test_more_classes_and_messages_without_label(data_dir, capfd):
     assert [record.test.total for record in read_records(["results"])[0]] == [12, 12]
 
 
+def test_the_confidence_of_more_classes_is_the_largest_margin():
+    margins = np.array([[3.0, 1.0, 2.0], [0.5, -1.0, 0.0]])
+    model = SimpleNamespace(
+        fit=lambda *_: None, predict=lambda _: np.array([0, 0]), decision_function=lambda _: margins
+    )
+    split = pd.DataFrame(dict(Text=["a", "b"], Label=[1, 2]))
+    found = evaluate(model, dict(train=split), 3)["train"].mistakes
+    assert [(mistake.predicted, mistake.confidence) for mistake in found] == [(0, 3.0), (0, 0.5)]
+
+
 def test_options_of_gpt_2_are_refused(capfd):
     assert main(["--baseline", "--row", "3"]) == 2
     assert capfd.readouterr().err == "error: --row cannot be combined with --baseline, which trains no GPT-2\n"
@@ -42,7 +55,7 @@ def test_figures_on_the_sample():
     assert main(["--baseline", "--dataset", "sample", "--quiet"]) == 0
     found = [(r.train.correct, r.validation.correct, r.test.correct) for r in read_records(["results"])[0]]
     assert sorted(found) == [(826, 116, 230), (840, 116, 235)]  # of 840, 120 and 240
-    assert {len(record.repeats["test"].exact) for record in read_records(["results"])[0]} == {22}
+    assert {len(record.duplicates["test"].exact) for record in read_records(["results"])[0]} == {22}
 
 
 @pytest.mark.skipif("COLLECTION_DIR" not in os.environ, reason="needs the collection: COLLECTION_DIR=folder")
@@ -52,5 +65,5 @@ def test_figures_on_the_collection():
     letters, words = sorted(read_records(["results"])[0], key=lambda record: record.configuration)
     assert (words.validation.correct, words.test.correct) == (141, 286)
     assert (letters.validation.correct, letters.test.correct) == (146, 293)
-    assert (len(letters.repeats["test"].exact), len(letters.repeats["test"].similar)) == (36, 52)
+    assert (len(letters.duplicates["test"].exact), len(letters.duplicates["test"].similar)) == (36, 52)
     assert (letters.unseen.correct, letters.unseen.total) == (241, 248)

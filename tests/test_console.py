@@ -48,13 +48,13 @@ def test_a_quiet_console_prints_results_and_warnings(capsys):
 
 
 def print_and_die():
+    sys.stdout.reconfigure(line_buffering=False, write_through=False)  # as Python does for a file
     Console().info("Ep 1")
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
 def test_a_killed_run_has_printed_its_lines(tmp_path):
-    """Into a file too, to which Python does not write line by line."""
     assert end_together(start_together(1, tmp_path, print_and_die), tmp_path) == ([-signal.SIGKILL], "Ep 1\n")
 
 

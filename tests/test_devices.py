@@ -51,15 +51,6 @@ def test_a_device_on_which_nothing_can_be_computed(monkeypatch, capsys, options)
     assert out.startswith("Device: CPU, ") and "| CPU, " in out
 
 
-def test_a_device_that_fails_while_it_trains_costs_one_line(monkeypatch, capsys, options):
-    def fail(*_):
-        raise RuntimeError("CUDA error: uncorrectable ECC error encountered\nmore")
-
-    monkeypatch.setattr(ae, "train", fail)
-    assert main(options) == 1
-    assert capsys.readouterr().err.startswith("error: the device failed: CUDA error: uncorrectable ECC error")
-
-
 # --- the program on a pretended device ---
 
 # Every configuration of the table but for the model size and longer messages, each once; rank 4 beside width 16.
@@ -129,7 +120,8 @@ def test_a_run_is_resumed_and_its_classifier_used(options, monkeypatch, capsys, 
             interrupt_at(patch, torch.optim.AdamW, "step", 3, signal.SIGINT)
             assert main(on_device) == 130
         assert main([*on_device, "--save_model", "trained.safetensors", "--export", "export"]) == 0
-        assert "Resuming from run.ckpt after 3 batches" in capsys.readouterr().out
+        out = capsys.readouterr().out
+        assert "Resuming from run.ckpt after 3 batches" in out and "the CPU: the first update agrees, largest" in out
         assert main(["--load_model", "trained.safetensors", *messages, "--device", kind]) == 0
         assert capsys.readouterr().out.splitlines() == answers
         predicted = ae.load_classifier("trained.safetensors", device=kind).predict(messages[1:])
@@ -192,17 +184,12 @@ def wrong_gradient(name, args, result):
     return result
 
 
-def wrong_logits(factor, every=1):
-    """Those of every second call, with `every=2`."""
-    calls = []
-
-    def falsify(name, args, result):
-        if name != "addmm" or result.shape[1] != 2:
-            return result
+def wrong_logits(name, args, result, calls=[]):
+    """Those of every second call, by 5%."""
+    if name == "addmm" and result.shape[1] == 2:
         calls.append(name)
-        return result * factor if len(calls) % every == 0 else result
-
-    return falsify
+        return result * 1.05 if len(calls) % 2 == 0 else result
+    return result
 
 
 def infinite(name, args, result):
@@ -213,7 +200,7 @@ def infinite(name, args, result):
     "kind, fault, what",
     [
         ("mps", wrong_gradient, r"the gradient of gpt\.[\w.]+norm\d?\.weight differs by 50.0%"),
-        ("cuda", wrong_logits(1.05, every=2), "the logits differs by"),
+        ("cuda", wrong_logits, "the logits differs by"),
         ("cuda", infinite, "a training loss is not finite"),
     ],
 )
@@ -247,26 +234,18 @@ def test_a_norm_over_frozen_features_learns_on_mps_all_the_same(tiny_size, data_
             run(replace(on_cpu, device="cuda"))
 
 
-def test_on_mps_products_and_attention_take_forms_without_known_faults(tiny_size, data_dir, monkeypatch):
-    linear, attention, products, parts = F.linear, F.scaled_dot_product_attention, [], []
-    monkeypatch.setattr(F, "linear", lambda x, *rest: products.append(x.dim()) or linear(x, *rest))
+def test_on_mps_matmuls_and_attention_take_forms_without_known_faults(tiny_size, data_dir, monkeypatch):
+    linear, attention, forms = F.linear, F.scaled_dot_product_attention, set()
 
     def noting(*tensors, **masks):
-        parts.extend((part.dtype, part.is_contiguous()) for part in tensors if part.device.type == "mps")
+        forms.update((tensor.dtype, tensor.is_contiguous()) for tensor in tensors if tensor.device.type == "mps")
         return attention(*tensors, **masks)
 
+    monkeypatch.setattr(F, "linear", lambda x, *rest: forms.add(x.dim()) or linear(x, *rest))
     monkeypatch.setattr(F, "scaled_dot_product_attention", noting)
     with pretended_device(monkeypatch, "mps"):
         run(experiment(data_dir, device="mps", trainable_layers="last_two_blocks", precision="bf16"))
-    assert set(products) == {2} and set(parts) == {(torch.float32, True)}
-
-
-def test_rounding_is_no_disagreement(tiny_size, data_dir, monkeypatch, capsys):
-    with pretended_device(monkeypatch, "cuda", wrong_logits(1.001)):
-        assert run(experiment(data_dir, device="auto"), quiet=False).device == "cuda"
-    out, err = capsys.readouterr()
-    assert re.search(r"^Compared with the CPU: the first update agrees, largest deviation \d\.\de-0[34] \(", out, re.M)
-    assert err == ""
+    assert forms == {2, (torch.float32, True)}
 
 
 @pytest.mark.parametrize("precision, wrong, right", [("fp32", 1.05, 1.001), ("tf32", 0.8, 1.05), ("bf16", 1.2, 0.97)])
@@ -300,11 +279,8 @@ def test_free_memory_is_what_the_system_and_the_control_groups_leave(monkeypatch
         for name, value in dict(max=limit, current=used, stat=stat).items():
             (root / folder / f"memory.{name}").write_text(f"{value}\n")
     in_container = "/docker/0123456789ab"  # a path on the host: in a container only its own part is mounted
-    for group, free in {
-        "/outer/inner": [3500, 3000, 1000],
-        "/outer/without": [3000, 1000],
-        in_container: [1000],
-    }.items():
+    expected = {"/outer/inner": [3500, 3000, 1000], "/outer/without": [3000, 1000], in_container: [1000]}
+    for group, free in expected.items():
         own.write_text(f"5:cpu,cpuacct:/box\n0::{group}\n")
         assert devices.free_in_control_groups(own, root) == free
     assert devices.free_in_control_groups(tmp_path / "missing", root) == []

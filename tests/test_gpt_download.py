@@ -7,6 +7,7 @@ import hashlib
 import importlib
 import io
 import os
+import re
 import socket
 import threading
 import time
@@ -19,13 +20,13 @@ import pytest
 import tiktoken
 import torch
 from huggingface_hub import constants
-from safetensors.torch import save, save_file
+from safetensors.torch import save
 from tiktoken_ext import openai_public
 from transformers import GPT2Config, GPT2Model
 
 import additional_experiments
 import gpt_download
-from gpt_download import HubFile, fetch_collection, fetch_weights, load_vocabulary, load_weights, open_weights
+from gpt_download import HubFile, fetch_collection, fetch_weights, load_vocabulary, open_weights
 from runner.files import UserError
 
 # --- a server that does as it is told ---
@@ -35,10 +36,7 @@ TIMEOUT = gpt_download.READ_TIMEOUT
 
 
 class Server(ThreadingHTTPServer):
-    """Serves `files` (bytes by path) as the hub does, and notes the `requests`.
-
-    `plan` says how the first requests are answered, one after the other; all further ones are answered "whole".
-    """
+    """Serves `files` (bytes by path) as the hub does; `plan` says how the first requests fail, one after the other."""
 
     daemon_threads = True
 
@@ -54,8 +52,7 @@ class Server(ThreadingHTTPServer):
 
 class Answer(BaseHTTPRequestHandler):
     def do_GET(self):
-        first_byte = self.headers.get("Range")
-        name = self.path.rsplit("/", 1)[-1]
+        first_byte, name = self.headers.get("Range"), self.path.rsplit("/", 1)[-1]
         self.server.requests.append(" ".join(filter(None, [self.command, name, first_byte])))
         self.server.authorizations.append(self.headers.get("Authorization"))
         how = self.server.plan.pop(0) if self.server.plan else "whole"
@@ -68,10 +65,8 @@ class Answer(BaseHTTPRequestHandler):
         whole = self.server.files[self.path]
         start = int(first_byte.removeprefix("bytes=").removesuffix("-")) if first_byte else 0
         body = whole[start:]
-        if how == "silent":
-            return self.stall()
-        if how == "closed":
-            return
+        if how in ("silent", "closed"):
+            return self.stall() if how == "silent" else None
         headers = {"Content-Length": len(body), "Accept-Ranges": "bytes", "ETag": f'"{sha256(whole)}"'}
         headers |= {"X-Xet-Hash": sha256(whole), "X-Xet-Refresh-Route": f"{self.server.url}/xet"}  # not to be taken
         if first_byte:
@@ -113,14 +108,6 @@ def server(monkeypatch):
     server.over.set()
     server.shutdown()
     server.server_close()
-
-
-@pytest.fixture
-def closed_port():
-    """An address where nobody answers, and where nobody else can begin to."""
-    with socket.socket() as bound:
-        bound.bind(("127.0.0.1", 0))
-        yield f"http://127.0.0.1:{bound.getsockname()[1]}"
 
 
 @pytest.fixture(autouse=True)
@@ -332,7 +319,10 @@ def test_weights_with_another_checksum(hub, server, tmp_path):
 # --- both, from the command line ---
 
 
-def test_without_a_network_a_run_ends_at_once(collection, hub, data_dir, closed_port, impatient, monkeypatch, capfd):
+def test_without_a_network_a_run_ends_at_once(collection, hub, data_dir, impatient, monkeypatch, capfd):
+    bound = socket.socket()
+    bound.bind(("127.0.0.1", 0))  # nobody answers there, and nobody else can begin to
+    closed_port = f"http://127.0.0.1:{bound.getsockname()[1]}"
     hub(HF_ENDPOINT=closed_port)
     monkeypatch.setattr(gpt_download, "COLLECTION_URLS", (f"{closed_port}/first.zip",))
     os.mkdir("empty")
@@ -376,16 +366,29 @@ def test_first_run_downloads_everything_and_the_second_nothing(collection, hub, 
 # --- opening ---
 
 
-@pytest.mark.parametrize("dtype, value", [(torch.float32, torch.nan), (torch.float64, 1e300)])
-def test_weights_with_values_that_are_not_finite(tmp_path, nano_weights, dtype, value):
-    """In float32, which the model takes. The masks of some files are infinite."""
-    tensors, name = open_weights(nano_weights), "transformer.h.2.mlp.c_fc.weight"
+NAME = "transformer.h.2.mlp.c_fc.weight"
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda tensors: tensors[NAME][3, 5].fill_(torch.nan), f"cannot be used as .*: tensor {NAME} has values"),
+        (lambda tensors: tensors.update({NAME: tensors[NAME].double().fill_(1e300)}), f"tensor {NAME} has values"),
+        (lambda tensors: tensors.pop(NAME), f"tensor {NAME.removeprefix('transformer.')} is missing"),
+        (lambda tensors: -1000, "cannot be read as a .safetensors file"),
+        (lambda tensors: 0, "cannot be read as a .safetensors file"),
+    ],
+)
+def test_weights_that_cannot_be_used(data_dir, nano_weights, capsys, change, message):
+    """Not finite in float32, incomplete, or cut to so many bytes. The masks of some files are infinite."""
+    tensors = {name: tensor.clone() for name, tensor in open_weights(nano_weights).items()}
     tensors |= {f"transformer.h.0.attn.{kind}": torch.tensor(-torch.inf) for kind in ("bias", "masked_bias")}
-    tensors[name] = tensors[name].to(dtype, copy=True)
-    tensors[name][3, 5] = value
-    save_file(tensors, tmp_path / "weights")
-    with pytest.raises(UserError, match=f"cannot be used as gpt2-nano .*: tensor {name} has values"):
-        load_weights(str(tmp_path / "weights"), "gpt2-nano (7M)")
+    n_bytes = change(tensors)
+    Path("file").write_bytes(save(tensors)[: n_bytes if isinstance(n_bytes, int) else None])
+    options = ["--model_size", "nano", "--data_dir", str(data_dir), "--device", "cpu", "--quiet"]
+    assert additional_experiments.main([*options, "--weights", "file"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and re.match(f"error: .*file .*{message}", err)
 
 
 # --- what the project carries ---

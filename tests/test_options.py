@@ -6,6 +6,7 @@ import os
 import tempfile
 from dataclasses import asdict, fields
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -116,14 +117,11 @@ def test_help_names_every_option_and_its_default(capsys):
     "settings, message",
     [
         (dict(model_size=NANO), "no pretrained weights"),
-        (dict(model_size="gpt3"), '--model_size: "gpt3" is none of gpt2-small (124M), '),
         (dict(precision="fp16"), "--precision does not take 'fp16'; choose from fp32, bf16, tf32"),
         (dict(num_epochs=2.5), '--num_epochs: "2.5" is not a whole number'),
-        (dict(batch_size=True), '--batch_size: "True" is not a whole number'),
         (dict(learning_rate=math.nan), '--learning_rate: "nan" is not a finite number'),
         (dict(no_padding="no"), "--no_padding does not take 'no'"),
         (dict(weights=None), "--weights does not take None"),
-        (dict(device=["cpu"]), "choose from auto, cpu, mps, cuda"),
         (dict(shard=True), "--shard needs several processes: torchrun"),
         (dict(repeats=0), '--repeats: "0" is not a whole number'),
         (dict(write=("a.gif",), report=()), '--write: "a.gif" does not end in'),
@@ -141,9 +139,8 @@ def test_settings_of_a_command_line_and_of_python_are_the_same(nano_weights):
     given = dict(model_size="nano", weights=Path(nano_weights), data_dir=Path("a"), context_length=np.int64(50))
     given |= dict(learning_rate=np.float32(1e-3), weight_decay=0, lora_alpha=16, seed=np.int64(2**63 - 1))
     given |= dict(ignore_index=-1, lora_rank="4")
-    expected = parse(
-        "--no_padding", "--activation_checkpointing", *(f"--{name}={value!s}" for name, value in given.items())
-    )
+    words = [f"--{name}={value!s}" for name, value in given.items()]
+    expected = parse("--no_padding", "--activation_checkpointing", *words)
     found = Experiment(no_padding=np.bool_(True), activation_checkpointing=True, **given)
     assert (found, repr(found)) == (expected, repr(expected))  # 16 == 16.0, but they are not stored alike
     assert json.loads(json.dumps(asdict(found))) == asdict(expected)
@@ -157,6 +154,7 @@ def test_settings_of_a_command_line_and_of_python_are_the_same(nano_weights):
     [
         (dict(), dict(save_model="missing/x.safetensors"), "--save_model missing/x.safetensors cannot be written"),
         (dict(data_dir="."), dict(checkpoint="test.csv"), "--checkpoint test.csv would overwrite the data"),
+        (dict(weights="file"), dict(save_model="file"), "--save_model file would overwrite the weights"),
         (dict(), dict(results="file"), "--results file cannot be written"),
         (dict(), dict(plot="missing/x.png", repeats=2), "--plot missing/x.png cannot be written"),
         (dict(), dict(export="out"), "--export needs --trainable_token_pos flexible"),
@@ -175,13 +173,11 @@ def test_outputs_are_checked_for_callers_from_python_too(data_dir, capsys, setti
 @pytest.mark.parametrize("option", ["--results", "--checkpoint", "--save_model", "--plot", "--write"])
 @pytest.mark.parametrize("place", ["read-only", "missing", "dangling link", "circular link"])
 def test_what_cannot_be_written_is_found_before_training(tmp_path, monkeypatch, capsys, option, place):
-    def refuse(dir):
-        raise PermissionError(13, "Permission denied")
-
     folder = tmp_path / "folder"
     if place == "read-only":
         folder.mkdir()
-        monkeypatch.setattr(tempfile, "TemporaryFile", refuse)  # also to root
+        refuse = Mock(side_effect=PermissionError(13, "Permission denied"))  # also to root
+        monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
     if place.endswith("link"):
         folder.symlink_to(folder if place == "circular link" else tmp_path / "nowhere" / "deeper")
     path = folder / "a.png" if option != "--results" else folder / "results" if place == "missing" else folder

@@ -132,7 +132,7 @@ const inside = document.getElementById("page").contentDocument, root = inside.do
 inside.querySelectorAll("details").forEach(details => details.open = true);
 document.title = `${{root.scrollWidth}} of ${{root.clientWidth}}`;
 const shown = name => inside.defaultView.getComputedStyle(inside.querySelector(name)).display;
-document.title += ` ${{shown("thead")}}`;
+document.title += ` ${{shown("thead")}} ${{shown("th[scope=row]:empty")}}`;
 const table = inside.querySelector("table"), values = [];
 table.querySelector("th:nth-child(4) button").click();
 for (const row of table.tBodies[0].rows) values.push(parseFloat(row.cells[3].textContent));
@@ -147,6 +147,7 @@ def test_nothing_is_wider_than_the_window_and_a_heading_sorts(everything, tmp_pa
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
     command += ["--virtual-time-budget=3000", "--dump-dom", f"file://{tmp_path / 'page.html'}"]
     out = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
-    found = re.search(r"<title>(\d+) of (\d+) (\S+) sorted true</title>", out)
+    found = re.search(r"<title>(\d+) of (\d+) (\S+) (\S+) sorted true</title>", out)
     assert int(found[1]) <= int(found[2]) <= width
     assert found[3] == ("none" if width < 600 else "table-header-group")  # cards on a telephone only
+    assert found[4] == ("none" if width < 600 else "table-cell")  # no "Row:" with nothing behind it

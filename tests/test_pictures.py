@@ -25,10 +25,10 @@ def test_the_course_of_training_says_what_was_measured():
 
 
 def test_the_picture_names_each_row_and_has_no_legend_for_what_is_not_drawn():
-    name = "{0} 100% $x^2$ \\frac"  # whatever it is
+    name = "{0} 100% $x^2$ \\frac \x1b"  # whatever it is
     other = made_up_record(options=dict(weights=name), row=None, configuration=name)
     summary = summarize([row(1, seed=1), row(1, seed=2), row(3), nano(1), nano(2), other])
-    names = {"1  last block, last token", "3  last layer", "The table:", name}
+    names = {"1  last block, last token", "3  last layer", "The table:", name.replace("\x1b", "\\x1b")}
     assert names | {"published", "single seeds"} <= set(texts_in(pictures.plot_summary, summary))
     texts = texts_in(pictures.plot_summary, summarize([nano(1)]))
     assert "published" not in texts and "single seeds" not in texts and "measured, 95% interval" in texts

@@ -13,8 +13,9 @@ from helpers import made_up_record
 
 from additional_experiments import Experiment, main, parse_args
 from gpt_download import PRETRAINED, Weights, load_weights
-from runner.data.datasets import Repeats, find_repeats, normalized
+from runner.data.datasets import Duplicates, find_duplicates, normalized
 from runner.files import sha256_of
+from runner.results.accuracy import Confusion, Mistake
 from runner.results.page import render
 from runner.results.records import History, identify, read_records, write_record
 from runner.results.report import as_text, row_cells, runs_as_csv
@@ -59,8 +60,8 @@ def test_a_file_that_is_no_record_is_named_and_skipped(tmp_path):
 
 
 def places_in(content, path=()):
-    """The path of every value in what JSON holds, of lists the first item only."""
-    items = content.items() if isinstance(content, dict) else list(enumerate(content))[:1]
+    """The path of every value in what JSON holds, of lists the first three items only."""
+    items = content.items() if isinstance(content, dict) else list(enumerate(content))[:3]
     for name, value in items:
         yield (*path, name)
         if isinstance(value, dict | list):
@@ -99,6 +100,21 @@ def test_a_record_with_one_damage_is_skipped_or_reported(tmp_path, damage):
             assert as_text(summary) and runs_as_csv(summary) and render(summary)
             assert row_cells(records)
     assert n_skipped > 20
+
+
+TOTALS = [[0, 150], [150, 150, 0]]
+CONFUSIONS = [
+    dict.fromkeys(("train", "validation", "test"), Confusion(totals, [Mistake(0, 0, 1, 0.9)])) for totals in TOTALS
+]
+
+
+@pytest.mark.parametrize(
+    "changes", [dict(seed=None), dict(row=20), *(dict(confusions=one) for one in CONFUSIONS)], ids=str
+)
+def test_fields_that_do_not_belong_together_are_no_record(tmp_path, changes):
+    write_record(tmp_path, replace(made_up_record([1]), **changes))
+    records, [problem] = read_records([tmp_path])
+    assert records == [] and "is no record of a run (ValueError: " in problem
 
 
 def test_records_are_in_the_order_of_time_in_any_time_zone(tmp_path):
@@ -149,10 +165,11 @@ def test_weights_from_a_file_are_known_by_their_content(nano_weights):
 
 
 def test_repeated_messages_are_found():
-    texts = dict(train=["Win 500 NOW!", "ok", "1234"], validation=["no"], test=["win now", "ok", "??", "OK.", "ok"])
+    texts = dict(train=["Win 500 NOW!", "ok", "1234"], validation=["no"])
+    texts["test"] = ["win now", "ok", "??", "OK.", "ok", "1234"]
     splits = {split: pd.DataFrame(dict(Text=found, Label=0)) for split, found in texts.items()}
     splits["test"].loc[4, "Label"] = -100  # has no label, and is in no accuracy
-    assert find_repeats(splits) == dict(validation=Repeats(), test=Repeats((1,), (0, 1, 3)))
+    assert find_duplicates(splits) == dict(validation=Duplicates(), test=Duplicates((1, 5), (0, 1, 3, 5)))
 
 
 SAME = [("call now - free", "call now free"), ("Win £500!", "win £9"), ("ＦＲＥＥ", "free"), ("Straße", "STRASSE")]

@@ -69,3 +69,4 @@ def test_the_row_names_all_that_differs_from_row_1():
     cells = row_cells([record(17, seed) for seed in (123, 124, 125)])
     assert (cells["Row"], cells["Context"], cells["Other options"]) == ("17, n=3", "120", "no causal mask")
     assert (cells["Train acc"], cells["Test ± SD of seeds"]) == ("99.90±0.1", "99.33±0.0")
+    assert row_cells([record(17, seed) for seed in (123, 124, 130)])["Val acc"] == "98.21±2.5"  # divisor n - 1

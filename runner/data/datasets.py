@@ -35,7 +35,7 @@ class Dataset:
     splits: dict  # {split: DataFrame with columns Label (int) and Text (str)}
     class_names: list  # of the K classes
     sha256: str  # of all labels and texts, as they were read
-    repeats: dict  # {split: Repeats} of validation and test
+    duplicates: dict  # {split: Duplicates} of validation and test
     warnings: list  # lines about what the user probably did not intend
 
     @property
@@ -48,7 +48,7 @@ def load(data_dir, dataset, ignore_index):
     splits, name = load_splits(data_dir, dataset)
     sha256 = sha256_of_splits(splits)
     splits, class_names, warnings = encode_labels(splits, name, data_dir, ignore_index)
-    return Dataset(name, splits, class_names, sha256, find_repeats(splits), warnings)
+    return Dataset(name, splits, class_names, sha256, find_duplicates(splits), warnings)
 
 
 # --- which data ---
@@ -189,22 +189,22 @@ def warnings_about(labelled):
 
 
 @dataclass(frozen=True)
-class Repeats:
+class Duplicates:
     """Indices of the labelled messages of a split that are among the training messages too."""
 
     exact: tuple[int, ...] = ()  # word for word
     similar: tuple[int, ...] = ()  # but for case, numbers and punctuation; the exact ones included
 
 
-def find_repeats(splits):
-    """Return {"validation": Repeats, "test": Repeats} of the splits, {split: DataFrame with columns Label and Text}."""
+def find_duplicates(splits):
+    """Return {split: Duplicates} of validation and test, from {split: DataFrame with columns Label and Text}."""
     train, found = splits["train"]["Text"], {}
     for split in ("validation", "test"):
         frame = splits[split].reset_index(drop=True)
         texts = frame["Text"][frame["Label"] >= 0]
         exact = texts.isin(train)
         similar = exact | texts.map(normalized).isin(set(map(normalized, train)) - {""})
-        found[split] = Repeats(*(tuple(texts.index[repeated].tolist()) for repeated in (exact, similar)))
+        found[split] = Duplicates(*(tuple(texts.index[repeated].tolist()) for repeated in (exact, similar)))
     return found
 
 

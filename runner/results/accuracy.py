@@ -142,7 +142,7 @@ class Confusion:
 
 def describe_accuracies(record):
     """Return the lines that a run prints of the accuracies in its Record, and of its errors in numbers."""
-    confusion, names, repeated = record.confusions["test"], record.class_names, record.repeats["test"].similar
+    confusion, names, repeated = record.confusions["test"], record.class_names, record.duplicates["test"].similar
     lines = [f"{SPLITS[name]} accuracy: {found.accuracy.in_full}" for name, found in record.confusions.items()]
     if repeated:
         lines.append(

@@ -15,7 +15,7 @@ import pandas as pd
 import tiktoken
 import torch
 
-from runner.data.datasets import SPLITS, Repeats
+from runner.data.datasets import SPLITS, Duplicates
 from runner.files import UserError, sha256_of_json, write_bytes
 from runner.results.accuracy import Confusion
 from runner.rows import ROWS
@@ -67,7 +67,7 @@ class Record:
     data_sha256: str
     class_names: list[str]  # of the K classes
     confusions: dict[str, Confusion]  # {split: Confusion}
-    repeats: dict[str, Repeats]  # {split: Repeats} of validation and test
+    duplicates: dict[str, Duplicates]  # {split: Duplicates} of validation and test
     texts: list[str]  # of the most confident test mistakes, in the order of `most_confident`
     minutes: float  # of training alone
     seconds: float  # of the whole run
@@ -95,7 +95,7 @@ class Record:
     test = property(lambda self: self.confusions["test"].accuracy)
 
     # Of the test messages that are not, in similar form, among the training messages.
-    unseen = property(lambda self: self.confusions["test"].accuracy_excluding(self.repeats["test"].similar))
+    unseen = property(lambda self: self.confusions["test"].accuracy_excluding(self.duplicates["test"].similar))
 
     @property
     def name(self):
@@ -130,26 +130,14 @@ class Record:
         if not self.is_baseline:
             restore(UsedSettings, self.settings)
             restore(UsedSettings, self.settings | self.options)
-        mistakes = self.confusions["test"].mistakes
+        classes = range(len(self.class_names))
         for found in (self.confusions[split] for split in SPLITS):
             missed = Counter(mistake.label for mistake in found.mistakes)
-            indices = [mistake.index for mistake in found.mistakes]
-            classes = {k for mistake in found.mistakes for k in (mistake.label, mistake.predicted)}
-            if not (
-                len(found.totals) == len(self.class_names)
-                and classes <= set(range(len(found.totals)))
-                and all(missed[k] <= total for k, total in enumerate(found.totals))
-                and indices == sorted({*indices} - {-1})
+            if any(missed[k] > total for k, total in zip(classes, found.totals, strict=True)) or any(
+                {mistake.label, mistake.predicted} - {*classes} for mistake in found.mistakes
             ):
-                raise ValueError("the mistakes are not those of its classes and messages")
-        history, similar = self.history, self.repeats["test"].similar
-        if not (
-            len(history.steps) == len(history.train_losses) == len(history.val_losses)
-            and len(similar) == len({*similar}) <= sum(self.confusions["test"].totals)
-            and len(self.texts) <= len(mistakes)
-            and (self.row is None or self.row in ROWS)
-            and (self.seed is None) == self.is_baseline
-        ):
+                raise ValueError("the mistakes are not those of its classes")
+        if self.row not in (None, *ROWS) or (self.seed is None) != self.is_baseline or self.unseen.total < 0:
             raise ValueError("its fields do not belong together")
 
 
@@ -240,7 +228,7 @@ def new_record(data, confusions, **further):
         data_sha256=data.sha256,
         class_names=list(data.class_names),
         confusions=confusions,
-        repeats=data.repeats,
+        duplicates=data.duplicates,
         texts=[data.test_texts[mistake.index] for mistake in confusions["test"].most_confident(10)],
         **further,
     )

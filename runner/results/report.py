@@ -144,7 +144,7 @@ def conclusions(tables):
 def runs_as_csv(summary):
     """Return a line for each run that counts, with the fields of its file in flat columns."""
     runs = pd.json_normalize([record.to_dict() for record in summary.records])
-    return runs.drop(columns=runs.filter(regex="^(confusions|history|options|repeats|texts)")).to_csv(index=False)
+    return runs.drop(columns=runs.filter(regex="^(confusions|history|options|duplicates|texts)")).to_csv(index=False)
 
 
 def as_tex(summary):
