@@ -441,9 +441,9 @@ def make_miniature_run(experiment, n_classes, weights, encoded, device):
     """Return a function that computes a run in miniature on `device`: {name: tensor on the CPU}.
 
     This is the first update at the run's own shapes: the frozen features of its messages, on a device in a pass of full
-    size; logits, loss and gradients; the update, and the logits after it in evaluation mode. The CPU computes in float32.
-    Of a large model the window is cut to as many messages as COMPARE_FLOPS allow. Of sharded parameters only the logits
-    are computed.
+    size; logits, loss and gradients; the update, and the logits after it in evaluation mode. On the CPU it is computed
+    in float32. Of a large model the window is cut to as many messages as COMPARE_FLOPS allow. Of sharded parameters only
+    the logits are computed.
     """
     is_cpu = device.type == "cpu"
     experiment = replace(experiment, precision="fp32" if is_cpu else experiment.precision, learning_rate=1e-3)
@@ -607,11 +607,14 @@ def build_saved_classifier(path, given):
     `given` settings {name: value} replace its own. Raises UserError, see `load_classifier`.
     """
     saved, parameters = classifiers.read_classifier(path)
-    experiment = Experiment(**saved.settings_with(given))
-    weights = load_weights(experiment.weights, experiment.model_size)
-    classifier = build_classifier(experiment, len(saved.class_names), weights.tensors)
-    saved.check_base(weights, classifier)
-    load_parameters(classifier, parameters)
+    try:
+        experiment = Experiment(**saved.settings_with(given))
+        weights = load_weights(experiment.weights, experiment.model_size)
+        classifier = build_classifier(experiment, len(saved.class_names), weights.tensors)
+        saved.check_base(weights, classifier)
+        load_parameters(classifier, parameters)
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:  # other settings, names or shapes
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {str(error).partition(chr(10))[0]})") from None
     return classifier, experiment, saved
 
 

@@ -98,7 +98,8 @@ def compute(function, args, kwargs):
     if pretended and (by_mask or name in ("nonzero", "masked_select")):  # the size of the result depends on values
         count("question")
     result = function(*tree_map(unwrap, args), **tree_map(unwrap, kwargs))
-    if on_device and PretendedTensor.falsify is not None:
+    to_host = name == "_to_copy" and pretended and not on_device
+    if (on_device or to_host) and PretendedTensor.falsify is not None:
         result = PretendedTensor.falsify(name, args, result)
     known = {id(tensor.inner): tensor for tensor in pretended}  # what is computed in place stays the same tensor
 

@@ -1,6 +1,9 @@
 """Interrupted runs that are resumed, and what can go wrong with their checkpoints."""
 
+import copy
+import io
 import os
+import random
 import re
 import shutil
 import signal
@@ -16,7 +19,10 @@ from helpers import interrupt_at, no_file_above, records_in, save_random_weights
 from safetensors.torch import load_file
 
 import additional_experiments as ae
+from runner.files import atomic_write
+from runner.results.accuracy import Accuracy
 from runner.results.records import read_records
+from runner.saved import checkpoints
 from runner.saved.checkpoints import FORMAT, SIGNALS
 
 NEEDS_POSIX = pytest.mark.skipif(sys.platform == "win32", reason="Windows has neither these signals nor SIGKILL")
@@ -106,13 +112,15 @@ def test_interrupted(options, monkeypatch, capfd, further, owner, function, call
 
 
 @NEEDS_POSIX
-def test_a_second_signal_ends_at_once(options, monkeypatch, capfd):
-    """Here while the first one is saving: what was saved before is what is resumed."""
+@pytest.mark.parametrize("seconds, number, batches_done", [(2, signal.SIGINT, 43), (2, signal.SIGTERM, 50), (0, 2, 43)])
+def test_a_second_signal(options, monkeypatch, capfd, seconds, number, batches_done):
+    """While the first one is saving. Ctrl-C ends at once; SIGTERM, which is sent again at once, only a while later."""
+    monkeypatch.setattr(checkpoints, "SECONDS_BETWEEN_SIGNALS", seconds)
     interrupt_at(monkeypatch, ae, "accumulate_gradients", 50, signal.SIGTERM)
-    interrupt_at(monkeypatch, torch, "save", 2, signal.SIGINT)
-    assert ae.main([*options, "--checkpoint", "run.ckpt"]) == 130
-    assert capfd.readouterr().err == "interrupted\n"
-    assert content_of()["state"]["batches_done"] == 43 and files() == {"run.ckpt"}
+    interrupt_at(monkeypatch, torch, "save", 2, number)
+    assert ae.main([*options, "--checkpoint", "run.ckpt"]) == (130 if batches_done == 43 else 143)
+    assert capfd.readouterr().err == RESUMES and files() == {"run.ckpt"}
+    assert content_of()["state"]["batches_done"] == batches_done
 
 
 @NEEDS_POSIX
@@ -238,11 +246,83 @@ def test_full_disk(interrupted, capfd):
     """No file may grow beyond 10,000 bytes: the record fits, the checkpoint does not, and the last good one stays."""
     before = Path("run.ckpt").read_bytes()
     with no_file_above(10_000):
-        assert ae.main(interrupted) == 0
+        assert ae.main(interrupted) == 1
     out, err = capfd.readouterr()
-    assert err == "warning: the checkpoint run.ckpt could not be written: [Errno 27] File too large\n"
+    assert err.startswith("warning: the checkpoint run.ckpt could not be written: [Errno 27] File too large\n")
     assert "Test accuracy: " in out and len(records_in()) == 1 and Path("run.ckpt").read_bytes() == before
     assert files() == {"run.ckpt", "results"}
+
+
+def test_a_flipped_bit_is_found(interrupted, capfd):
+    """Wherever it is in the tensors: PyTorch reads them without comparing checksums."""
+    content, generator = Path("run.ckpt").read_bytes(), random.Random(1)
+    for _ in range(20):
+        damaged, place = bytearray(content), generator.randrange(len(content))
+        damaged[place] ^= 1 << generator.randrange(8)
+        Path("run.ckpt").write_bytes(damaged)
+        status, (out, err) = ae.main([*interrupted, "--results", "other"]), capfd.readouterr()
+        if status != 0:
+            assert (status, err.count("\n")) == (2, 1) and "run.ckpt is " in err and "Ep 2" not in out
+        else:  # a bit of the archive that says nothing
+            assert torch.equal(content_of()["state"]["order"], torch.load(io.BytesIO(content))["state"]["order"])
+            Path("run.ckpt").write_bytes(content)
+
+
+def test_damaged_states_are_refused(interrupted, capfd):
+    def cut(state):
+        name = next(name for name, tensor in state["parameters"].items() if tensor.ndim == 2)
+        state["parameters"][name] = state["parameters"][name][:1]  # would be broadcast
+
+    damages = [cut, lambda state: state.pop("order"), lambda state: state.update(usage=3)]
+    damages += [lambda state: state["history"].update(more=[]), lambda state: state["optimizer"].clear()]
+    before = content_of()
+    for damage in damages:
+        content = copy.deepcopy(before)
+        damage(content["state"])
+        torch.save(content, "run.ckpt")
+        assert ae.main(interrupted) == 2
+        assert re.fullmatch(r"error: run.ckpt is damaged \(.*\); delete it to start over\n", capfd.readouterr().err)
+
+
+def test_a_file_that_cannot_be_read_is_not_to_be_deleted(interrupted, monkeypatch, capfd):
+    def fail(*_, **__):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(torch, "load", fail)
+    assert ae.main(interrupted) == 1
+    assert capfd.readouterr().err == "error: the checkpoint run.ckpt cannot be read: [Errno 5] Input/output error\n"
+
+
+def test_a_weights_file_that_changes_during_a_run(options, tmp_path, monkeypatch, capfd):
+    """Nothing of such a run is left: no checkpoint, no record, no classifier."""
+    options[options.index("random")] = path = save_random_weights(tmp_path / "weights", emb_dim=16)
+    further = ["--trainable_layers", "lora", "--save_model", "trained.safetensors", "--checkpoint", "run.ckpt"]
+    evaluate = ae.confusion
+
+    def change(*arguments):
+        os.utime(path, (0, 0))
+        return evaluate(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ae, "confusion", change)
+        assert ae.main([*options, *further[:4]]) == 1
+    told = f"error: the weights file {path} was changed while this run used it\n"
+    assert capfd.readouterr().err == told and files() <= {"results"} and records_in() == []
+    monkeypatch.setattr(ae, "accuracy", lambda predictions: os.utime(path) or Accuracy(1, 1))
+    assert ae.main([*options, *further]) == 1
+    assert capfd.readouterr().err == told and files() <= {"results"}
+
+
+def test_a_killed_save_leaves_nothing_for_ever(options):
+    Path("run.ckpt").touch()
+    with atomic_write(Path("run.ckpt")) as left, atomic_write(Path("other.ckpt")) as of_other:
+        for temporary in (left, of_other):
+            shutil.copy(temporary, f"{temporary}.copy")
+    os.rename(f"{left}.copy", left)
+    os.rename(f"{of_other}.copy", of_other)
+    Path("run.ckpt").unlink()
+    assert ae.main([*options, "--checkpoint", "run.ckpt"]) == 0
+    assert not left.exists() and of_other.exists()
 
 
 # --- two runs at once ---

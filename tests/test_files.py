@@ -99,3 +99,24 @@ def test_room_is_made_by_the_least_recently_used(tmp_path, size, max_bytes, remo
         files.make_room(folder, r"\w\.npy", size, max_bytes)
     left = {name for name in "abc" if name not in (removed or "")}
     assert {path.name for path in folder.iterdir()} == {f"{n}.npy" for n in left} | {"b.npy.old", "thesis.npy"}
+
+
+def test_windows_may_deny_a_replacement_for_a_moment(monkeypatch):
+    """A virus scanner has the file open."""
+    denied, replace = [], os.replace
+
+    def deny(source, target):
+        if len(denied) < 3:
+            denied.append(target)
+            raise PermissionError(13, "Access is denied")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", deny)
+    with monkeypatch.context() as patch:
+        patch.setattr(files.sys, "platform", "win32")
+        files.write_bytes(Path("file"), b"content")
+    assert Path("file").read_bytes() == b"content" and len(denied) == 3
+    denied.clear()
+    if os.name != "nt":
+        with pytest.raises(PermissionError):
+            files.write_bytes(Path("file"), b"other")

@@ -32,6 +32,11 @@ def test_options_given_with_a_preset_win():
     assert (demo.dataset, demo.learning_rate, demo.num_epochs) == ("sample", 5e-4, 1)
 
 
+def test_an_argument_that_is_no_text(capsys):
+    assert main(["--demo", "--note", "\udcff"]) == 2
+    assert capsys.readouterr().err.startswith("error: an argument is not Unicode text: \\udcff")
+
+
 def test_dashes_and_short_names():
     assert parse("--trainable-layers", "all", "--batch-size=4") == parse("--trainable_layers=all", "--batch_size", 4)
     assert parse("--no-padding").no_padding

@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from contextlib import redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -169,6 +170,43 @@ def test_files_that_are_none_of_ours(trained, capsys):
     for file, message in (weights, "was not written by"), ("cut", "cannot be read"), ("missing", "cannot be read"):
         assert ae.main(["--load_model", file, "--classify", "a"]) == 2
         assert f"error: {file} {message}" in capsys.readouterr().err
+
+
+def test_damaged_classifiers_are_refused(trained, capsys):
+    """A flipped bit in a tensor, settings that are missing or no settings, tensors of another shape or name."""
+    saved, parameters = classifiers.read_classifier(trained[0])
+    content = bytearray(Path(trained[0]).read_bytes())
+    content[-100] ^= 4
+    Path("flipped").write_bytes(content)
+    first, *rest = parameters.items()
+    for name, changes, tensors in [
+        ("shape", {}, dict(rest) | {first[0]: first[1][:1].clone()}),
+        ("missing", {}, dict(rest)),
+        ("unknown", {}, parameters | dict(more=torch.ones(2))),
+        ("settings", dict(settings=dict(model_size="gpt2-nano (7M)")), parameters),
+        ("option", dict(settings=saved.settings | dict(more=1)), parameters),
+        ("value", dict(settings=saved.settings | dict(trainable_layers="none")), parameters),
+        ("classes", dict(class_names=["a", "b", "c"]), parameters),
+        ("limit", dict(limit="many"), parameters),
+    ]:
+        classifiers.save_classifier(name, replace(saved, **changes), tensors)
+    for path in Path().glob("*"):
+        if path.is_file():
+            assert ae.main(["--load_model", path.name, "--classify", "a"]) == 2
+            out, err = capsys.readouterr()
+            assert out == "" and err.count("\n") == 1 and err.startswith("error: "), path
+
+
+def test_standard_input_that_is_closed(trained, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", None)
+    assert ae.main(["--load_model", trained[0], "--classify", "-"]) == 2
+    assert capsys.readouterr().err == "error: --classify -: standard input is closed\n"
+
+
+def test_a_million_spaces_are_cut(trained, capsys):
+    assert ae.main(["--load_model", trained[0], "--classify", "a" + " " * 1_000_000, "a" + " " * 300_000]) == 0
+    first, second = (line.split("\t")[:2] for line in capsys.readouterr().out.splitlines())
+    assert first == second
 
 
 def test_trained_on_a_device_that_is_not_here(trained, monkeypatch, capsys):
