@@ -39,7 +39,7 @@ from runner.data.features import FrozenFeatures, compute_features
 from runner.data.messages import TOKENS_PER_PASS, EncodedData, Split, Stage, make_pool, run_passes, tokenize
 from runner.files import NonFiniteError, UserError
 from runner.machine import processes
-from runner.machine.cpu_check import check_device
+from runner.machine.cpu_check import check_device, update_results
 from runner.machine.devices import resolve_device, set_precision
 from runner.options import DATA, INPUT, MACHINE, MAX_CONTEXT, MODEL, TRAINING, RunOptions, bounded, option
 from runner.results.accuracy import Accuracy, Confusion, describe_accuracies, describe_mistakes
@@ -441,11 +441,10 @@ def make_miniature_run(experiment, n_classes, weights, encoded, device):
     """Return a function that computes a run in miniature on `device`: {name: tensor on the CPU}.
 
     This is the first update at the run's own shapes: the frozen features of its messages, on a device in a pass of full
-    size; logits, loss and gradients; the update, and the logits after it in evaluation mode. On the CPU it is computed
-    in float32. Of a large model the window is cut to as many messages as COMPARE_FLOPS allow. Of sharded parameters only
-    the logits are computed.
+    size, then what `update_results` names. The CPU computes in float32. Of a large model the window is cut to as many
+    messages as COMPARE_FLOPS allow; of sharded parameters only the logits are computed.
     """
-    is_cpu = device.type == "cpu"
+    is_cpu, split, pool = device.type == "cpu", encoded.splits["train"], encoded.pool
     experiment = replace(experiment, precision="fp32" if is_cpu else experiment.precision, learning_rate=1e-3)
     classifier = build_classifier(experiment, n_classes, weights.tensors)
     place(classifier, device, experiment.shard and not is_cpu)
@@ -453,39 +452,22 @@ def make_miniature_run(experiment, n_classes, weights, encoded, device):
     torch.manual_seed(experiment.seed)
     batches = islice(make_loaders(encoded.splits, experiment.batch_size)["train"], experiment.accumulation_steps)
     flops = 6 * sum(p.numel() for p in classifier.parameters()) * encoded.longest  # per message, forward and backward
-    indices, pool = torch.cat(list(batches))[: max(COMPARE_FLOPS // flops, 1)], encoded.pool
-    split = encoded.splits["train"]
+    indices = torch.cat(list(batches))[: max(COMPARE_FLOPS // flops, 1)]
     messages, inverse = split.indices[indices].unique(return_inverse=True)
-    if not is_cpu:  # others fill the pass
-        others = torch.arange(len(pool))[~torch.isin(torch.arange(len(pool)), messages)]
-        is_in_pass = pool.lengths[others].cumsum(0) <= TOKENS_PER_PASS[device.type] - pool.lengths[messages].sum()
-        pool = pool.select(torch.cat([messages, others[is_in_pass]]))
-    else:
-        pool = pool.select(messages)
-    window, n_messages = torch.arange(len(indices)).split(experiment.batch_size), len(messages)
+    others = torch.arange(len(pool))[~torch.isin(torch.arange(len(pool)), messages)]
+    room = 0 if is_cpu else TOKENS_PER_PASS[device.type] - pool.lengths[messages].sum()
+    pool = pool.select(torch.cat([messages, others[pool.lengths[others].cumsum(0) <= room]]))
 
     def compute():
         if experiment.shard:
             return {"the logits": predict(classifier, pool, inverse).cpu()}
         features = compute_features(classifier, pool, device) if classifier.n_frozen_blocks else pool
-        first = features.batch(torch.arange(n_messages), device)
-        results = {"the frozen features": first.x.float()}
         few = replace(encoded, pool=features, splits={"train": Split(inverse, split.labels[indices])})
-        logits, loss = accumulate_gradients(classifier.train(), few, window, experiment)
-        results |= {"the logits": logits, "the loss": loss}
-        trained = {name: p for name, p in classifier.named_parameters() if p.grad is not None}
-        before = {name: p.detach().clone() for name, p in trained.items()}
-        make_optimizer(classifier, experiment).step()
-        for name, p in trained.items():
-            results[f"the gradient of {name}"] = p.grad
-            # AdamW moves every entry by the learning rate: where the gradient is rounding, in either direction.
-            results[f"the update of {name}"] = (p.detach() - before[name]) * p.grad.abs()
-        results["the logits after the update"] = predict(classifier, features, inverse)
-        with torch.no_grad():
-            for name, p in trained.items():
-                p.copy_(before[name])
-        classifier.zero_grad()
-        return {name: tensor.cpu() for name, tensor in results.items()}
+        window = torch.arange(len(indices)).split(experiment.batch_size)
+        backward = partial(accumulate_gradients, classifier.train(), few, window, experiment)
+        optimizer = make_optimizer(classifier, experiment)
+        results = update_results(classifier, backward, optimizer, partial(predict, classifier, features, inverse))
+        return {"the features": features.batch(torch.arange(len(messages)), device).x.float().cpu()} | results
 
     return compute
 

@@ -52,6 +52,29 @@ def compare_results(make_computation, expected, precision):
     return problem, f"largest deviation {deviation:.1e} ({name})"
 
 
+def update_results(classifier, backward, optimizer, predict):
+    """Return what an update of a classifier computes, {name: tensor on the CPU}, and take the update back.
+
+    These are the logits and the loss that `backward()` returns, the gradients, the update that `optimizer` makes, and
+    the logits that `predict()` returns after it.
+    """
+    logits, loss = backward()
+    results = {"the logits": logits, "the loss": loss}
+    trained = {name: p for name, p in classifier.named_parameters() if p.grad is not None}
+    before = {name: p.detach().clone() for name, p in trained.items()}
+    optimizer.step()
+    for name, parameter in trained.items():
+        results[f"the gradient of {name}"] = parameter.grad
+        # AdamW moves every entry by the learning rate, also where the sign of the gradient is that of a rounding error.
+        results[f"the update of {name}"] = (parameter.detach() - before[name]) * parameter.grad.abs()
+    results["the logits after the update"] = predict()
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            parameter.copy_(before[name])
+    classifier.zero_grad()
+    return {name: tensor.cpu() for name, tensor in results.items()}
+
+
 def largest_deviation(found, expected):
     """Return (deviation, name) of the results {name: tensor} that differ most, relative to their largest entry.
 
