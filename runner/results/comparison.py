@@ -36,7 +36,7 @@ LEVEL = 0.05
 MIN_SEEDS = 3  # with two, no method holds its level: their differences may tie
 MIN_CONFIGURATIONS = 5  # whose mean variance is worth shrinking towards
 STEPS = 10**9  # p-values of several seeds are found in steps of 1 / STEPS
-MAX_SEEDS = 100  # that anybody is advised to run
+MAX_SEEDS = 100  # more are not advised
 
 
 class MeanVariance(NamedTuple):
@@ -226,11 +226,12 @@ def describe_power(comparisons, level):
     if not tested:
         return ""
     shown = 100 * statistics.median(found.variances.half_width(level) for found in by_seeds or tested)
-    words = f"These {'seeds' if by_seeds else 'single runs'} show a difference of about {shown:.1f} points or more"
+    runs = "seeds" if by_seeds else "single runs"
+    words = f"These {runs} can show a difference of about {shown:.1f} points or more"
     if not by_seeds:
         return f"{words}; what an option does, rather than one run of it, takes three seeds or more on both sides."
     for seeds in range(MIN_SEEDS, MAX_SEEDS + 1):
         more = [found.variances.with_seeds(seeds / found.n_seeds) for found in by_seeds]
         if 100 * statistics.median(variances.half_width(level) for variances in more) <= 3:
-            return f"{words}; about {seeds} seeds each would show 3 points."
-    return f"{words}; {MAX_SEEDS} seeds each would not show 3 points: that takes more test messages."
+            return f"{words}; to show 3 points takes about {seeds} seeds for each row."
+    return f"{words}; to show 3 points takes more test messages, not only more seeds."
