@@ -143,7 +143,8 @@ class Comparison:
             words = f"undecided: between {abs(low):.1f} points worse and {high:.1f} better (95% interval)"
             words += f", measured {difference}"
         else:
-            words = f"{verdict}, {difference} (95% interval {low:+.1f} to {high:+.1f})"
+            kind = "95% interval" if self.p is not None else "95% interval of these runs alone"  # without the seeds
+            words = f"{verdict}, {difference} ({kind} {low:+.1f} to {high:+.1f})"
         if self.p is not None:
             words += f", {describe_p(self.p)}"
         if verdict.startswith("probably"):
