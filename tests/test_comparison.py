@@ -240,17 +240,18 @@ def test_what_the_seeds_show_is_the_median_half_width():
         return describe_power([type(found)(**one) for one in comparisons], 0.01)
 
     assert told(with_half_widths(5, 7, 12)) == (
-        "These seeds show a difference of about 7.0 points or more; 100 seeds each would not show 3 points: that takes "
-        "more test messages."
+        "These seeds can show a difference of about 7.0 points or more; to show 3 points takes more test messages, not "
+        "only more seeds."
     )
     # All of the variance by messages is what single seeds make of single messages: 3 (5 / 3)² = 8.3 seeds.
-    assert told(with_half_widths(5, both=1.0)).endswith("; about 9 seeds each would show 3 points.")
-    assert told(with_half_widths(2)).endswith("; about 3 seeds each would show 3 points.")
+    assert told(with_half_widths(5, both=1.0)).endswith("; to show 3 points takes about 9 seeds for each row.")
+    assert told(with_half_widths(2)).endswith("; to show 3 points takes about 3 seeds for each row.")
     single = single_runs(12, 3, 300)
     half = 100 * single.variances.half_width(0.01)
-    assert describe_power([single], 0.01).startswith(f"These single runs show a difference of about {half:.1f} points")
+    told_of_single = describe_power([single], 0.01)
+    assert told_of_single.startswith(f"These single runs can show a difference of about {half:.1f} points")
     assert "three seeds or more" in describe_power([single], 0.01)
-    assert describe_power([single, found], 0.01).startswith("These seeds show")
+    assert describe_power([single, found], 0.01).startswith("These seeds can show")
 
 
 def test_more_seeds_are_predicted_from_few():

@@ -260,11 +260,12 @@ def test_ignored_labels_add_nothing(nano):
     assert all((gradient == 0).all() for gradient in found.values())
 
 
-def test_a_window_over_frozen_features_runs_in_passes_of_a_few_messages(nano):
-    """However large batch and window are, so that memory does not grow with them."""
-    experiment, *_ = ae.parse_args(nano)
+@pytest.mark.parametrize("layers, expected", [("last_block", [4, 4, 2]), ("all", [5, 5])])
+def test_memory_does_not_grow_with_the_window(nano, layers, expected):
+    """Over frozen features it runs in passes of a few messages, otherwise batch by batch."""
+    experiment, *_ = ae.parse_args([*nano, "--trainable_layers", layers, "--batch_size", "5"])
     data, classifier, sizes = encoded(experiment), build_classifier(experiment, 2), []
     trained_part = classifier.trained_part
     classifier.trained_part = lambda batch: sizes.append(len(batch.x)) or trained_part(batch)
     ae.accumulate_gradients(classifier, data, torch.arange(10).split(5), experiment)
-    assert sizes == [4, 4, 2]
+    assert sizes == expected

@@ -33,7 +33,7 @@ def test_the_report_is_tables_of_100_columns_with_conclusions():
     assert "## Rows with gpt2-nano, random weights, sample data, lr 0.0005" in lines
     assert "| 1 | 100.00 [98.7–100.0] | 100.00 | rank 4 |" in lines[lines.index("## Other runs") :]
     text = " ".join(" ".join(lines_of(row(1, range(10, 30)), row(2, range(60)))).split())
-    assert "### Conclusions These single runs show a difference of about " in text
+    assert "### Conclusions These single runs can show a difference of about " in text
     assert "- 1–2: Does the first token serve as well as the last? Row 2 is worse, -13.33 points (95% interval" in text
     assert "p < 0.001, of these two runs" in text and "Under the causal mask the first token sees only itself" in text
     assert "Which is best? Row 1" in text and "Not run: rows 3, 4, 5" in text

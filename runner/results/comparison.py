@@ -36,7 +36,7 @@ LEVEL = 0.05
 MIN_SEEDS = 3  # with two, no method holds its level: their differences may tie
 MIN_CONFIGURATIONS = 5  # whose mean variance is worth shrinking towards
 STEPS = 10**9  # p-values of several seeds are found in steps of 1 / STEPS
-MAX_SEEDS = 100  # that anybody is advised to run
+MAX_SEEDS = 100  # more are not advised
 
 
 class MeanVariance(NamedTuple):
@@ -143,7 +143,8 @@ class Comparison:
             words = f"undecided: between {abs(low):.1f} points worse and {high:.1f} better (95% interval)"
             words += f", measured {difference}"
         else:
-            words = f"{verdict}, {difference} (95% interval {low:+.1f} to {high:+.1f})"
+            kind = "95% interval" if self.p is not None else "95% interval of these runs alone"  # without the seeds
+            words = f"{verdict}, {difference} ({kind} {low:+.1f} to {high:+.1f})"
         if self.p is not None:
             words += f", {describe_p(self.p)}"
         if verdict.startswith("probably"):
@@ -226,11 +227,12 @@ def describe_power(comparisons, level):
     if not tested:
         return ""
     shown = 100 * statistics.median(found.variances.half_width(level) for found in by_seeds or tested)
-    words = f"These {'seeds' if by_seeds else 'single runs'} show a difference of about {shown:.1f} points or more"
+    runs = "seeds" if by_seeds else "single runs"
+    words = f"These {runs} can show a difference of about {shown:.1f} points or more"
     if not by_seeds:
         return f"{words}; what an option does, rather than one run of it, takes three seeds or more on both sides."
     for seeds in range(MIN_SEEDS, MAX_SEEDS + 1):
         more = [found.variances.with_seeds(seeds / found.n_seeds) for found in by_seeds]
         if 100 * statistics.median(variances.half_width(level) for variances in more) <= 3:
-            return f"{words}; about {seeds} seeds each would show 3 points."
-    return f"{words}; {MAX_SEEDS} seeds each would not show 3 points: that takes more test messages."
+            return f"{words}; to show 3 points takes about {seeds} seeds for each row."
+    return f"{words}; to show 3 points takes more test messages, not only more seeds."
