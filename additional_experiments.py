@@ -126,6 +126,8 @@ class Experiment:
             raise UserError(f"--lora_rank {self.lora_rank} exceeds the width {emb_dim} of {self.model_size}")
         if self.average_embeddings and self.trainable_token_pos == "first":
             raise UserError("--average_embeddings (all positions) cannot be combined with --trainable_token_pos first")
+        if not self.trainable_layers.startswith("lora"):  # without effect, these make no other configuration
+            vars(self).update(lora_rank=Experiment.lora_rank, lora_alpha=Experiment.lora_alpha)
 
     @property
     def config(self):
@@ -378,8 +380,8 @@ def run(experiment, run_options=RunOptions()):
     setup, records = prepare(experiment, run_options, console), []
     seeds = range(experiment.seed, experiment.seed + run_options.repeats)
     identity = run_identity(experiment, setup.dataset, setup.weights)
-    path, minutes, unchanged = run_options.checkpoint, run_options.checkpoint_minutes, setup.weights.require_unchanged
-    with open_checkpoint(path, minutes, identity, seeds, unchanged, console) as checkpoint:
+    path, minutes = run_options.checkpoint, run_options.checkpoint_minutes
+    with open_checkpoint(path, minutes, identity, seeds, setup.weights, console) as checkpoint:
         for seed in seeds:
             if len(seeds) > 1:
                 console.info(f"\nRun {len(records) + 1} of {len(seeds)}, seed {seed}")
@@ -425,8 +427,9 @@ def prepare(experiment, run_options, console):
     n_classes = len(dataset.class_names)
     if run_options.export:
         check_class_count(n_classes, experiment.config.emb_dim)
-    miniature_run_on = partial(make_miniature_run, experiment, n_classes, weights, encoded)
-    device = check_device(device, experiment.device == "auto", experiment.precision, miniature_run_on, console)
+    compute_on = partial(run_in_miniature, experiment, n_classes, weights, encoded)
+    device = check_device(device, experiment.device == "auto", experiment.precision, compute_on, console)
+    set_precision(experiment.precision, device)  # if it is another device now
 
     with torch.device("meta"):
         sizes = build_classifier(experiment, n_classes)
@@ -437,12 +440,12 @@ def prepare(experiment, run_options, console):
     return Setup(dataset, encoded, weights, device, features)
 
 
-def make_miniature_run(experiment, n_classes, weights, encoded, device):
-    """Return a function that computes a run in miniature on `device`: {name: tensor on the CPU}.
+def run_in_miniature(experiment, n_classes, weights, encoded, device):
+    """Return what a run in miniature computes on `device`, {name: tensor on the CPU}; the CPU computes in float32.
 
-    This is the first update at the run's own shapes: the frozen features of its messages, on a device in a pass of full
-    size, then what `update_results` names. The CPU computes in float32. Of a large model the window is cut to as many
-    messages as COMPARE_FLOPS allow; of sharded parameters only the logits are computed.
+    It consists of the frozen features of the first messages, on a device in a pass of full size, the first update at
+    the run's own shapes, and predictions after it. Of a large model the update is cut to as many messages as
+    COMPARE_FLOPS allow; of sharded parameters only the logits are computed.
     """
     is_cpu, split, pool = device.type == "cpu", encoded.splits["train"], encoded.pool
     experiment = replace(experiment, precision="fp32" if is_cpu else experiment.precision, learning_rate=1e-3)
@@ -454,22 +457,20 @@ def make_miniature_run(experiment, n_classes, weights, encoded, device):
     flops = 6 * sum(p.numel() for p in classifier.parameters()) * encoded.longest  # per message, forward and backward
     indices = torch.cat(list(batches))[: max(COMPARE_FLOPS // flops, 1)]
     messages, inverse = split.indices[indices].unique(return_inverse=True)
+    if experiment.shard:
+        return {"the logits": predict(classifier, pool, messages).cpu()}
+
     others = torch.arange(len(pool))[~torch.isin(torch.arange(len(pool)), messages)]
     room = 0 if is_cpu else TOKENS_PER_PASS[device.type] - pool.lengths[messages].sum()
     pool = pool.select(torch.cat([messages, others[pool.lengths[others].cumsum(0) <= room]]))
-
-    def compute():
-        if experiment.shard:
-            return {"the logits": predict(classifier, pool, inverse).cpu()}
-        features = compute_features(classifier, pool, device) if classifier.n_frozen_blocks else pool
-        few = replace(encoded, pool=features, splits={"train": Split(inverse, split.labels[indices])})
-        window = torch.arange(len(indices)).split(experiment.batch_size)
-        backward = partial(accumulate_gradients, classifier.train(), few, window, experiment)
-        optimizer = make_optimizer(classifier, experiment)
-        results = update_results(classifier, backward, optimizer, partial(predict, classifier, features, inverse))
-        return {"the features": features.batch(torch.arange(len(messages)), device).x.float().cpu()} | results
-
-    return compute
+    pool = compute_features(classifier, pool, device) if classifier.n_frozen_blocks else pool
+    few = replace(encoded, pool=pool, splits={"train": Split(inverse, split.labels[indices])})
+    window, optimizer = torch.arange(len(indices)).split(experiment.batch_size), make_optimizer(classifier, experiment)
+    results = {"the features": pool.batch(torch.arange(len(messages)), device).x.float()}
+    step = partial(accumulate_gradients, classifier.train(), few, window, experiment)
+    results |= update_results(classifier, step, optimizer)
+    results["the logits after the update"] = predict(classifier, pool, inverse)
+    return {name: tensor.cpu() for name, tensor in results.items()}
 
 
 def run_seed(experiment, setup, checkpoint, run_options, console):
@@ -496,14 +497,14 @@ def run_seed(experiment, setup, checkpoint, run_options, console):
         advice = "Try: a smaller --learning_rate; --precision fp32"
         raise NonFiniteError(f"training diverged, at step {state.batches_done:06d}: {error}\n{advice}") from None
 
+    with processes.raise_on_all_ranks():
+        setup.weights.require_unchanged()
     further = dict(minutes=minutes, feature_seconds=setup.features.seconds, note=run_options.note)
     further |= dict(tokens_per_message=setup.encoded.longest)
     record = make_record(experiment, setup.dataset, setup.weights, confusions, state, **further)
-    with processes.raise_on_all_ranks():
-        setup.weights.require_unchanged()
-    console.info("\n".join([*describe_accuracies(record), *describe_mistakes(record)]))
-    if run_options.results:
+    if run_options.results:  # before anything is printed: a closed pipe or a full disk behind it loses no record
         console.write_output("the record", run_options.results, write_record, record)
+    console.info("\n".join([*describe_accuracies(record), *describe_mistakes(record)]))
     if run_options.save_model or run_options.export:
         parameters = state.full_parameters()
         if processes.rank() == 0:
@@ -566,7 +567,7 @@ class TrainedClassifier:
             classifier = self.classifier
             if device.type == "cpu":
                 classifier, *_ = build_saved_classifier(self.path, self.given | dict(device="cpu", precision="fp32"))
-            return lambda: {"the logits": predict(classifier, pool, indices).cpu()}
+            return {"the logits": predict(classifier, pool, indices).cpu()}
 
         is_auto, precision = self.experiment.device == "auto", self.experiment.precision
         device = check_device(self.classifier.device, is_auto, precision, logits_on, Console(quiet=True))

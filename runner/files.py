@@ -123,7 +123,8 @@ def make_room(folder, names, size, max_bytes):
     """Create `folder` and remove the least recently used files until `size` bytes more fit into `max_bytes`.
 
     Only files whose names match the regular expression `names` count and are removed. A system that removes a file in
-    use lets the processes that have it mapped go on reading it. Raises OSError if `size` alone is too much.
+    use lets the processes that have it mapped go on reading it. A temporary file of the last hour is being written.
+    Raises OSError if `size` alone is too much.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if size > max_bytes:
@@ -134,8 +135,8 @@ def make_room(folder, names, size, max_bytes):
             with suppress(FileNotFoundError):  # another process has just removed it
                 found.append((path.stat().st_mtime, path.stat().st_size, path))
     total = size + sum(file_size for _, file_size, _ in found)
-    for _, file_size, path in sorted(found):
-        if total > max_bytes:
+    for used, file_size, path in sorted(found):
+        if total > max_bytes and not (path.name.startswith(".") and used > time.time() - 3600):
             with suppress(OSError):  # Windows removes no file that is mapped
                 path.unlink()
                 total -= file_size

@@ -70,10 +70,15 @@ def bounded(kind, minimum=-(2**63), maximum=2**63 - 1):
     """Return a type for whole or finite numbers (`kind` int or float) in a range, by default that of an int64."""
 
     def parse(text):
+        value = None
         with suppress(ValueError):
             if minimum <= (value := kind(text)) <= maximum:
                 return value
-        bounds = f"from {minimum} to {maximum}" if maximum < 2**63 - 1 else f"of at least {minimum}"
+        bounds = f"of at least {minimum}"
+        if maximum < 2**63 - 1:
+            bounds = f"from {minimum} to {maximum}"
+        elif value is not None and value > maximum:
+            bounds = f"of at most {maximum:.4g}"
         raise argparse.ArgumentTypeError(f'"{text}" is not a {"whole" if kind is int else "finite"} number {bounds}')
 
     return parse

@@ -39,7 +39,7 @@ def train_quietly(classifier, data, experiment):
     """Train a Classifier on EncodedData, without a checkpoint."""
     optimizer = ae.make_optimizer(classifier, experiment)
     state = TrainingState(classifier, optimizer, History(), experiment.seed, {}, started=0.0)
-    ae.train(classifier, data, experiment, state, Checkpoint(None, 10, {}, None, QUIET), QUIET)
+    ae.train(classifier, data, experiment, state, Checkpoint(None, 10, {}, None, None, QUIET), QUIET)
 
 
 def records_in(folder="results"):

@@ -71,16 +71,17 @@ def test_lines_of_a_run(nano, capsys):
         r"Ep 1 \(Step 000000\): Train loss \d\.\d{3}, Val loss \d\.\d{3}",
         rf"Training accuracy: {percent} \| Validation accuracy: {percent} \(first messages only: \d+/40, \d/9\)$",
         r"Training completed in \d+\.\d\d minutes\.",
+        r"Wrote the record to results/\S+\.json",  # before anything that a closed pipe could stop
         rf"Training accuracy: {percent} \(\d+/40, 95% interval {bounds}\)$",
         rf"Validation accuracy: {percent} \(\d/9, 95% interval {bounds}\)$",
         rf"Test accuracy: {percent} \(\d+/17, 95% interval {bounds}\)$",
     ]
-    for pattern, line in zip(patterns, lines[6:12], strict=True):
+    for pattern, line in zip(patterns, lines[6:13], strict=True):
         assert re.match(pattern, line), line
     header, rule, row, signpost = lines[-4:]
     assert signpost == "All runs so far: python additional_experiments.py --report results"
     assert header.count("|") == rule.count("|") == row.count("|")
-    test_accuracy = lines[11].split()[2]
+    test_accuracy = lines[12].split()[2]
     assert row.split("|")[header.split("|").index(" Test acc ")].strip() == test_accuracy
 
 

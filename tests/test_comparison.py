@@ -62,7 +62,7 @@ def test_too_few_seeds_show_nothing(seeds_a, seeds_b, told):
     assert found.difference == pytest.approx(0.13) and found.interval[0] > 0.08
     assert found.p is None and describe_power([found], 0.05) == ""
     reason = "a verdict takes three seeds or more on both sides, or one run each"
-    assert found.sentence.startswith("no verdict, +13.00 points (95% interval +9.1 to +16.8); ")
+    assert found.sentence.startswith("no verdict, +13.00 points (95% interval of these runs alone +9.1 to +16.8); ")
     assert found.sentence.endswith(f"{told}; {reason}.")
 
 

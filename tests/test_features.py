@@ -364,10 +364,11 @@ def test_memory_is_counted_for_each_rank(tiny, monkeypatch):
 
 
 def test_the_least_recently_used_files_of_this_program_are_removed(tiny, tmp_path):
-    killed, foreign = tmp_path / ".0123abcd.part.npy", tmp_path / "weights.npy"
-    for path in (killed, foreign):
-        path.write_bytes(bytes(1_000_000))
-        os.utime(path, (0, 0))
+    killed, foreign = tmp_path / ".89abcdef-0123abcd.part.npy", tmp_path / "weights.npy"
+    being_written = tmp_path / ".89abcdef-76543210.part.npy"
+    for path, age in (killed, 3700), (foreign, 3700), (being_written, 3500):
+        path.write_bytes(bytes(1_000_000 if age == 3700 else 100))
+        os.utime(path, (time.time() - age,) * 2)
     paths, room = {}, 2.5e-9 * (64 * len(tiny[2].x) + 136)  # for two files
 
     def run(seed):
@@ -381,7 +382,7 @@ def test_the_least_recently_used_files_of_this_program_are_removed(tiny, tmp_pat
         os.utime(path, (time.time() - 100 - age,) * 2)
     assert run(1) == (True, [1, 2])  # the oldest is used again
     assert run(3) == (False, [1, 3]) and run(3) == (True, [1, 3])
-    assert foreign.exists() and len(files_in(tmp_path)) == 3
+    assert foreign.exists() and being_written.exists() and len(files_in(tmp_path)) == 4
 
 
 # --- what cannot be written or read ---

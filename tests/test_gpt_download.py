@@ -246,7 +246,7 @@ def test_weights_are_downloaded_once(hub, server, tmp_path, capsys):
     capsys.readouterr()
 
     hub(HF_HUB_OFFLINE="0")
-    path = fetch_weights("tiny")
+    path, _ = fetch_weights("tiny")
     assert path == tmp_path / f"hf/hub/models--nobody--tiny/snapshots/{REVISION}/model.safetensors"
     assert path.read_bytes() == WEIGHTS
     assert server.requests == ASKED and server.authorizations == [None] * 3
@@ -254,7 +254,7 @@ def test_weights_are_downloaded_once(hub, server, tmp_path, capsys):
     assert err.startswith(f"Downloading model.safetensors of nobody/tiny from {server.url} (") and err.count("\n") == 1
 
     hub(HF_HUB_OFFLINE="1")
-    assert fetch_weights("tiny") == path
+    assert fetch_weights("tiny")[0] == path
     assert server.requests == ASKED and capsys.readouterr().err == ""
 
 
@@ -272,7 +272,7 @@ REST = "GET bytes=2000-"  # what is left when half of 4,080 bytes came, in piece
 def test_weights_are_asked_for_again(hub, server, tmp_path, monkeypatch, plan, expected):
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)
     server.plan = list(plan)
-    assert fetch_weights("tiny").read_bytes() == WEIGHTS
+    assert fetch_weights("tiny")[0].read_bytes() == WEIGHTS
     assert [request.replace(" model.safetensors", "") for request in server.requests] == expected
     assert files_below(tmp_path) == sorted([sha256(WEIGHTS), "model.safetensors"])
 
@@ -299,7 +299,7 @@ def test_weights_that_cannot_be_had(hub, server, tmp_path, impatient, plan, why)
     assert sum(fault in ("silent", "stall") for fault in plan) * TIMEOUT + sum(impatient) < 60
     # Not the whole cache: next to the snapshots the client notes which files a server does not have.
     assert files_below(tmp_path / "hf/hub/models--nobody--tiny/snapshots") == []
-    assert fetch_weights("tiny").read_bytes() == WEIGHTS
+    assert fetch_weights("tiny")[0].read_bytes() == WEIGHTS
 
 
 def test_weights_with_another_checksum(hub, server, tmp_path):
@@ -308,12 +308,12 @@ def test_weights_with_another_checksum(hub, server, tmp_path):
     with pytest.raises(UserError, match=f"the file's SHA-256 is {found}, not {sha256(WEIGHTS)}; it was removed"):
         fetch_weights("tiny")
     assert files_below(tmp_path) == []
-    path = fetch_weights("tiny")
+    path, _ = fetch_weights("tiny")
     assert path.read_bytes() == WEIGHTS and server.requests == ASKED * 2
     path.write_bytes(WEIGHTS[:-1])  # left by a run that was killed before it had verified its download
     with pytest.raises(UserError, match="the file's SHA-256 is .* it was removed from the cache"):
         fetch_weights("tiny")
-    assert fetch_weights("tiny").read_bytes() == WEIGHTS
+    assert fetch_weights("tiny")[0].read_bytes() == WEIGHTS
 
 
 # --- both, from the command line ---

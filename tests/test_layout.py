@@ -55,7 +55,7 @@ def test_directions_of_imports():
 
 
 TOP = "additional_experiments.py classifier.py previous_chapters.py gpt_download.py runner tests data docs README.md"
-TOP += " LICENSE requirements.txt pyproject.toml .gitattributes .gitignore .ci"
+TOP += " LICENSE requirements.txt pyproject.toml .gitattributes .gitignore .ci .github"
 
 
 @is_clone

@@ -32,6 +32,10 @@ def test_options_given_with_a_preset_win():
     assert (demo.dataset, demo.learning_rate, demo.num_epochs) == ("sample", 5e-4, 1)
 
 
+def test_settings_of_lora_without_it_are_no_other_configuration():
+    assert parse("--lora_rank", 4, "--lora_alpha", 16) == Experiment() != parse("--row", 11)
+
+
 def test_an_argument_that_is_no_text(capsys):
     assert main(["--demo", "--note", "\udcff"]) == 2
     assert capsys.readouterr().err.startswith("error: an argument is not Unicode text: \\udcff")
@@ -57,6 +61,7 @@ def test_dashes_and_short_names():
         ("--xyz", "there is no option --xyz (--help"),
         ("--model_size gpt3", '"gpt3" is none of gpt2-small (124M), '),
         ("--trainable_layers some", "invalid choice: 'some'"),
+        ("--learning_rate 1e30", '"1e30" is not a finite number of at most 9.223e+18'),
         ("--context_length 0", '"0" is not a whole number from 1 to 1024'),
         ("--context_length long", '"long" is not a whole number from 1 to 1024, nor longest_training_example'),
         ("--batch_size 0", '"0" is not a whole number of at least 1'),

@@ -153,7 +153,7 @@ def test_what_has_arrived_is_answered_at_once(trained, monkeypatch, capsys):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["a", "\udcff\udcfe"], "message 2: not UTF-8 text"),
+        (["a", "\udcff\udcfe"], "an argument is not Unicode text: "),
         ([], "argument --classify: expected at least one argument"),
         (["a", "--weights", "random"], "--weights random: the classifier was trained on other weights"),
         (["a", "--seed", "3"], "--seed cannot be combined with --load_model, which trains nothing"),

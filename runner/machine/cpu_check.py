@@ -12,17 +12,17 @@ TOLERANCE = {"fp32": 0.01, "tf32": 0.1, "bf16": 0.1}  # the most seen was 0.0001
 NEGLIGIBLE = 1e-3
 
 
-def check_device(device, is_optional, precision, computation_on, console):
+def check_device(device, is_optional, precision, compute_on, console):
     """Return the device on which to run: `device`, unless it does not compute what the CPU computes.
 
-    `computation_on(device)` returns a function that computes named results {name: tensor on the CPU} on a device, in
-    float32 on the CPU. Where they differ by more than the tolerance of `precision`, the CPU is returned with a warning
-    if the device `is_optional`, else UserError is raised.
+    `compute_on(device)` returns named results {name: tensor on the CPU}, which the CPU computes in float32. Where they
+    differ by more than the tolerance of `precision`, the CPU is returned with a warning if the device `is_optional`,
+    else UserError is raised.
     """
     if device.type == "cpu":
         return device
-    expected = computation_on(torch.device("cpu"))()
-    problem, agreement = compare_results(lambda: computation_on(device), expected, precision)
+    expected = compute_on(torch.device("cpu"))
+    problem, agreement = compare_results(lambda: compute_on(device), expected, precision)
     problem = processes.from_any_rank(problem)
     if problem is None:
         console.info(f"Compared with the CPU: agrees, {agreement}")
@@ -34,60 +34,57 @@ def check_device(device, is_optional, precision, computation_on, console):
     return torch.device("cpu")
 
 
-def compare_results(make_computation, expected, precision):
+def compare_results(compute, expected, precision):
     """Compare results with the expected ones, and return (how they differ or None, the largest deviation in words).
 
-    The function that `make_computation()` returns is called twice, because a matmul that is wrong from time to time may
-    be right once. An error of the device is a difference too, unless its memory is short.
+    They are computed twice, because a matmul that is wrong from time to time may be right once. An error of the device
+    is a difference too, unless its memory is short.
     """
     try:
-        compute = make_computation()
-        deviation, name = max(largest_deviation(compute(), expected) for _ in range(2))
+        first, second = (deviations(compute(), expected) for _ in range(2))
     except (NonFiniteError, RuntimeError, TypeError) as error:  # NotImplementedError is a RuntimeError
         if "out of memory" in str(error):
             raise
         return (str(error) or type(error).__name__).splitlines()[0], None
-    is_wrong = deviation > TOLERANCE[precision]
-    problem = f"{name} differs by {deviation:.1%} of the largest entry" if is_wrong else None
-    return problem, f"largest deviation {deviation:.1e} ({name})"
+    largest = {name: max(first[name], second[name]) for name in first}
+    for name, deviation in largest.items():  # what was computed first may have spoilt the rest
+        if deviation > TOLERANCE[precision]:
+            return f"{name}: a difference of {deviation:.1%}, relative to the largest entry", None
+    name = max(largest, key=largest.get)
+    return None, f"largest deviation {largest[name]:.1e} ({name})"
 
 
-def update_results(classifier, backward, optimizer, predict):
-    """Return what an update of a classifier computes, {name: tensor on the CPU}, and take the update back.
+def update_results(classifier, accumulate_gradients, optimizer):
+    """Update a classifier, and return what was computed, {name: tensor}.
 
-    These are the logits and the loss that `backward()` returns, the gradients, the update that `optimizer` makes, and
-    the logits that `predict()` returns after it.
+    These are the logits and the loss that `accumulate_gradients()` returns, the gradients, and the update that
+    `optimizer` makes. AdamW moves an entry by the learning rate even where the sign of its gradient is that of a
+    rounding error, so each entry of the update is weighted by the size of its gradient.
     """
-    logits, loss = backward()
+    logits, loss = accumulate_gradients()
     results = {"the logits": logits, "the loss": loss}
     trained = {name: p for name, p in classifier.named_parameters() if p.grad is not None}
     before = {name: p.detach().clone() for name, p in trained.items()}
     optimizer.step()
     for name, parameter in trained.items():
         results[f"the gradient of {name}"] = parameter.grad
-        # AdamW moves every entry by the learning rate, also where the sign of the gradient is that of a rounding error.
         results[f"the update of {name}"] = (parameter.detach() - before[name]) * parameter.grad.abs()
-    results["the logits after the update"] = predict()
-    with torch.no_grad():
-        for name, parameter in trained.items():
-            parameter.copy_(before[name])
-    classifier.zero_grad()
-    return {name: tensor.cpu() for name, tensor in results.items()}
+    return results
 
 
-def largest_deviation(found, expected):
-    """Return (deviation, name) of the results {name: tensor} that differ most, relative to their largest entry.
+def deviations(found, expected):
+    """Return {name: largest difference of the results {name: tensor}, relative to their largest entry}.
 
     A gradient that is NEGLIGIBLE beside the largest one is rounding (that of the key bias always is, because it cancels
     in the softmax); its difference is relative to NEGLIGIBLE times the largest, and so is that of an update. NaN
     deviates by infinity.
     """
     sizes = {name: tensor.abs().max().item() for name, tensor in expected.items()}
-    deviations = []
+    relative = {}
     for name, tensor in expected.items():
         difference = (found[name].float() - tensor).abs().max().item()
         kind = name.split(" of ")[0]  # "the gradient", "the update"
         least = NEGLIGIBLE * max(size for other, size in sizes.items() if other.split(" of ")[0] == kind)
         deviation = difference / max(sizes[name], least, torch.finfo(torch.float32).tiny)
-        deviations.append((math.inf if math.isnan(deviation) else deviation, name))
-    return max(deviations)
+        relative[name] = math.inf if math.isnan(deviation) else deviation
+    return relative

@@ -23,12 +23,13 @@ from runner.wording import describe_settings
 
 NO_RUNS = "There are no runs. This command makes one in half a minute: python additional_experiments.py --demo"
 NOTE = (
-    "Test: accuracy in percent, the mean of n runs. The range in brackets is the 95% interval, which allows for other "
-    "test messages and, with several runs, other seeds. Unseen: the same without test messages that also occur in the training set, "
-    "ignoring case, digits and punctuation. Conclusions compare rows on the same messages. p is how often chance alone "
-    "would make such a difference, corrected for the number of questions; intervals are not corrected. Better, worse: "
-    "p is below 0.05. Probably better, probably worse: the interval excludes zero, but p is not below 0.05. Undecided: "
-    "the interval includes zero, and every difference in it is possible; it does not mean that the rows are equal."
+    "Test: accuracy in percent, the mean of n runs. The range in brackets is the 95% interval, which allows for other"
+    " test messages and, with several runs, other seeds. Unseen: the same without test messages that also occur in "
+    "the training set, ignoring case, digits and punctuation. Conclusions compare rows on the same messages. p is how"
+    " often chance alone would make such a difference, corrected for the number of questions; intervals are not "
+    "corrected. Better, worse: p is below 0.05. Probably better, probably worse: the interval excludes zero, but p is"
+    " not below 0.05. Undecided: the interval includes zero, and every difference in it is possible; it does not mean"
+    " that the rows are equal."
 )
 
 

@@ -93,13 +93,12 @@ class Checkpoint:
     """The file from which an interrupted run is resumed: the state of one seed, also when that is finished.
 
     `saved` is the state dict that the file held when it was opened, until it is restored. Without a path nothing is
-    written. `require_unchanged` is called before each save, and raises if what the state was computed from has changed.
-    Every rank reads the file, rank 0 writes it.
+    written. Each save is refused if the file of the `weights` has changed. Every rank reads the file, rank 0 writes it.
     """
 
-    def __init__(self, path, minutes, identity, saved, require_unchanged, console):
+    def __init__(self, path, minutes, identity, saved, weights, console):
         self.path, self.minutes, self.identity, self.saved, self.console = path, minutes, identity, saved, console
-        self.require_unchanged, self.problem, self.has_written = require_unchanged, "", False
+        self.weights, self.problem, self.has_written = weights, "", False
         self.signal, self.signal_at, self.saved_at = 0, 0.0, time.monotonic()
 
     def is_past(self, seed):
@@ -110,16 +109,16 @@ class Checkpoint:
         """Restore a TrainingState if the file holds one of its seed, and say so; warn if its environment differs."""
         if self.saved is None or self.saved["seed"] != state.seed:
             return
-        if state.environment != self.saved["environment"]:
-            before, now = (", ".join(found.values()) for found in (self.saved["environment"], state.environment))
+        saved, self.saved = self.saved, None  # its memory is free again once it is restored
+        if state.environment != saved["environment"]:
+            before, now = (", ".join(found.values()) for found in (saved["environment"], state.environment))
             self.console.warning(f"{self.path} is resumed with {now}; before: {before}; last digits may differ")
         try:
-            state.load_state_dict(self.saved)
+            state.load_state_dict(saved)
         except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise UserError(
                 f"{self.path} is damaged ({type(error).__name__}: {error}); delete it to start over"
             ) from None
-        self.saved = None
         before = f"Resuming from {self.path} after {state.batches_done:,} batches; printed before:"
         self.console.info("\n".join([before, *state.history.lines]))
 
@@ -173,7 +172,7 @@ class Checkpoint:
         checkpoint stays as it was then.
         """
         with processes.raise_on_all_ranks():
-            self.require_unchanged()
+            self.weights.require_unchanged()
         content = dict(identity=self.identity, state=state.state_dict())
         with processes.raise_on_all_ranks():  # only rank 0 has sharded parameters
             require_finite(content["state"]["parameters"], "parameter")
@@ -192,7 +191,7 @@ class Checkpoint:
 
 
 @contextmanager
-def open_checkpoint(path, minutes, identity, seeds, require_unchanged, console):
+def open_checkpoint(path, minutes, identity, seeds, weights, console):
     """Yield the Checkpoint at `path`, locked against other runs until the end of the block; None is no file.
 
     `identity` is what makes a run the same run, see `run_identity`; the state may be that of any of `seeds`. Raises
@@ -200,7 +199,7 @@ def open_checkpoint(path, minutes, identity, seeds, require_unchanged, console):
     """
     identity = dict(format=FORMAT) | identity  # the format first: another one has other settings
     if path is None:
-        yield Checkpoint(path, minutes, identity, None, require_unchanged, console)
+        yield Checkpoint(path, minutes, identity, None, weights, console)
         return
     full_path = Path(path).resolve()
     # A soft lock would outlast a killed run.
@@ -222,7 +221,7 @@ def open_checkpoint(path, minutes, identity, seeds, require_unchanged, console):
         with processes.raise_on_all_ranks():
             if processes.from_rank0(progress) != progress:
                 raise UserError(f"--checkpoint {path}: not all hosts have the same file there")
-        checkpoint = Checkpoint(path, minutes, identity, saved, require_unchanged, console)
+        checkpoint = Checkpoint(path, minutes, identity, saved, weights, console)
         yield checkpoint
         if checkpoint.problem and not checkpoint.has_written:
             console.not_written.append(checkpoint.problem)
