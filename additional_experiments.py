@@ -387,8 +387,7 @@ def run(experiment, run_options=RunOptions()):
                 console.info(f"\nRun {len(records) + 1} of {len(seeds)}, seed {seed}")
             of_seed, record = replace(experiment, seed=seed), None
             if run_options.skip_finished or checkpoint.is_past(seed):
-                dataset, weights = setup.dataset, setup.weights
-                record = processes.call_on_rank0(find_record, run_options.results, of_seed, dataset, weights)
+                record = find_record(run_options.results, of_seed, setup.dataset, setup.weights)
             if record is not None:
                 console.info(f"Finished before: {Path(run_options.results, record.run_id)}.json")
             elif checkpoint.is_past(seed):

@@ -29,11 +29,11 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import disable_progress_bars
 from huggingface_hub.utils import logging as hub_logging
 from requests.adapters import HTTPAdapter
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from urllib3 import Retry
 
 from previous_chapters import GPT_SIZES, GPTConfig, GPTModel, WeightsError, is_mask, load_gpt2_weights
-from runner.files import NonFiniteError, UserError, require_finite, sha256_of, write_bytes
+from runner.files import NonFiniteError, UserError, open_safetensors, require_finite, sha256_of, write_bytes
 
 # --- what is fetched, and from where ---
 
@@ -201,12 +201,12 @@ def fetch_weights(model_size, quiet=False):
 
 
 def open_weights(path):
-    """Return the tensors of a `.safetensors` file by name, memory-mapped: a tensor is read when it is used.
+    """Return the tensors of a `.safetensors` file by name; where they are memory-mapped, one is read when it is used.
 
     Raises UserError for a file that is missing, truncated or of another format.
     """
     try:
-        with safe_open(path, framework="pt") as file:
+        with open_safetensors(path) as file:
             return {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} cannot be read as a .safetensors file: {describe_error(error)}") from error

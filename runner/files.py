@@ -13,6 +13,7 @@ import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import safetensors
 import torch
 
 # --- errors that a user sees, as one line and without a traceback ---
@@ -63,6 +64,18 @@ def sha256_of_tensors(tensors):
         sha256.update(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())
         sha256.update(tensor.detach().reshape(-1).view(torch.uint8).numpy())
     return sha256.hexdigest()
+
+
+# --- safetensors ---
+
+
+def open_safetensors(path):
+    """Open a `.safetensors` file, memory-mapped where that works. Raises SafetensorError or OSError.
+
+    Windows cannot map files of several GB (safetensors issue 693); the reader without a map is new in version 0.8.
+    """
+    is_read = sys.platform == "win32" and safetensors.__version__ >= "0.8"
+    return safetensors.safe_open(path, framework="pt", **(dict(backend="pread") if is_read else {}))
 
 
 # --- whole or absent ---

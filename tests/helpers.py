@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 from contextlib import contextmanager
@@ -97,6 +98,8 @@ def made_up_confusion(wrong, totals=(150, 150)):
 
 def processes():
     """Python with all that takes long to import, from which a process starts at once."""
+    if sys.platform == "win32":
+        return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     preloaded = ["torch._dynamo", "torch.distributed.fsdp", "test_checkpoints", "test_distributed"]
     context.set_forkserver_preload(preloaded)
@@ -135,7 +138,7 @@ def end_together(started, folder):
     """The exit statuses of processes that were started together, and what they have written in `folder`."""
     for process in started:
         process.join()
-    return [process.exitcode for process in started], (folder / "out.txt").read_text()
+    return [process.exitcode for process in started], (folder / "out.txt").read_text("utf-8")
 
 
 def finish_together(n, folder, *arguments):
@@ -152,7 +155,7 @@ def interrupt_at(monkeypatch, owner, name, call, number):
     def interrupting(*arguments, **keywords):
         calls.append(name)
         if len(calls) == call:
-            os.kill(os.getpid(), number)
+            signal.raise_signal(number)  # on Windows os.kill would end the process
         return function(*arguments, **keywords)
 
     monkeypatch.setattr(owner, name, interrupting)

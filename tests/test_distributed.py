@@ -47,6 +47,7 @@ CONFIGURATIONS = {f"row {n}": row.options for n, row in ROWS.items() if "model_s
     "bf16": dict(precision="bf16"),
     "bf16, lora": dict(precision="bf16", trainable_layers="lora", learning_rate=1e-4),
 }
+SIGKILL = getattr(signal, "SIGKILL", 9)  # Windows has none
 HAS_SHARDS = torch.__version__ >= "2.8"
 needs_shards = pytest.mark.skipif(not HAS_SHARDS, reason="--shard needs PyTorch 2.8")
 SHARDED = ("row 1", "row 3", "row 4", "row 5", "row 11", "row 14", "row 15", "row 19", "accumulation", "bf16, lora")
@@ -140,8 +141,8 @@ def long_options(options):
 @pytest.mark.parametrize(
     "n, number, further, others",
     [
-        (1, signal.SIGKILL, "--trainable_layers all --checkpoint_minutes 0", ()),
-        (2, signal.SIGKILL, "--trainable_layers all --accumulation_steps 3 --checkpoint_minutes 0", (1,)),
+        (1, SIGKILL, "--trainable_layers all --checkpoint_minutes 0", ()),
+        (2, SIGKILL, "--trainable_layers all --accumulation_steps 3 --checkpoint_minutes 0", (1,)),
         pytest.param(2, signal.SIGTERM, "--trainable_layers last_two_blocks --shard", (1, 3), marks=needs_shards),
     ],
 )
@@ -159,7 +160,7 @@ def test_ended_and_resumed(long_options, tmp_path, n, number, further, others):
         time.sleep(0.005)
     os.kill(started[-1].pid, number)
     statuses, out = end_together(started, ended)
-    if number == signal.SIGKILL:
+    if number == SIGKILL:
         assert statuses == [1, -number][-n:]
     else:
         assert statuses == [128 + number] * n and "Traceback" not in out

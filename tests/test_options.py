@@ -87,7 +87,7 @@ def test_dashes_and_short_names():
         ("--plot a.gif", '"a.gif" does not end in .png, .pdf, .svg'),
         ("--repeats 2 --save_model a", "are for one classifier, --repeats trains several"),
         ("--checkpoint .", "--checkpoint . is not a regular file"),
-        ("--checkpoint /dev/null", "--checkpoint /dev/null is not a regular file"),
+        (f"--checkpoint {os.devnull}", f"--checkpoint {os.devnull} is not a regular file"),
         ("--weights random --data_dir . --save_model train.csv", "--save_model train.csv would overwrite the data"),
         ("--checkpoint a --save_model ./A", "--save_model ./A would overwrite --checkpoint"),  # on macOS and Windows
         ("--plot a.png --save_model ./a.png", "--plot a.png would overwrite --save_model"),

@@ -17,6 +17,9 @@ import torch
 
 from runner.data.datasets import SPLITS, Duplicates
 from runner.files import UserError, sha256_of_json, write_bytes
+from runner.machine import processes
+from runner.machine import processes
+from runner.machine import processes
 from runner.results.accuracy import Confusion
 from runner.rows import ROWS
 from runner.wording import changed_options, describe_settings
@@ -212,8 +215,13 @@ def identify(experiment, data, weights):
 
 def find_record(folder, experiment, data, weights):
     """Return the Record of this run in a folder, whatever device it ran on, or None. Raises UserError."""
-    paths = sorted(Path(folder).glob(f"{identify(experiment, data, weights)['run_id']}*.json"))
-    return read_record(paths[0]) if paths else None
+    run_id = identify(experiment, data, weights)["run_id"]
+
+    def read():
+        paths = sorted(Path(folder).glob(f"{run_id}*.json"))
+        return read_record(paths[0]) if paths else None
+
+    return processes.call_on_rank0(read)
 
 
 def file_name(words, identity):

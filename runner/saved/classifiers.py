@@ -4,10 +4,10 @@ import json
 import sys
 from dataclasses import asdict, dataclass
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from runner.files import UserError, atomic_write, sha256_of_tensors
+from runner.files import UserError, atomic_write, open_safetensors, sha256_of_tensors
 
 # --- on disk ---
 
@@ -63,7 +63,7 @@ def save_classifier(path, saved, parameters):
 def read_classifier(path):
     """Return (SavedClassifier, {name: tensor}) from a file of `save_classifier`. Raises UserError for other files."""
     try:
-        with safe_open(path, framework="pt") as file:
+        with open_safetensors(path) as file:
             metadata = file.metadata() or {}
             parameters = {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, OSError) as error:
