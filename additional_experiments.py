@@ -50,6 +50,7 @@ from runner.saved import classifiers
 from runner.saved.checkpoints import TrainingState, open_checkpoint
 from runner.saved.classifiers import SavedClassifier, load_parameters
 from runner.saved.export import check_class_count, check_experiment, write_export
+from runner.wording import quoted
 
 # --- the settings of an experiment ---
 
@@ -400,7 +401,7 @@ def run(experiment, run_options=RunOptions()):
         n_train = len(setup.encoded.splits["train"])
         console.write_output("the picture", run_options.plot, plot_histories, records, n_train)
     if run_options.results:
-        console.info(f"All runs so far: python additional_experiments.py --report {run_options.results}")
+        console.info(f"All runs so far: python additional_experiments.py --report {quoted(run_options.results)}")
     console.close()
     return records
 

@@ -17,7 +17,6 @@ def render(summary):
     return environment.get_template("page.html").render(
         note=NOTE if summary.tables else NO_RUNS,
         legend=legend(summary),
-        n_trained=next((r.train.total for r in summary.records if r.data == "uci" and not r.is_baseline), None),
         tables=[(table, table_lines(table, low), answer_lines(table)) for table in summary.tables],
         remarks=summary.remarks,
         runs=[
@@ -41,20 +40,20 @@ def table_lines(table, low):
     for line, group in zip(lines, table.groups, strict=True):
         seeds = [100 * one.fraction for one in group.accuracies()] if len(group.records) > 1 else []
         values = dict(tick=range(low, 101, 5), seed=seeds, mean=[group.percent()], published=[group.published])
-        line["Test"] += drawing({low: f"{low}", 100: "100%"}, group.interval, values)
+        if group.mean().total:
+            line["Test"] += drawing({low: f"{low}", 100: "100%"}, group.interval, values)
     return lines
 
 
 def answer_lines(table):
     """Return a line for each answer of a Table, with a drawing of the interval in points."""
     widest = max([5, *(math.ceil(100 * abs(end)) for answer in table.answers for end in answer.found.interval)])
-    labels, lines = {-widest: f"−{widest}", 0: "0", widest: f"+{widest} points"}, []
+    labels, lines = {-widest: f"{widest} points worse", 0: "0", widest: f"{widest} better"}, []
     for answer in table.answers:
         found = answer.found
         interval = [100 * end for end in found.interval]
         drawn = drawing(labels, interval, dict(rule=[0], mean=[100 * found.difference]))
-        asked = Markup("{} <small>{}</small>").format(answer.asks, answer.why)
-        lines.append(dict(Rows=answer.rows, Question=asked, Answer=answer.sentence + drawn))
+        lines.append(dict(Rows=answer.rows, Question=answer.asks, Answer=answer.sentence + drawn))
     return lines
 
 

@@ -109,7 +109,7 @@ def as_text(summary):
         cells = narrow_cells(table)
         lines = "\n".join(markdown_table(cells.columns, cells.values.tolist()))
         parts += [f"## {plain(table.title)}", lines, wrapped(table.note)]
-        answers = [f"- {one.rows}: {one.asks} {one.sentence} {one.why}" for one in table.answers]
+        answers = [f"- {one.rows}: {one.asks} {one.sentence}" for one in table.answers]
         if table.remarks or answers:
             parts += ["### Conclusions", wrapped(*table.remarks), wrapped(*answers)]
     parts.append(wrapped(*(f"- {remark}" for remark in summary.remarks)))
@@ -125,7 +125,7 @@ def wrapped(*lines):
 
 def narrow_cells(table):
     """Return the cells of a Table that fit 100 columns; the configuration, which may be long, is the last."""
-    cells = table.cells.drop(columns=["Validation", "Training", "Minutes", "Features"], errors="ignore")
+    cells = table.cells.drop(columns=["Training", "Minutes", "Features"]).rename(columns={"Validation": "Val."})
     return cells.assign(Configuration=cells.pop("Configuration"))
 
 
@@ -142,8 +142,11 @@ def conclusions(tables):
 
 
 def runs_as_csv(summary):
-    """Return a line for each run that counts, with the fields of its file in flat columns."""
+    """Return a line for each run of a Summary, with the fields of its file in flat columns."""
     runs = pd.json_normalize([record.to_dict() for record in summary.records])
+    for split in (*SPLITS, "unseen") if len(runs) else ():
+        name = f"{split}.correct"
+        runs[name] = runs[name].astype(object).where(runs[f"{split}.total"] > 0, "n/a")
     return runs.drop(columns=runs.filter(regex="^(confusions|history|options|duplicates|texts)")).to_csv(index=False)
 
 
@@ -151,7 +154,7 @@ def as_tex(summary):
     """Return the tables and their conclusions in LaTeX, no wider than the text of an article."""
     parts = ["% Needs \\usepackage{array,booktabs}."]
     for table in summary.tables:
-        cells = narrow_cells(table).map(shown)
+        cells = narrow_cells(table).drop(columns="Val.").map(shown)
         parts.append(tabular(cells, dict(Configuration=0.26)))
         answers = conclusions([table])
         if len(answers):
