@@ -72,6 +72,7 @@ def test_intervals_and_seeds_are_drawn_where_they_are(everything):
     ends = [end for place in places["interval"] for end in place]
     assert 0 <= min(ends) < 10 and max(ends) == 200 and not places["cut"]
     assert {"75", "100%", "10 points worse", "0", "10 better"} <= set(texts(everything, "text"))
+    assert {"1.00", "0", "100 batches"} <= set(texts(everything, "text"))  # of the losses
 
 
 def test_a_wide_interval_is_cut_with_an_arrow():
@@ -82,10 +83,6 @@ def test_a_wide_interval_is_cut_with_an_arrow():
     [cut] = [one.get("d") for one in found.iter("path") if one.get("class") == "cut"]
     starts = [one.get("d").split()[0] for one in found.iter("path") if one.get("class") == "interval"]
     assert cut.startswith("M0.0 10") and "M0.0" in starts
-
-
-def test_values_stand_at_the_axes_of_the_losses(everything):
-    assert {"1.00", "0", "100 batches"} <= set(texts(everything, "text"))
 
 
 def test_losses_that_are_not_known_are_not_drawn():

@@ -132,11 +132,10 @@ def narrow_cells(table):
 def conclusions(tables):
     """Return the answers of Tables as a DataFrame; differences are in points."""
     rows = []
-    for table, answer in ((table, answer) for table in tables for answer in table.answers):
-        found, (low, high) = answer.found, answer.found.interval
-        row = dict(table=table.title, rows=answer.rows, question=answer.asks, subject=answer.subject)
-        row |= dict(verdict=found.verdict, difference=100 * found.difference, low=100 * low, high=100 * high)
-        rows.append(row | dict(p=found.p, basis=found.basis))
+    for table in tables:
+        for numbers, asks, subject, found, _ in table.answers:
+            points = [100 * value for value in (found.difference, *found.interval)]
+            rows.append([table.title, numbers, asks, subject, found.verdict, *points, found.p, found.basis])
     titles = ("table", "rows", "question", "subject", "verdict", "difference", "low", "high", "p", "basis")
     return pd.DataFrame(rows, columns=titles)
 
