@@ -193,12 +193,12 @@ def test_marks_and_symbols_make_other_messages(a, b):
 
 
 def test_a_finished_run_is_skipped(options, capfd):
-    further = ["--results", "r", "--skip_finished", "--note", "first"]
+    further = ["--results", "my r", "--skip_finished", "--note", "first"]
     assert main([*options, *further]) == 0
     first = capfd.readouterr().out
-    [path] = Path("r").iterdir()
+    [path] = Path("my r").iterdir()
     before = path.read_bytes()
-    assert f"Wrote the record to {path}" in first and first.endswith("additional_experiments.py --report r\n")
+    assert f"Wrote the record to {path}" in first and first.endswith('additional_experiments.py --report "my r"\n')
     assert main([*options, *further]) == 0
     again = capfd.readouterr().out
     assert f"Finished before: {path}" in again and "Ep 1" not in again and path.read_bytes() == before
@@ -206,6 +206,6 @@ def test_a_finished_run_is_skipped(options, capfd):
     assert main([*options, *further, "--repeats", "2"]) == 0
     out = capfd.readouterr().out
     assert "Run 1 of 2, seed 123" in out and "Run 2 of 2, seed 124" in out and out.count("Training completed") == 1
-    assert out.count("| CPU/GPU |") == 1 and "| -, n=2 |" in out and len(list(Path("r").iterdir())) == 2
-    assert [record.note for record in read_records(["r"])[0]] == ["first"] * 2
+    assert out.count("| CPU/GPU |") == 1 and "| -, n=2 |" in out and len(list(Path("my r").iterdir())) == 2
+    assert [record.note for record in read_records(["my r"])[0]] == ["first"] * 2
     assert main([*options, *further, "--save_model", "m.safetensors"]) == 2

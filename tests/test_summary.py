@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from helpers import made_up_confusion, made_up_record
 
@@ -186,6 +187,9 @@ def test_intervals_are_made_from_the_variances_of_the_table():
     group = tables_of(*runs, *others)[0].groups[0]
     assert group.mean_variance == pytest.approx(((1 / 30) ** 2 * (1 / 5 + 2) / 3 / 3, 3))
     assert alone.interval[0] < group.interval[0] < 91
+    apart = tables_of(*(row(1, range(n, 2 * n), seed=n) for n in (10, 20, 40)))[0].groups[0]
+    nested = tables_of(*(row(1, range(n), seed=n) for n in (10, 20, 40)))[0].groups[0]
+    assert np.diff(apart.interval) < np.diff(nested.interval)  # more of it is single seeds on single messages
     sweep = [row(1, range(n * seed), seed=seed, lora_rank=n) for n in range(1, 7) for seed in (1, 2)]
     assert {one.mean_variance.freedom for one in tables_of(*sweep)[0].groups} == {1}
 
