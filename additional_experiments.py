@@ -50,6 +50,7 @@ from runner.saved import classifiers
 from runner.saved.checkpoints import TrainingState, open_checkpoint
 from runner.saved.classifiers import SavedClassifier, load_parameters
 from runner.saved.export import check_class_count, check_experiment, write_export
+from runner.wording import quoted
 
 # --- the settings of an experiment ---
 
@@ -387,7 +388,8 @@ def run(experiment, run_options=RunOptions()):
                 console.info(f"\nRun {len(records) + 1} of {len(seeds)}, seed {seed}")
             of_seed, record = replace(experiment, seed=seed), None
             if run_options.skip_finished or checkpoint.is_past(seed):
-                record = find_record(run_options.results, of_seed, setup.dataset, setup.weights)
+                dataset, weights = setup.dataset, setup.weights
+                record = processes.call_on_rank0(find_record, run_options.results, of_seed, dataset, weights)
             if record is not None:
                 console.info(f"Finished before: {Path(run_options.results, record.run_id)}.json")
             elif checkpoint.is_past(seed):
@@ -401,7 +403,7 @@ def run(experiment, run_options=RunOptions()):
         n_train = len(setup.encoded.splits["train"])
         console.write_output("the picture", run_options.plot, plot_histories, records, n_train)
     if run_options.results:
-        console.info(f"All runs so far: python additional_experiments.py --report {run_options.results}")
+        console.info(f"All runs so far: python additional_experiments.py --report {quoted(run_options.results)}")
     console.close()
     return records
 

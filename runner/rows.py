@@ -24,10 +24,14 @@ class Question(NamedTuple):
     def rows(self):
         return f"{self.a}–{self.b}"
 
-    def why(self, of_collection):
-        """Return why the second row may differ; facts of the collection are named for results on it only."""
-        fact = FACTS.get(self.b, "") if of_collection else ""
-        return f"{WHY[self.b]} {fact}".rstrip()
+    def why(self, of_collection, is_random):
+        """Return why the second row may differ, or "".
+
+        Facts of the collection are named for results on it only, pretrained weights not where the weights are random.
+        """
+        if is_random and self.b in ABOUT_PRETRAINED:
+            return ""
+        return f"{WHY[self.b]} {FACTS.get(self.b, '') if of_collection else ''}".rstrip()
 
 
 MEDIUM, LARGE, XL, NANO = "gpt2-medium (355M)", "gpt2-large (774M)", "gpt2-xl (1558M)", "gpt2-nano (7M)"
@@ -93,6 +97,8 @@ WHY = {
     18: "No label is 50256: pads are among the tokens, not among the labels, and nothing changes.",
     19: "The mean holds the real tokens, but also all the pads behind them.",
 }
+
+ABOUT_PRETRAINED = (6, 7, 8, 10, 17)  # reasons that hold for pretrained weights only
 
 # What can be added about the SMS Spam Collection.
 TRAINING_MESSAGES = "There are 1,045 training messages."

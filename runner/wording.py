@@ -4,17 +4,16 @@ What is made here is for people to read. Nothing is ever looked up or told apart
 """
 
 import re
-import shlex
 from dataclasses import fields
 
 
 def shown(text):
-    """Return a text in one line, with escapes for what a terminal would obey or hide."""
+    """Return a text in one line, with escapes for characters that a terminal would interpret or hide."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def plain(text):
-    """Return a text in one line that neither a terminal nor Markdown takes for more than text."""
+    """Return a text in one line in which neither a terminal nor Markdown finds anything but text."""
     return re.sub(r"<(?=\S)", "&lt;", shown(re.sub(r"[\r\n]+", " ", str(text))))
 
 
@@ -34,12 +33,12 @@ WORDS |= {"context_length model_context_length": "context 1024"}
 
 
 def describe_settings(settings):
-    """Return settings, {name: value}, as a reader would name them: `gpt2-xl, lora, rank 16`; of none, what row 1 is."""
+    """Return settings, {name: value}, in words: `gpt2-xl, lora, rank 16`; without settings those of row 1."""
     words = []
     for name, value in settings.items():
-        text = short_name(value) if name == "model_size" else str(value).removesuffix(".0")
+        text = short_name(str(value)) if name == "model_size" else str(value).removesuffix(".0")
         text = name if value is True else f"{BEFORE.get(name, '')} {text} {AFTER.get(name, '')}".strip()
-        words.append(WORDS.get(f"{name} {value}", text if name == "weights" else text.replace("_", " ")))
+        words.append(WORDS.get(f"{name} {value}", text.replace("_", " ")))
     return ", ".join(words) or "last block, last token"
 
 
@@ -53,12 +52,17 @@ def command_line(settings):
     words = []
     for name, value in settings.items():
         text = short_name(value).removeprefix("gpt2-") if name == "model_size" else str(value)
-        words += [f"--{name}"] if value is True else [f"--{name}", text]
-    return shlex.join(words)
+        words += [f"--{name}"] if value is True else [f"--{name}", quoted(text)]
+    return " ".join(words)
+
+
+def quoted(text):
+    """Return a text as one word of a command line; double quotes serve sh, cmd and PowerShell."""
+    return text if re.fullmatch(r"[\w./\\:+-]+", text) else f'"{text}"'
 
 
 def markdown_table(titles, rows, align=True):
-    """Return the lines of a Markdown table, whatever is in it; `align` pads all columns but the last for a terminal."""
+    """Return the lines of a Markdown table of any texts; `align` pads all columns but the last, for a terminal."""
     cells = [[plain(cell).replace("|", "\\|") for cell in row] for row in (titles, *rows)]
     widths = [max(map(len, column)) if align else 0 for column in zip(*cells, strict=True)]
     widths[-1] = 0

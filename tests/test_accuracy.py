@@ -6,7 +6,7 @@ import torch
 from helpers import made_up_confusion, made_up_record
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.stats import binomtest, t
+from scipy.stats import binomtest, norm, t
 from sklearn.metrics import f1_score, precision_recall_fscore_support
 
 import additional_experiments as ae
@@ -24,19 +24,19 @@ def test_interval_is_that_of_scipy(correct, total):
 
 
 def test_the_interval_of_a_mean_covers_messages_and_seeds():
-    """Squared and added; where seeds vary by nothing it is that of the messages."""
-    mean = Accuracy(275, 300)
+    """Squared and added, what is in both only once; where seeds vary by no more it is that of the messages."""
+    mean, residual = Accuracy(275, 300), 1e-5
     low, high = mean.interval
-    by_seeds = t.isf(0.025, 3) * 0.01
+    by_seeds = (t.isf(0.025, 3) ** 2 * 0.01**2 - norm.isf(0.025) ** 2 * residual) ** 0.5
     expected = [275 / 300 + sign * np.hypot(by_seeds, 275 / 300 - end) for sign, end in ((-1, low), (1, high))]
-    assert mean_interval(mean, 0.01**2, 3) == pytest.approx(expected)
-    assert mean_interval(mean, 0.0, 1) == pytest.approx((low, high))
-    assert mean_interval(Accuracy(225, 300), 0.1, 1) == mean_interval(Accuracy(0, 0), 0.1, 1) == (0, 1)
+    assert mean_interval(mean, (0.01**2, 3), residual) == pytest.approx(expected)
+    assert mean_interval(mean, (1e-6, 3), residual) == pytest.approx((low, high))
+    assert mean_interval(Accuracy(225, 300), (0.1, 1), 0.0) == (0, 1)
 
 
 @given(st.lists(st.tuples(st.integers(-1, 3), st.integers(0, 3)), min_size=1), st.randoms(use_true_random=False))
 def test_counts_and_accuracy_follow_from_the_mistakes(pairs, order):
-    """Of any messages in any order, those without a label left out."""
+    """For any messages in any order; those without a label do not count."""
     indices = order.sample(range(len(pairs)), len(pairs))
     labels, predicted = zip(*pairs, strict=True)
     confusion = Confusion.from_predictions(indices, labels, predicted, [0.5] * len(pairs), n_classes=4)
@@ -64,12 +64,11 @@ def test_the_confusion_of_predictions():
 
 
 def lines_of(confusion, *class_names, texts=(), similar=()):
-    """The lines on the test split of a record, and on its mistakes."""
+    """Return the lines on the test split of a record, and those on its mistakes."""
     confusions = {split: made_up_confusion({}) for split in ("train", "validation")} | dict(test=confusion)
     duplicates = dict(validation=Duplicates(), test=Duplicates((), similar))
-    record = made_up_record(
-        class_names=list(class_names), confusions=confusions, duplicates=duplicates, texts=list(texts)
-    )
+    fields = dict(class_names=list(class_names), confusions=confusions, duplicates=duplicates, texts=list(texts))
+    record = made_up_record(**fields)
     return describe_accuracies(record)[3:], describe_mistakes(record)
 
 
@@ -89,6 +88,11 @@ def test_errors_repeated_messages_and_the_most_confident_mistakes():
             "  0.700 ham, labelled spam: text 5",
         ],
     )
+
+
+def test_test_messages_that_are_all_like_training_messages_leave_no_accuracy():
+    lines, _ = lines_of(made_up_confusion({}, totals=(1, 1)), "ham", "spam", similar=(0, 1))
+    assert lines[0] == "Test accuracy without the 2 that are like training messages: n/a"
 
 
 def test_a_classifier_that_never_finds_the_rare_class_is_no_success():

@@ -1,11 +1,14 @@
 """Linear models on words and letters, on the splits of the runs."""
 
 import os
+import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
+from sklearn.exceptions import ConvergenceWarning
 
 from additional_experiments import main
 from runner.results.baseline import evaluate
@@ -16,6 +19,7 @@ def test_baselines_of_own_data(data_dir, options, capfd):
     assert main(["--baseline", "--data_dir", str(data_dir), "--note", "here"]) == 0
     out, err = capfd.readouterr()
     assert err == "" and out.count("Test errors: ") == 2 and out.count("| Baseline | Training acc |") == 2
+    assert "\nTraining on 43 messages: linear SVM on 2 to 5 letters (TF-IDF)\n" in out
     assert "| linear SVM on 2 to 5 letters (TF-IDF) | 100.00% |" in out
     for record in read_records(["results"])[0]:
         assert record.is_baseline and record.note == "here"
@@ -35,11 +39,32 @@ def test_more_classes_and_messages_without_label(data_dir, capfd):
     assert [record.test.total for record in read_records(["results"])[0]] == [12, 12]
 
 
+def test_messages_without_a_word_are_one_line(data_dir, capfd):
+    for split in ("train", "validation", "test"):
+        Path(data_dir, f"{split}.csv").write_text("Label,Text\n0,!\n1,??\n")
+    assert main(["--baseline", "--data_dir", str(data_dir)]) == 2
+    err = capfd.readouterr().err.splitlines()
+    assert err[-1].startswith("error: --baseline: the training messages have no word ")
+    assert not any("Traceback" in line for line in err)
+
+
+def test_warnings_of_scikit_learn_are_not_shown(recwarn):
+    def fit(*_):
+        warnings.warn("failed to converge", ConvergenceWarning)
+
+    found = evaluate(model_with([[1.0, 0.0]], fit), dict(train=pd.DataFrame(dict(Text=["a"], Label=[1]))), 2)
+    assert found["train"].accuracy.total == 1 and not recwarn.list
+
+
+def model_with(margins, fit=lambda *_: None):
+    """A model that predicts class 0 with these margins (n, K)."""
+    margins = np.array(margins)
+    none = np.zeros(len(margins), dtype=int)
+    return SimpleNamespace(fit=fit, predict=lambda _: none, decision_function=lambda _: margins)
+
+
 def test_the_confidence_of_more_classes_is_the_largest_margin():
-    margins = np.array([[3.0, 1.0, 2.0], [0.5, -1.0, 0.0]])
-    model = SimpleNamespace(
-        fit=lambda *_: None, predict=lambda _: np.array([0, 0]), decision_function=lambda _: margins
-    )
+    model = model_with([[3.0, 1.0, 2.0], [0.5, -1.0, 0.0]])
     split = pd.DataFrame(dict(Text=["a", "b"], Label=[1, 2]))
     found = evaluate(model, dict(train=split), 3)["train"].mistakes
     assert [(mistake.predicted, mistake.confidence) for mistake in found] == [(0, 3.0), (0, 0.5)]

@@ -2,7 +2,10 @@
 
 import json
 import shlex
+import shutil
 from dataclasses import replace
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,10 +18,9 @@ from additional_experiments import Experiment, main, parse_args
 from gpt_download import PRETRAINED, Weights, load_weights
 from runner.data.datasets import Duplicates, find_duplicates, normalized
 from runner.files import sha256_of
-from runner.results.accuracy import Confusion, Mistake
 from runner.results.page import render
 from runner.results.records import History, identify, read_records, write_record
-from runner.results.report import as_text, row_cells, runs_as_csv
+from runner.results.report import as_text, runs_as_csv
 from runner.results.summary import summarize
 from runner.rows import ROWS
 from runner.wording import command_line
@@ -60,7 +62,7 @@ def test_a_file_that_is_no_record_is_named_and_skipped(tmp_path):
 
 
 def places_in(content, path=()):
-    """The path of every value in what JSON holds, of lists the first three items only."""
+    """Yield the path of every value in what JSON holds; of lists the first three items only."""
     items = content.items() if isinstance(content, dict) else list(enumerate(content))[:3]
     for name, value in items:
         yield (*path, name)
@@ -68,51 +70,53 @@ def places_in(content, path=()):
             yield from places_in(value, (*path, name))
 
 
-NOTHING = object()
+def with_value(content, path, value):
+    """Return a copy of what JSON holds with another value at a path, or without the value if it is MISSING."""
+    content = json.loads(json.dumps(content))
+    inner = reduce(getitem, path[:-1], content)
+    if value is MISSING:
+        del inner[path[-1]]
+    else:
+        inner[path[-1]] = value
+    return content
 
 
-@pytest.mark.parametrize("damage", [None, "text", -7, {}, NOTHING], ids=["null", "text", "number", "dict", "missing"])
+MISSING = object()
+
+
+@pytest.mark.parametrize("damage", [None, "text", -7, {}, MISSING], ids=["null", "text", "number", "dict", "missing"])
 def test_a_record_with_one_damage_is_skipped_or_reported(tmp_path, damage):
     """A value that is missing or another, wherever it is, and every format of the report."""
     history = History([0, 50], [1.0, 0.5], [1.0, 0.6], [[30, 40]], [[35, 40]], ["a line"])
-    whole = made_up_record([1, 2, 299], history=history, learning_rate=1e-3, model_size="gpt2-medium (355M)")
-    others = [
-        made_up_record([5], seed=7, learning_rate=1e-3, model_size="gpt2-medium (355M)"),
-        made_up_record([5], seed=7),
-    ]
-    path, content = write_record(tmp_path, whole), whole.to_dict()
-    n_skipped = 0
-    for place in places_in(json.loads(json.dumps(content))):
-        damaged = json.loads(json.dumps(content))
-        inner = damaged
-        for name in place[:-1]:
-            inner = inner[name]
-        if damage is NOTHING:
-            del inner[place[-1]]
-        else:
-            inner[place[-1]] = damage
-        path.write_text(json.dumps(damaged))
+    options = dict(learning_rate=1e-3, model_size="gpt2-medium (355M)")
+    whole = made_up_record([1, 2, 299], history=history, **options)
+    others, n_skipped = [made_up_record([5], seed=7, **options), made_up_record([5], seed=7)], 0
+    path = write_record(tmp_path, whole)
+    content = json.loads(path.read_bytes())
+    for place in places_in(content):
+        path.write_text(json.dumps(with_value(content, place, damage)))
         records, problems = read_records([tmp_path])
         assert len(records) + len(problems) == 1
         n_skipped += len(problems)
         if records:
             summary = summarize(records + others)
             assert as_text(summary) and runs_as_csv(summary) and render(summary)
-            assert row_cells(records)
     assert n_skipped > 20
 
 
-TOTALS = [[0, 150], [150, 150, 0]]
-CONFUSIONS = [
-    dict.fromkeys(("train", "validation", "test"), Confusion(totals, [Mistake(0, 0, 1, 0.9)])) for totals in TOTALS
-]
+DAMAGES = {
+    "a run without a seed": (("seed",), None),
+    "more mistakes than messages": (("confusions", "test", "totals"), [150, 0]),
+    "three classes of messages, two names": (("confusions", "test", "totals"), [150, 150, 0]),
+    "a mistake of a third class": (("confusions", "test", "mistakes"), [[0, 0, 2, 0.9]]),
+    "more repeated messages than messages": (("duplicates", "test", "similar"), [*range(301)]),
+}
 
 
-@pytest.mark.parametrize(
-    "changes", [dict(seed=None), dict(row=20), *(dict(confusions=one) for one in CONFUSIONS)], ids=str
-)
-def test_fields_that_do_not_belong_together_are_no_record(tmp_path, changes):
-    write_record(tmp_path, replace(made_up_record([1]), **changes))
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_fields_that_do_not_belong_together_are_no_record(tmp_path, damage):
+    path = write_record(tmp_path, made_up_record([1]))
+    path.write_text(json.dumps(with_value(json.loads(path.read_bytes()), *DAMAGES[damage])))
     records, [problem] = read_records([tmp_path])
     assert records == [] and "is no record of a run (ValueError: " in problem
 
@@ -152,13 +156,14 @@ def test_each_row_is_one_command_and_known_by_its_options():
         assert identity_of(experiment, OWN)["row"] is identity_of(replace(experiment, num_epochs=2))["row"] is None
 
 
-def test_weights_from_a_file_are_known_by_their_content(nano_weights):
+def test_weights_from_a_file_are_known_by_their_content(nano_weights, tmp_path):
     experiment, content = Experiment(model_size="nano", weights=nano_weights), sha256_of(nano_weights)
     of_file = identity_of(experiment)
-    assert of_file["options"]["weights"] == f"model.safetensors {content[:8]}"
-    moved = Weights(experiment.model_size, "elsewhere/model.safetensors", content)
-    assert identify(experiment, UCI, moved) == of_file
-    assert identify(experiment, UCI, replace(moved, sha256="0" * 64))["run_id"] != of_file["run_id"]
+    assert of_file["options"]["weights"] == f"file {content[:8]}"
+    renamed = shutil.copy(nano_weights, tmp_path / "another_name.safetensors")
+    assert identity_of(replace(experiment, weights=renamed)) == of_file
+    others = Weights(experiment.model_size, nano_weights, "0" * 64)
+    assert identify(experiment, UCI, others)["run_id"] != of_file["run_id"]
     experiment = Experiment(weights=nano_weights)
     copied = Weights(experiment.model_size, nano_weights, PRETRAINED[experiment.model_size].sha256)
     assert identify(experiment, UCI, copied)["row"] == 1  # the published ones under another name
@@ -188,12 +193,12 @@ def test_marks_and_symbols_make_other_messages(a, b):
 
 
 def test_a_finished_run_is_skipped(options, capfd):
-    further = ["--results", "r", "--skip_finished", "--note", "first"]
+    further = ["--results", "my r", "--skip_finished", "--note", "first"]
     assert main([*options, *further]) == 0
     first = capfd.readouterr().out
-    [path] = Path("r").iterdir()
+    [path] = Path("my r").iterdir()
     before = path.read_bytes()
-    assert f"Wrote the record to {path}" in first and first.endswith("additional_experiments.py --report r\n")
+    assert f"Wrote the record to {path}" in first and first.endswith('additional_experiments.py --report "my r"\n')
     assert main([*options, *further]) == 0
     again = capfd.readouterr().out
     assert f"Finished before: {path}" in again and "Ep 1" not in again and path.read_bytes() == before
@@ -201,6 +206,6 @@ def test_a_finished_run_is_skipped(options, capfd):
     assert main([*options, *further, "--repeats", "2"]) == 0
     out = capfd.readouterr().out
     assert "Run 1 of 2, seed 123" in out and "Run 2 of 2, seed 124" in out and out.count("Training completed") == 1
-    assert out.count("| CPU/GPU |") == 1 and "| -, n=2 |" in out and len(list(Path("r").iterdir())) == 2
-    assert [record.note for record in read_records(["r"])[0]] == ["first"] * 2
+    assert out.count("| CPU/GPU |") == 1 and "| -, n=2 |" in out and len(list(Path("my r").iterdir())) == 2
+    assert [record.note for record in read_records(["my r"])[0]] == ["first"] * 2
     assert main([*options, *further, "--save_model", "m.safetensors"]) == 2

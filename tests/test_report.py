@@ -27,24 +27,32 @@ def test_the_report_is_tables_of_100_columns_with_conclusions():
     records = [row(n, range(n, n + 20 + seed), seed=seed, note="x " * 60) for n in ROWS for seed in (1, 2, 3)]
     records += [nano(n, range(n), device_name="a" * 200) for n in ROWS]
     lines = lines_of(*records, row(12, precision="bf16"), row(1, lora_rank=4), baseline())
-    assert max(map(len, lines)) <= 110 and max(len(line) for line in lines if not line.startswith("| ")) <= 100
-    assert "| 16  | 3 | 92.67 [89.1–95.2] | 92.62  | 98.33 outside | flexible token |" in lines
-    assert "|     | 1 | 97.67 [95.3–98.9] | 98.32  |               | linear SVM |" in lines
+    assert max(len(line) for line in lines if "no padding, batch size 1, " not in line) <= 100
+    assert "| 16  | 3 | 92.67 [89.1–95.2] | 92.62  | 98.33 outside | 100.00 | flexible token |" in lines
+    assert "|     | 1 | 97.67 [95.3–98.9] | 98.32  |               | 100.00 | linear SVM |" in lines
     assert "## Rows with gpt2-nano, random weights, sample data, lr 0.0005" in lines
-    assert "| 1 | 100.00 [98.7–100.0] | 100.00 | rank 4 |" in lines[lines.index("## Other runs") :]
+    assert "| 1 | 100.00 [98.7–100.0] | 100.00 | 100.00 | rank 4 |" in lines[lines.index("## Other runs") :]
     text = " ".join(" ".join(lines_of(row(1, range(10, 30)), row(2, range(60)))).split())
     assert "### Conclusions These single runs can show a difference of about " in text
-    assert "- 1–2: Does the first token serve as well as the last? Row 2 is worse, -13.33 points (95% interval" in text
-    assert "p < 0.001, of these two runs" in text and "Under the causal mask the first token sees only itself" in text
+    assert "- 1–2: Does the first token serve as well as the last? Row 2 is 13.33 points worse (95% interval" in text
+    assert "Under the causal mask the first token sees only itself" in text
     assert "Which is best? Row 1" in text and "Not run: rows 3, 4, 5" in text
 
 
 def test_data_without_labels_has_a_report():
-    """Of which nothing can be said: not a number, and no error."""
+    """Of which nothing can be said: "n/a" in every format, and no error."""
     nothing = dict.fromkeys(("train", "validation", "test"), made_up_confusion({}, totals=(0, 0)))
     changes = dict(confusions=nothing, duplicates=dict(validation=Duplicates(), test=Duplicates()))
-    lines = lines_of(*(row(n, seed=seed, **changes) for n in (1, 2) for seed in (1, 2)))
-    assert any("nan" in line for line in lines) and "### Conclusions" not in lines
+    summary = summarize([row(n, seed=seed, **changes) for n in (1, 2) for seed in (1, 2)])
+    text = as_text(summary)
+    assert "| 1   | 2 | n/a  | n/a    |" in text and "### Conclusions" not in text
+    for suffix in (".html", ".csv", ".tex", ".svg"):
+        report.write_report(Path(f"out{suffix}"), summary)
+        assert "nan" not in Path(f"out{suffix}").read_text(encoding="utf-8") and "0/0" not in Path(
+            "out.html"
+        ).read_text(encoding="utf-8")
+    [line, *_] = csv.DictReader(open("out.csv", newline="", encoding="utf-8"))
+    assert (line["unseen.correct"], line["unseen.total"]) == ("n/a", "0")
 
 
 def test_texts_from_files_are_escaped():

@@ -8,7 +8,7 @@ from additional_experiments import parse_args
 from runner.console import Console
 from runner.results.report import print_row, row_cells
 from runner.rows import ROWS
-from runner.wording import changed_options, describe_settings, markdown_table
+from runner.wording import changed_options, command_line, describe_settings, markdown_table, quoted
 
 
 def test_settings_in_words():
@@ -16,8 +16,13 @@ def test_settings_in_words():
     demo = changed_options(parse_args(["--demo", "--num_epochs", "2"])[0])
     assert describe_settings(demo) == "gpt2-nano, random weights, all layers, epochs 2, lr 0.0005, sample data"
     assert len({describe_settings(row.options) for row in ROWS.values()}) == len(ROWS)
-    assert describe_settings(dict(weights="a_b (1).safetensors 12ab34cd")) == "a_b (1).safetensors 12ab34cd weights"
+    assert describe_settings(dict(weights="file 12ab34cd")) == "file 12ab34cd weights"
     assert describe_settings(dict(learning_rate=1.2345678e-05, weight_decay=1.0)) == "lr 1.2345678e-05, weight decay 1"
+
+
+def test_a_printed_command_can_be_pasted():
+    assert quoted("results/a-1") == "results/a-1" and quoted(r"D:\runs") == r"D:\runs"
+    assert quoted("my results") == '"my results"' and command_line(dict(weights="a b")) == '--weights "a b"'
 
 
 def test_tables_are_markdown_whatever_is_in_them():

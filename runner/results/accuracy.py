@@ -43,21 +43,22 @@ class Accuracy(NamedTuple):
 
     @property
     def in_full(self):
-        """Return `95.00% (285/300, 95% interval 91.9–96.9)`."""
+        """Return `95.00% (285/300, 95% interval 91.9–96.9)`, or `n/a` of no messages."""
+        if not self.total:
+            return str(self)
         low, high = (100 * end for end in self.interval)
         return f"{self} ({self.correct}/{self.total}, 95% interval {low:.1f}–{high:.1f})"
 
 
-def mean_interval(mean, variance, freedom):
+def mean_interval(mean, mean_variance, residual):
     """Return the 95% interval (low, high) of the mean Accuracy of several seeds on the same messages.
 
-    `variance` is that of the mean by the choice of seeds, with so many degrees of freedom. The distance of each end
-    from the mean has two parts, that of Wilson's interval and that of the seeds by Student's t, which are squared and
-    added (MOVER: Zou, Computational Statistics & Data Analysis 52, 2008).
+    It is made like that of a difference, see comparison.py: `mean_variance` (variance, degrees of freedom) is that of
+    the mean by the choice of seeds, Wilson's interval is that by messages, and `residual`, which is in both, is
+    subtracted once.
     """
-    if not mean.total:
-        return mean.interval
-    by_seeds = stdtrit(freedom, 0.975) * math.sqrt(variance)
+    variance, freedom = mean_variance
+    by_seeds = math.sqrt(max(stdtrit(freedom, 0.975) ** 2 * variance - Z95**2 * residual, 0.0))
     below, above = (math.hypot(by_seeds, mean.fraction - end) for end in mean.interval)
     return max(mean.fraction - below, 0.0), min(mean.fraction + above, 1.0)
 
@@ -73,14 +74,21 @@ class Mistake(NamedTuple):
 
 @dataclass(frozen=True)
 class Confusion:
-    """How many labelled messages of a split there are of each class, and those that were classified wrongly."""
+    """The number of labelled messages of each class in a split, and the mistakes. Raises ValueError if they differ."""
 
-    totals: list[int]  # how many there are of each of the K classes
+    totals: list[int]  # of each of the K classes
     mistakes: list[Mistake]  # by index
+
+    def __post_init__(self):
+        classes = {*range(len(self.totals))}
+        if any(not {mistake.label, mistake.predicted} <= classes for mistake in self.mistakes):
+            raise ValueError("a mistake is of no class")
+        if any(true_positives < 0 for true_positives, _, _ in self.counts):
+            raise ValueError("there are more mistakes than messages")
 
     @classmethod
     def from_predictions(cls, indices, labels, predicted, confidences, n_classes):
-        """Build the Confusion of n messages from lists (n,). Messages with a negative label do not count."""
+        """Return the Confusion of n messages from lists (n,). Messages with a negative label do not count."""
         rows = [row for row in map(Mistake, indices, labels, predicted, confidences) if row.label >= 0]
         totals = Counter(row.label for row in rows)
         mistakes = sorted(row for row in rows if row.label != row.predicted)
@@ -114,7 +122,7 @@ class Confusion:
 
     @property
     def macro_f1(self):
-        """Return the mean over the classes of F1 = 2 TP / (2 TP + FP + FN); NaN where nothing was measured.
+        """Return the mean over the classes of F1 = 2 TP / (2 TP + FP + FN); NaN of no messages.
 
         As in scikit-learn's f1_score(..., average="macro"), a class counts if a message has it as label or prediction.
         """
@@ -123,11 +131,11 @@ class Confusion:
 
     @property
     def needs_macro_f1(self):
-        """Tell whether accuracy alone says little: not where there are two classes of similar size."""
+        """Tell whether accuracy alone says little: there are three classes or more, or two of unequal size."""
         return len(self.totals) > 2 or max(self.totals) > 2 * min(self.totals)
 
     def describe(self, names):
-        """Return how many messages of which class were predicted as which, the ten most frequent pairs of classes."""
+        """Return the number of mistakes for each pair of classes, in words; of the ten most frequent pairs."""
         pairs = Counter((mistake.label, mistake.predicted) for mistake in self.mistakes)
         ordered = sorted(pairs.items(), key=lambda item: (-item[1], item[0]))
         words = [f"{n} of {self.totals[a]} {names[a]} predicted as {names[b]}" for (a, b), n in ordered[:10]]
@@ -136,32 +144,31 @@ class Confusion:
         return ", ".join(words) or "none"
 
     def most_confident(self, n):
-        """Return the n mistakes of which the classifier was most certain."""
+        """Return the n mistakes with the highest confidence."""
         return sorted(self.mistakes, key=lambda mistake: -mistake.confidence)[:n]
 
 
 def describe_accuracies(record):
-    """Return the lines that a run prints of the accuracies in its Record, and of its errors in numbers."""
+    """Return the lines that a run prints about the accuracies of its Record, and the numbers of its errors."""
     confusion, names, repeated = record.confusions["test"], record.class_names, record.duplicates["test"].similar
     lines = [f"{SPLITS[name]} accuracy: {found.accuracy.in_full}" for name, found in record.confusions.items()]
     if repeated:
-        lines.append(
-            f"Test accuracy without the {len(repeated)} that are like training messages: {record.unseen.in_full}"
-        )
+        without = f"Test accuracy without the {len(repeated)} that are like training messages"
+        lines.append(f"{without}: {record.unseen.in_full}")
     if confusion.most_frequent.fraction > 0.6:
         lines.append(f"Test accuracy of always the most frequent class: {confusion.most_frequent}")
     if confusion.needs_macro_f1:
         lines.append(f"Test macro-averaged F1: {confusion.macro_f1:.3f}")
     lines.append(f"Test errors: {confusion.describe(names)}")
     if len(names) == 2:
-        of_classes = zip(names, confusion.precision_and_recall, strict=True)
-        words = (f"{name} {precision} and {recall}" for name, (precision, recall) in of_classes)
-        lines.append(f"Test precision and recall: {', '.join(words)}")
+        classes = zip(names, confusion.precision_and_recall, strict=True)
+        words = ", ".join(f"{name} {precision} and {recall}" for name, (precision, recall) in classes)
+        lines.append(f"Test precision and recall: {words}")
     return lines
 
 
 def describe_mistakes(record):
-    """Return lines on the test mistakes of which the classifier of a Record was most certain."""
+    """Return lines with the three most confident test mistakes of a Record."""
     lines, names = [], record.class_names
     for mistake, text in zip(record.confusions["test"].most_confident(3), record.texts):
         cut = shown(text)[:60] + "…" * (len(shown(text)) > 60)

@@ -1,6 +1,7 @@
 """Train linear models on words and on letters of the same splits, in a second (`--baseline`)."""
 
 import time
+import warnings
 
 import numpy as np
 from sklearn.feature_extraction.text import TfidfVectorizer
@@ -10,12 +11,16 @@ from sklearn.svm import LinearSVC
 
 from runner.console import Console, describe_data
 from runner.data.datasets import SPLITS, load
+from runner.files import UserError
 from runner.results.accuracy import Confusion, describe_accuracies, describe_mistakes
 from runner.results.records import file_name, new_record, write_record
 
 
 def run_baselines(experiment, run_options):
-    """Train and evaluate each baseline on the data of `experiment`, print its row and write its Record."""
+    """Train and evaluate each baseline on the data of `experiment`, print its row and write its Record.
+
+    Raises UserError for training messages without words.
+    """
     console = Console(run_options.quiet)
     data = load(experiment.data_dir, experiment.dataset, experiment.ignore_index)
     console.info(describe_data(data))
@@ -28,7 +33,7 @@ def run_baselines(experiment, run_options):
     }
     of_data = {"uci": "", "sample": ", sample data", "own": f", own data {data.sha256[:8]}"}[data.name]
     for name, model in models.items():
-        console.info(f"\n{name}")
+        console.info(f"\nTraining on {len(data.splits['train']):,} messages: {name}")
         start = time.perf_counter()
         confusions = evaluate(model, data.splits, len(data.class_names))
         seconds = time.perf_counter() - start
@@ -51,9 +56,16 @@ def run_baselines(experiment, run_options):
 
 
 def evaluate(model, splits, n_classes):
-    """Train a model on the training messages that have a label, and return {split: Confusion}."""
+    """Train a model on the training messages that have a label, and return {split: Confusion}. Raises UserError."""
     labelled = splits["train"][splits["train"]["Label"] >= 0]
-    model.fit(list(labelled["Text"]), labelled["Label"].to_numpy())
+    try:
+        with warnings.catch_warnings(action="ignore"):  # that it has not converged shows in its accuracies
+            model.fit(list(labelled["Text"]), labelled["Label"].to_numpy())
+    except ValueError as error:
+        if "empty vocabulary" not in str(error):
+            raise
+        problem = "the training messages have no word of two letters or digits"
+        raise UserError(f"--baseline: {problem}; a linear model on words needs some") from None
     confusions = {}
     for split, frame in splits.items():
         texts = list(frame["Text"])

@@ -1,26 +1,21 @@
-"""Compare two configurations on the messages that both were tested on.
+"""Compare two configurations on the messages that both were tested on; what that shows is in docs/conclusions.md.
 
 One run each: the exact test of McNemar (Psychometrika 12, 1947) on the messages that only one of the two gets right.
 Its verdict is about these two classifiers. Three seeds or more of each: seeds and messages both vary, and the verdict
-is about the configurations. The 95% interval of the difference is then made of three variances:
+is about the configurations. The interval of the difference then has three variances:
 
-- Messages. vm is the variance of the mean over the n messages of the difference of the two mean accuracies, with the
-  padding of Agresti and Min (Statistics in Medicine 24, 2005).
-- Seeds. A configuration with S seeds has the variance v of its S accuracies (divisor S - 1). With three seeds v is off
-  by more than a factor of three in a third of all cases, and with two degrees of freedom Student's t is 4.3 at 95% and
-  18 at the level that Holm's correction may ask of one of 17 questions. But the configurations of a table resemble
-  each other. So v is shrunk towards their mean v̄, as in a moderated t-test (Smyth, Statistical Applications in
-  Genetics and Molecular Biology 3, 2004). There the prior variance s0² counts as d0 degrees of freedom, and the
-  posterior variance (d0 s0² + (S - 1) v) / (d0 + S - 1) has d0 + S - 1. Here s0² = v̄ and d0 = 1, which gives
-  ṽ = (v̄ + (S - 1) v) / S with S degrees of freedom. A larger d0, also one that is estimated, shows more and is wrong
-  too often where one configuration varies much more than the others. The variance vs of a difference is the sum of
-  ṽ / S of both sides, with Welch's degrees of freedom (Biometrika 34, 1947). Runs with the same seed are not paired:
-  their accuracies hardly correlate, and pairing would halve the degrees of freedom.
-- Both. r is what single seeds make of single messages: the residual mean squares of both two-way tables, divided by
-  S n each. It is in both variances above and is subtracted once.
+- Messages: the variance of the mean difference over the n messages, with the padding of Agresti and Min (Statistics in
+  Medicine 24, 2005).
+- Seeds: the variance v of a configuration's S accuracies (divisor S - 1) is shrunk towards the mean v̄ of its table, as
+  in a moderated t-test (Smyth, Statistical Applications in Genetics and Molecular Biology 3, 2004) whose prior counts
+  as one degree of freedom: (v̄ + (S - 1) v) / S, with S degrees of freedom. A larger prior is wrong too often where one
+  configuration varies much more than the others. Both sides are added, with Welch's degrees of freedom (Biometrika 34,
+  1947). Runs with the same seed are not paired: their accuracies hardly correlate.
+- Both: the residual mean square of each side's two-way table of seeds and messages, divided by S n. It is in both
+  variances above and is subtracted once.
 
-The half-width at a level is sqrt(z² vm + max(t² vs - z² r, 0)): each part with its own quantile, squared and added
-(MOVER: Zou, Computational Statistics & Data Analysis 52, 2008). p is the level at which the interval touches zero.
+The half-width at a level is sqrt(z² messages + max(t² seeds - z² both, 0)) (MOVER: Zou, Computational Statistics & Data
+Analysis 52, 2008). p is the level at which the interval touches zero.
 """
 
 import math
@@ -51,17 +46,16 @@ def seed_variances(accuracies):
 
     The variance of a single run is not known and counts as 0: its interval is that of the run itself.
     """
-    own = [statistics.variance(seeds) if len(seeds) > 1 else None for seeds in accuracies]
-    known = [variance for variance in own if variance is not None]
+    known = [statistics.variance(seeds) for seeds in accuracies if len(seeds) > 1]
     prior = 1 if len(known) >= MIN_CONFIGURATIONS else 0  # degrees of freedom
     found = []
-    for seeds, variance in zip(accuracies, own, strict=True):
-        if variance is None:
+    for seeds in accuracies:
+        if len(seeds) == 1:
             found.append(MeanVariance())
-        else:
-            freedom = prior + len(seeds) - 1
-            shrunk = (prior * statistics.fmean(known) + (len(seeds) - 1) * variance) / freedom
-            found.append(MeanVariance(shrunk / len(seeds), freedom))
+            continue
+        freedom = prior + len(seeds) - 1
+        shrunk = (prior * statistics.fmean(known) + (len(seeds) - 1) * statistics.variance(seeds)) / freedom
+        found.append(MeanVariance(shrunk / len(seeds), freedom))
     return found
 
 
@@ -80,12 +74,19 @@ class Sample(NamedTuple):
 
     @property
     def n_seeds(self):
-        """Return the number of seeds. A classifier without a seed does not vary, like one of infinitely many."""
+        """Return S. A classifier without a seed does not vary, like the mean of infinitely many."""
         return math.inf if self.seeds == (None,) else len(self.seeds)
+
+    @property
+    def residual(self):
+        """Return the residual mean square of the two-way table of seeds and messages, divided by S n."""
+        n_seeds, n = self.predicted.shape
+        squares = (self.correct - self.correct.mean(1, keepdims=True) - self.correct.mean(0) + self.correct.mean()) ** 2
+        return float(squares.sum()) / (max(n_seeds - 1, 1) * max(n - 1, 1)) / squares.size
 
 
 class Variances(NamedTuple):
-    """The variances of a mean difference: by messages, by seeds, the part that is in both; see above."""
+    """The variances of a mean difference by messages and by seeds, and the part that is in both; see above."""
 
     messages: float
     seeds: float = 0.0
@@ -113,7 +114,6 @@ class Comparison:
     difference: float
     interval: tuple  # 95%, (low, high), of this question alone
     p: float | None  # after correction for the number of questions; None where there is no verdict
-    p_alone: float | None  # before
     basis: str  # what was compared
     n_seeds: int  # the smaller number of both sides
     variances: Variances
@@ -136,24 +136,28 @@ class Comparison:
     def sentence(self):
         """Return what was found, in a sentence that begins with the verdict."""
         verdict, (low, high) = self.verdict, (100 * end for end in self.interval)
-        difference = f"{100 * self.difference + 0.0:+.2f} points"
         if self.is_same:
             return f"{verdict} ({'one run each' if self.n_seeds == 1 else self.basis})."
+        points, word = f"{100 * abs(self.difference):.2f} points", "better" if self.difference > 0 else "worse"
+        measured = "no difference" if points == "0.00 points" else f"{points} {word}"
+        smaller, larger = sorted((abs(low), abs(high)))
+        interval = f"{smaller:.1f} to {larger:.1f}"
+        if low <= 0 <= high:
+            interval = f"{abs(low):.1f} worse to {high:.1f} better"
+        if self.p is None:  # the seeds are not in the interval
+            return f"no verdict: {measured} (95% interval of these runs alone {interval}); {self.basis}."
         if verdict == "undecided":
             words = f"undecided: between {abs(low):.1f} points worse and {high:.1f} better (95% interval)"
-            words += f", measured {difference}"
+            words += f", measured {measured}"
+        elif verdict == word:
+            words = f"{measured} (95% interval {interval})"
         else:
-            kind = "95% interval" if self.p is not None else "95% interval of these runs alone"  # without the seeds
-            words = f"{verdict}, {difference} ({kind} {low:+.1f} to {high:+.1f})"
-        if self.p is not None:
-            words += f", {describe_p(self.p)}"
-        if verdict.startswith("probably"):
-            words += ", certain only if this were the only question" if self.p_alone < LEVEL else ", not certain"
-        return f"{words}{', ' if self.basis.startswith('of these') else '; '}{self.basis}."
+            words = f"{verdict}, by {points} (95% interval {interval})"
+        return f"{words}, {describe_p(self.p)}; {self.basis}."
 
 
 def describe_p(p):
-    """Return `p = 0.012`. A p near 1 is not printed: many take it for a proof of equality."""
+    """Return `p = 0.012`. A p near 1 is not printed, because many take it for a proof of equality."""
     return "p < 0.001" if p < 0.001 else "p > 0.5" if p > 0.5 else f"p = {p:.2g}"
 
 
@@ -165,14 +169,14 @@ def compare(a, b):
     """
     fewest, by_message = min(a.n_seeds, b.n_seeds), b.correct.mean(axis=0) - a.correct.mean(axis=0)
     centre, messages = centre_and_variance(by_message)
-    variances = add_seeds(messages, a, b) if fewest >= MIN_SEEDS else Variances(messages)
+    variances = Variances(messages) if fewest < MIN_SEEDS else add_seeds(messages, a, b)
     half = variances.half_width(LEVEL)
     counts = [f"{one.n_seeds} seed{'s' * (one.n_seeds > 1)}" for one in (a, b) if one.seeds != (None,)]
     basis = f"{counts[0]} each" if counts[0] == counts[-1] and len(counts) == 2 else " and ".join(counts)
     if len(a.seeds) == len(b.seeds) == 1:
         only_a, only_b = int((by_message < 0).sum()), int((by_message > 0).sum())
         p = min(2 * float(bdtr(min(only_a, only_b), only_a + only_b, 0.5)), 1.0)  # a binomial test of 1/2, both sides
-        basis = f"of these two runs: {only_a} messages right only in {a.name}, {only_b} only in {b.name}"
+        basis = f"these two runs alone: {only_a} messages right only in {a.name}, {only_b} only in {b.name}"
     elif fewest < MIN_SEEDS:
         p = None
         basis += "; a verdict takes three seeds or more on both sides, or one run each"
@@ -181,7 +185,7 @@ def compare(a, b):
         p = step / STEPS
     interval = max(centre - half, -1.0), min(centre + half, 1.0)
     is_same = sorted(zip(a.seeds, a.predicted.tolist())) == sorted(zip(b.seeds, b.predicted.tolist()))
-    return Comparison(float(by_message.mean()), interval, p, p, basis, fewest, variances, is_same)
+    return Comparison(float(by_message.mean()), interval, p, basis, fewest, variances, is_same)
 
 
 def centre_and_variance(by_message):
@@ -194,17 +198,11 @@ def centre_and_variance(by_message):
     return float(padded.mean()), float(padded.var()) / len(padded)
 
 
-def add_seeds(messages, *samples):
-    """Return the Variances of the difference of two Samples, of which that by messages is known."""
-    parts, both = [sample.mean_variance for sample in samples], 0.0
-    for sample in samples:
-        table = sample.correct  # (S, n)
-        n_seeds, n = table.shape
-        residuals = table - table.mean(axis=1, keepdims=True) - table.mean(axis=0) + table.mean()
-        both += float((residuals**2).sum()) / (max(n_seeds - 1, 1) * max(n - 1, 1)) / table.size
-    total = sum(part.variance for part in parts)
-    freedom = total**2 / sum(part.variance**2 / part.freedom for part in parts) if total else 1.0
-    return Variances(messages, total, both, freedom)
+def add_seeds(messages, a, b):
+    """Return the Variances of the difference of two Samples, whose variance by messages is `messages`."""
+    seeds = a.mean_variance.variance + b.mean_variance.variance
+    squares = sum(variance**2 / freedom for variance, freedom in (a.mean_variance, b.mean_variance))
+    return Variances(messages, seeds, a.residual + b.residual, seeds**2 / squares if seeds else 1.0)
 
 
 def holm(p_values):
@@ -217,20 +215,19 @@ def holm(p_values):
 
 
 def describe_power(comparisons, level):
-    """Return a line on what the runs can show at a level, and about how many seeds would show 3 points; or "".
+    """Return a line on the difference that the runs can show, and the number of seeds that would show 3 points; or "".
 
-    The difference is the median half-width of the intervals at this level: one that is measured to be as large is
-    shown. Comparisons by seeds come before single runs.
+    The difference is the median half-width of the intervals at `level`: of several seeds if there are any, else of
+    single runs.
     """
     tested = [found for found in comparisons if found.p is not None and not found.is_same]
-    by_seeds = [found for found in tested if found.n_seeds >= MIN_SEEDS]
     if not tested:
         return ""
+    by_seeds = [found for found in tested if found.n_seeds >= MIN_SEEDS]
     shown = 100 * statistics.median(found.variances.half_width(level) for found in by_seeds or tested)
-    runs = "seeds" if by_seeds else "single runs"
-    words = f"These {runs} can show a difference of about {shown:.1f} points or more"
+    words = f"These {'seeds' if by_seeds else 'single runs'} can show a difference of about {shown:.1f} points or more"
     if not by_seeds:
-        return f"{words}; what an option does, rather than one run of it, takes three seeds or more on both sides."
+        return f"{words}; a conclusion about an option, rather than two runs, takes three seeds or more on both sides."
     for seeds in range(MIN_SEEDS, MAX_SEEDS + 1):
         more = [found.variances.with_seeds(seeds / found.n_seeds) for found in by_seeds]
         if 100 * statistics.median(variances.half_width(level) for variances in more) <= 3:

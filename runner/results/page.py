@@ -17,7 +17,6 @@ def render(summary):
     return environment.get_template("page.html").render(
         note=NOTE if summary.tables else NO_RUNS,
         legend=legend(summary),
-        n_trained=next((r.train.total for r in summary.records if r.data == "uci" and not r.is_baseline), None),
         tables=[(table, table_lines(table, low), answer_lines(table)) for table in summary.tables],
         remarks=summary.remarks,
         runs=[
@@ -27,7 +26,7 @@ def render(summary):
 
 
 def legend(summary):
-    """Return what the drawings of the table show: only what is there."""
+    """Return a line on what the drawings of the tables show."""
     groups = [group for table in summary.tables for group in table.groups]
     words = ["mean (disc)", "95% interval (bar)"]
     words += ["seeds (strokes)"] * any(len(group.records) > 1 for group in groups)
@@ -39,8 +38,11 @@ def table_lines(table, low):
     """Return a line, {title: text}, for each Group of a Table, with a drawing from `low` to 100%."""
     lines = table.cells.to_dict("records")
     for line, group in zip(lines, table.groups, strict=True):
+        if not group.mean().total:
+            continue
         seeds = [100 * one.fraction for one in group.accuracies()] if len(group.records) > 1 else []
-        values = dict(tick=range(low, 101, 5), seed=seeds, mean=[group.percent()], published=[group.published])
+        values = dict(tick=range(low, 101, 5), seed=seeds, mean=[group.percent()])
+        values |= dict(published=[group.published]) if group.published is not None else {}
         line["Test"] += drawing({low: f"{low}", 100: "100%"}, group.interval, values)
     return lines
 
@@ -48,13 +50,12 @@ def table_lines(table, low):
 def answer_lines(table):
     """Return a line for each answer of a Table, with a drawing of the interval in points."""
     widest = max([5, *(math.ceil(100 * abs(end)) for answer in table.answers for end in answer.found.interval)])
-    labels, lines = {-widest: f"−{widest}", 0: "0", widest: f"+{widest} points"}, []
+    labels, lines = {-widest: f"{widest} points worse", 0: "0", widest: f"{widest} better"}, []
     for answer in table.answers:
         found = answer.found
         interval = [100 * end for end in found.interval]
         drawn = drawing(labels, interval, dict(rule=[0], mean=[100 * found.difference]))
-        asked = Markup("{} <small>{}</small>").format(answer.asks, answer.why)
-        lines.append(dict(Rows=answer.rows, Question=asked, Answer=answer.sentence + drawn))
+        lines.append(dict(Rows=answer.rows, Question=answer.asks, Answer=answer.sentence + drawn))
     return lines
 
 
@@ -79,10 +80,10 @@ MARKS = dict(tick="m0 7v3", rule="m0-10v20", seed="m0-5v10", mean=MEAN, publishe
 
 
 def drawing(labels, interval, values):
-    """Return an interval on a scale with marks at values, {kind of mark: values}; None and NaN have none.
+    """Return a drawing of an interval on a scale, with marks at values, {kind of mark: values}.
 
-    `labels` are {value: text} at the scale, whose first and last value are its ends. An interval that begins below the
-    scale is cut, with an arrow.
+    `labels` are {value: text}, of which the first and the last are the ends of the scale. An interval that begins below
+    the scale is cut, with an arrow.
     """
     low, *_, high = labels
 
@@ -93,8 +94,7 @@ def drawing(labels, interval, values):
     drawn = f'<path class="interval" d="M{at(begin)} 10L{at(end)} 10"/>'
     for kind, places in (values | dict(cut=[low] * (interval[0] < low))).items():
         for value in places:
-            if value is not None and not math.isnan(value):
-                drawn += f'<path class="{kind}" d="M{at(value)} 10{MARKS[kind]}"/>'
+            drawn += f'<path class="{kind}" d="M{at(value)} 10{MARKS[kind]}"/>'
     for value, text in labels.items():
         anchor = {low: "start", high: "end"}.get(value, "middle")
         drawn += f'<text x="{at(value)}" y="30" text-anchor="{anchor}">{text}</text>'
@@ -102,7 +102,7 @@ def drawing(labels, interval, values):
 
 
 def curves(history):
-    """Return the losses over the batches, with values at the axes; nothing of fewer than two."""
+    """Return a drawing of the losses over the batches, with values at the axes; "" for fewer than two losses."""
     if len(history.steps) < 2:
         return ""
     losses, last = dict(training=history.train_losses, validation=history.val_losses), history.steps[-1]
@@ -110,9 +110,8 @@ def curves(history):
     drawn, top = "", max((y for points in known.values() for _, y in points), default=0) or 1
     for name, points in known.items():
         places = (f"{40 + 300 * step / last:.0f},{118 - 110 * loss / top:.0f}" for step, loss in points)
-        drawn += f'<polyline class="{name}" points="{" ".join(places)}"/>' * bool(points)
+        drawn += f'<polyline class="{name}" points="{" ".join(places)}"/>'
     labels = (36, 12, f"{top:.2f}"), (36, 120, "0"), (46, 132, "0"), (340, 132, f"{last:,} batches")
     drawn += "".join(f'<text x="{x}" y="{y}" text-anchor="end">{text}</text>' for x, y, text in labels)
     drawn = f'<svg width="344" height="134" role="img" aria-label="Losses"><path d="M40 8v110h300"/>{drawn}</svg>'
-    lines = " and ".join(f"{name} {mark}" for name, mark in (("training", "—"), ("validation", "- -")) if known[name])
-    return Markup(f'{drawn}<p class="soft">Loss{" in " * bool(lines)}{lines}</p>')
+    return Markup(f'{drawn}<p class="soft">Loss in training — and validation - -</p>')

@@ -1,7 +1,6 @@
-"""Draw the course of training, and the table with its intervals, for a paper, in grey too."""
+"""Draw learning curves, and the table with its intervals, for a paper; readable in grey too."""
 
 import math
-import textwrap
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -9,7 +8,7 @@ from runner.files import atomic_write
 from runner.results.accuracy import Accuracy
 from runner.wording import shown
 
-# Told apart by colour-blind readers too (Okabe and Ito 2008), and also by their line or mark.
+# Colour-blind readers can tell these apart (Okabe and Ito 2008); line style or marker differs too.
 BLUE, ORANGE = "#0072B2", "#D55E00"
 ONE_COLUMN, TWO_COLUMNS = 3.3, 6.9  # inches of a paper
 STYLE = {"font.size": 8, "axes.spines.right": False, "axes.spines.top": False, "axes.grid": True, "grid.color": "0.9"}
@@ -17,7 +16,7 @@ STYLE = {"font.size": 8, "axes.spines.right": False, "axes.spines.top": False, "
 
 @contextmanager
 def picture(path, width, height):
-    """Yield a matplotlib Figure of so many inches, and write it in the format of the suffix. Raises OSError."""
+    """Yield a matplotlib Figure, its size in inches, and write it in the format of the suffix. Raises OSError."""
     import matplotlib  # takes long
     from matplotlib.figure import Figure
 
@@ -28,7 +27,7 @@ def picture(path, width, height):
 
 
 def plot_histories(path, records, n_train):
-    """Draw losses and accuracies of the Records of seeds, on `n_train` training messages. Raises OSError."""
+    """Draw the losses and accuracies of Records, one for each seed, of `n_train` training messages. Raises OSError."""
     histories, batch_size = [record.history for record in records], records[0].settings["batch_size"]
     steps_per_epoch = n_train // batch_size  # the last partial batch is dropped
     per_epoch, n_epochs = steps_per_epoch * batch_size, len(histories[0].train_accuracies)
@@ -58,33 +57,30 @@ def plot_summary(path, summary):
     for table in summary.tables:
         lines += [(f"{table.title}:", None)] * (len(summary.tables) > 1)
         lines += [(f"{group.row or ''}  {group.name}".lstrip(), group) for group in table.groups]
-    labels = [textwrap.fill(shown(label), 50).replace("$", r"\$") for label, _ in lines]  # $ is a formula's sign
-    sizes = [label.count("\n") + 1 for label in labels]
-    heights = [sum(sizes[:i]) + size / 2 for i, size in enumerate(sizes)]
-    seed = dict(marker="|", color="black", linestyle="", markersize=6, markeredgewidth=0.6, label="single seeds")
-    measured = dict(marker="o", color=BLUE, markersize=4, linewidth=1.5, markevery=[1], label="measured, 95% interval")
-    diamond = dict(marker="D", color=ORANGE, linestyle="", fillstyle="none", markersize=5.5, label="published")
-    with picture(path, TWO_COLUMNS, 0.8 + 0.17 * max(sum(sizes), 1)) as figure:
-        axes = figure.subplots()
-        for (_, group), height in zip(lines, heights, strict=True):
-            if group is None:
+    # For matplotlib a $ begins a formula.
+    labels = [shown(label if len(label) <= 60 else f"{label[:59]}…").replace("$", r"\$") for label, _ in lines]
+    measured = dict(marker="o", color=BLUE, markersize=4, linewidth=1.5, markevery=[1])
+    seed = dict(marker="|", color="black", linestyle="", markersize=6, markeredgewidth=0.6)
+    diamond = dict(marker="D", color=ORANGE, linestyle="", fillstyle="none", markersize=5.5)
+    with picture(path, TWO_COLUMNS, 0.8 + 0.17 * max(len(lines), 1)) as figure:
+        axes, drawn = figure.subplots(), {}  # {text of the legend: a line of that kind}
+        for height, (_, group) in enumerate(lines):
+            if group is None or not group.mean().total:
                 continue
             low, high = group.interval
-            axes.plot([max(low, summary.low), group.percent(), high], [height] * 3, **measured)
-            if low < summary.low:  # cut, so that one wide interval does not squeeze the others
+            values = [max(low, summary.low), group.percent(), high]
+            [drawn["measured, 95% interval"]] = axes.plot(values, [height] * 3, **measured)
+            if low < summary.low:
                 axes.plot(summary.low, height, marker="<", color=BLUE, markersize=5, gid="cut")
             if len(group.records) > 1:
                 seeds = [100 * one.fraction for one in group.accuracies()]
-                axes.plot(seeds, [height] * len(seeds), **seed)
+                [drawn["single seeds"]] = axes.plot(seeds, [height] * len(seeds), **seed)
             if group.published is not None:
-                axes.plot(group.published, height, **diamond)
-        axes.set_yticks(heights, labels)
-        axes.set(xlabel="Test accuracy (%)", ylim=(max(sum(sizes), 1), 0))
+                [drawn["published"]] = axes.plot(group.published, height, **diamond)
+        axes.set_yticks(range(len(lines)), labels)
+        axes.set(xlabel="Test accuracy (%)", ylim=(max(len(lines), 1) - 0.5, -0.5))
         if summary.low:
             axes.set_xlim(summary.low - 0.02 * (100 - summary.low), None)
         axes.grid(axis="y", visible=False)
         axes.tick_params(axis="y", length=0)
-        handles = {
-            line.get_label(): line for line in axes.get_lines() if line.get_label()[0] != "_"
-        }  # one of each kind
-        figure.legend(handles=[*handles.values()], loc="outside upper right", ncols=3, frameon=False)
+        figure.legend(drawn.values(), drawn, loc="outside upper right", ncols=3, frameon=False)

@@ -4,12 +4,11 @@ import json
 import math
 import platform
 import re
-from collections import Counter
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
 from types import UnionType
-from typing import NamedTuple, get_args, get_origin, get_type_hints
+from typing import get_args, get_origin, get_type_hints
 
 import pandas as pd
 import tiktoken
@@ -17,9 +16,6 @@ import torch
 
 from runner.data.datasets import SPLITS, Duplicates
 from runner.files import UserError, sha256_of_json, write_bytes
-from runner.machine import processes
-from runner.machine import processes
-from runner.machine import processes
 from runner.results.accuracy import Confusion
 from runner.rows import ROWS
 from runner.wording import changed_options, describe_settings
@@ -27,7 +23,7 @@ from runner.wording import changed_options, describe_settings
 
 @dataclass
 class History:
-    """What a run printed, as numbers and as lines. It only grows; JSON can hold it."""
+    """What a run has printed, as numbers and as lines."""
 
     steps: list[int] = field(default_factory=list)  # at which the losses were evaluated
     train_losses: list[float] = field(default_factory=list)
@@ -77,10 +73,10 @@ class Record:
     note: str = ""
     date: str = field(default_factory=lambda: datetime.now().astimezone().isoformat(timespec="seconds"))
     versions: dict[str, str] = field(default_factory=lambda: dict(python=platform.python_version()) | VERSIONS)
-    # What a baseline does without.
+    # Fields that a baseline lacks.
     tokens_per_message: int | None = None  # of the longest message, padding included
     row: int | None = None  # of the published table, if the run was one of its rows
-    # What tells it from row 1, but for seed, device, precision and paths.
+    # That differ from the defaults, but for seed, device, precision and paths.
     options: dict[str, Setting] = field(default_factory=dict)
     settings: dict[str, Setting] = field(default_factory=dict)  # the Experiment's, by name
     seed: int | None = None
@@ -102,12 +98,12 @@ class Record:
 
     @property
     def name(self):
-        """What tells its configuration from those of other runs: `row 16`, `lr 0.001, bf16`."""
+        """Return the name of its configuration: `row 16`, `lr 0.001, bf16`."""
         name = self.configuration if self.row is None else f"row {self.row}"
         return name + f", {self.precision}" * (self.precision != "fp32")
 
     def to_dict(self):
-        """Return what `from_dict` takes, and what follows from it, for JSON."""
+        """Return all fields, and what follows from them, for JSON."""
         accuracies = {split: getattr(self, split)._asdict() for split in (*SPLITS, "unseen")}
         macro_f1 = {split: found.macro_f1 for split, found in self.confusions.items()}
         return dict(version=VERSION) | asdict(self) | accuracies | dict(macro_f1=macro_f1)
@@ -116,68 +112,35 @@ class Record:
     def from_dict(cls, content):
         """Return the Record of what `to_dict` gave, also after a round trip through JSON.
 
-        Every field is checked. Raises an exception of any kind for what is no record.
+        Raises an exception of any kind for what is no record, because a value has another type or values do not fit.
         """
         if (version := content["version"]) != VERSION:
-            raise UserError(
-                f"was written by {'an older' if version < VERSION else 'a newer'} version; move it away, or use "
-                "--results DIR"
-            )
+            age = "an older" if version < VERSION else "a newer"
+            raise UserError(f"was written by {age} version; move it away, or use --results DIR")
         record = restore(cls, content)
-        record.check()
-        return record
-
-    def check(self):
-        """Raise ValueError for fields that do not belong together."""
-        datetime.fromisoformat(self.date).astimezone()
-        if not self.is_baseline:
-            restore(UsedSettings, self.settings)
-            restore(UsedSettings, self.settings | self.options)
-        classes = range(len(self.class_names))
-        for found in (self.confusions[split] for split in SPLITS):
-            missed = Counter(mistake.label for mistake in found.mistakes)
-            if any(missed[k] > total for k, total in zip(classes, found.totals, strict=True)) or any(
-                {mistake.label, mistake.predicted} - {*classes} for mistake in found.mistakes
-            ):
-                raise ValueError("the mistakes are not those of its classes")
-        if self.row not in (None, *ROWS) or (self.seed is None) != self.is_baseline or self.unseen.total < 0:
+        datetime.fromisoformat(record.date).astimezone()
+        n_classes = {len(record.confusions[split].totals) for split in SPLITS}
+        has_seed = record.seed is not None
+        if n_classes != {len(record.class_names)} or has_seed == record.is_baseline or record.unseen.total < 0:
             raise ValueError("its fields do not belong together")
-
-
-class UsedSettings(NamedTuple):
-    """The settings by which a run is described."""
-
-    model_size: str
-    trainable_layers: str
-    trainable_token_pos: str
-    lora_rank: int
-    lora_alpha: float
-    batch_size: int
-    accumulation_steps: int
-    no_padding: bool
-    average_embeddings: bool
+        return record
 
 
 def restore(kind, value):
-    """Return what JSON holds as a value of a type, such as `dict[str, Confusion]`.
-
-    Dataclasses and NamedTuples are restored from dicts, NamedTuples from lists too. Raises TypeError, KeyError or
-    ValueError for what is no such value.
-    """
-    origin, parts = get_origin(kind), get_args(kind)
-    if origin is UnionType:
-        kinds = [part for part in parts if type(value) is part or (part is float and type(value) is int)]
-        return restore(kinds[0] if kinds else parts[0], value)
-    if origin is dict:
-        return {restore(str, name): restore(parts[1], item) for name, item in dict(value).items()}
-    if origin and isinstance(value, list | tuple):
-        return origin(restore(parts[0], item) for item in value)
-    if isinstance(value, list | tuple) and issubclass(kind, tuple):
+    """Return what JSON holds as a value of a type, such as `dict[str, Confusion]`. Raises an exception for others."""
+    parts = get_args(kind)
+    if isinstance(kind, UnionType):
+        return restore(type(value) if type(value) in parts else parts[0], value)
+    if get_origin(kind) is dict:
+        return {name: restore(parts[1], item) for name, item in value.items()}
+    if parts:  # list[int], tuple[int, ...]
+        return get_origin(kind)(restore(parts[0], item) for item in value)
+    if issubclass(kind, tuple):  # a NamedTuple is a list in JSON
         value = dict(zip(kind._fields, value, strict=True))
-    if isinstance(value, dict) and (hints := get_type_hints(kind)):
+    if hints := get_type_hints(kind):
         return kind(**{name: restore(part, value[name]) for name, part in hints.items()})
-    if type(value) is not kind and not (kind is float and type(value) is int):
-        raise TypeError(f"{str(value)[:50]!r} is no {getattr(kind, '__name__', kind)}")
+    if type(value) is not kind:
+        raise TypeError(f"{str(value)[:50]!r} is no {kind.__name__}")
     return value
 
 
@@ -194,16 +157,16 @@ def run_identity(experiment, data, weights):
 
 
 def identify(experiment, data, weights):
-    """Return the fields run_id, row, configuration and options of a run's Record, which are known before it starts.
+    """Return the fields of a Record that are known before its run starts: run_id, row, configuration and options.
 
-    The name of the run, `row16-seed123-3f9c2a1b`, ends with a hash of its `run_identity`.
+    run_id, `row16-seed123-3f9c2a1b`, ends with a hash of the `run_identity`.
     """
     excluded = ("seed", "precision", *NOT_IDENTIFYING)
     options = {name: value for name, value in changed_options(experiment).items() if name not in excluded}
     if weights.is_published:
         options.pop("weights", None)
     elif not weights.is_random:
-        options["weights"] = f"{Path(weights.source).name} {weights.sha256[:8]}"
+        options["weights"] = f"file {weights.sha256[:8]}"
     if data.name == "own":
         options["data"] = f"own data {data.sha256[:8]}"
     row = next((number for number, row in ROWS.items() if row.options == options), None)
@@ -214,23 +177,18 @@ def identify(experiment, data, weights):
 
 
 def find_record(folder, experiment, data, weights):
-    """Return the Record of this run in a folder, whatever device it ran on, or None. Raises UserError."""
-    run_id = identify(experiment, data, weights)["run_id"]
-
-    def read():
-        paths = sorted(Path(folder).glob(f"{run_id}*.json"))
-        return read_record(paths[0]) if paths else None
-
-    return processes.call_on_rank0(read)
+    """Return the Record of a run in a folder, whatever device it ran on, or None. Raises UserError."""
+    paths = sorted(Path(folder).glob(f"{identify(experiment, data, weights)['run_id']}*.json"))
+    return read_record(paths[0]) if paths else None
 
 
 def file_name(words, identity):
-    """Return a name that any file system takes: words, and 8 digits of a hash of `identity`, which JSON can hold."""
+    """Return a file name that any system accepts: words, and 8 digits of a hash of what JSON can hold."""
     return re.sub(r"[^a-z0-9.]+", "-", f"{words} {sha256_of_json(identity)[:8]}".lower())
 
 
 def new_record(data, confusions, **further):
-    """Return the Record of a run on a Dataset that finishes now; {split: Confusion}, and `further` fields."""
+    """Return the Record of a run that finishes now, from its Dataset, {split: Confusion} and `further` fields."""
     return Record(
         data=data.name,
         data_sha256=data.sha256,
@@ -243,7 +201,7 @@ def new_record(data, confusions, **further):
 
 
 def make_record(experiment, data, weights, confusions, state, **further):
-    """Return the Record of a run of GPT-2 that finishes now with this TrainingState; `further` are other fields."""
+    """Return the Record of a run of GPT-2 that finishes now, from its TrainingState and `further` fields."""
     usage, identity = state.usage(), identify(experiment, data, weights)
     if state.device.type != "cpu":  # runs on several types of device have a file each
         identity["run_id"] += f"-{state.device.type}"
@@ -268,7 +226,7 @@ def make_record(experiment, data, weights, confusions, state, **further):
 
 
 def write_record(folder, record):
-    """Write a Record to its file, in place of that of the same run before. Returns the path. Raises OSError."""
+    """Write a Record to its file, in place of an earlier one of the same run; return the path. Raises OSError."""
     Path(folder).mkdir(exist_ok=True)
     path = Path(folder, f"{record.run_id}.json")
     lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(value)}" for name, value in record.to_dict().items())
@@ -277,7 +235,7 @@ def write_record(folder, record):
 
 
 def read_record(path):
-    """Return the Record in a file. Raises UserError where there is none, whatever is wrong with it."""
+    """Return the Record in a file. Raises UserError whatever is wrong with the file."""
     try:
         return Record.from_dict(json.loads(Path(path).read_bytes()))
     except UserError as error:
@@ -287,7 +245,7 @@ def read_record(path):
 
 
 def read_records(folders):
-    """Return ([Record, ...] by date, [a line for each file without one]). Raises UserError for what is no folder."""
+    """Return ([Record, ...] by date, [a line for each file that is none]). Raises UserError for a missing folder."""
     if missing := [folder for folder in folders if not Path(folder).is_dir()]:
         raise UserError(f"--report {missing[0]}: there is no such folder; a finished run makes it")
     records, problems = [], []

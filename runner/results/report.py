@@ -109,7 +109,7 @@ def as_text(summary):
         cells = narrow_cells(table)
         lines = "\n".join(markdown_table(cells.columns, cells.values.tolist()))
         parts += [f"## {plain(table.title)}", lines, wrapped(table.note)]
-        answers = [f"- {one.rows}: {one.asks} {one.sentence} {one.why}" for one in table.answers]
+        answers = [f"- {one.rows}: {one.asks} {one.sentence}" for one in table.answers]
         if table.remarks or answers:
             parts += ["### Conclusions", wrapped(*table.remarks), wrapped(*answers)]
     parts.append(wrapped(*(f"- {remark}" for remark in summary.remarks)))
@@ -125,25 +125,27 @@ def wrapped(*lines):
 
 def narrow_cells(table):
     """Return the cells of a Table that fit 100 columns; the configuration, which may be long, is the last."""
-    cells = table.cells.drop(columns=["Validation", "Training", "Minutes", "Features"], errors="ignore")
+    cells = table.cells.drop(columns=["Training", "Minutes", "Features"]).rename(columns={"Validation": "Val."})
     return cells.assign(Configuration=cells.pop("Configuration"))
 
 
 def conclusions(tables):
     """Return the answers of Tables as a DataFrame; differences are in points."""
     rows = []
-    for table, answer in ((table, answer) for table in tables for answer in table.answers):
-        found, (low, high) = answer.found, answer.found.interval
-        row = dict(table=table.title, rows=answer.rows, question=answer.asks, subject=answer.subject)
-        row |= dict(verdict=found.verdict, difference=100 * found.difference, low=100 * low, high=100 * high)
-        rows.append(row | dict(p=found.p, basis=found.basis))
+    for table in tables:
+        for numbers, asks, subject, found, _ in table.answers:
+            points = [100 * value for value in (found.difference, *found.interval)]
+            rows.append([table.title, numbers, asks, subject, found.verdict, *points, found.p, found.basis])
     titles = ("table", "rows", "question", "subject", "verdict", "difference", "low", "high", "p", "basis")
     return pd.DataFrame(rows, columns=titles)
 
 
 def runs_as_csv(summary):
-    """Return a line for each run that counts, with the fields of its file in flat columns."""
+    """Return a line for each run of a Summary, with the fields of its file in flat columns."""
     runs = pd.json_normalize([record.to_dict() for record in summary.records])
+    for split in (*SPLITS, "unseen") if len(runs) else ():
+        name = f"{split}.correct"
+        runs[name] = runs[name].astype(object).where(runs[f"{split}.total"] > 0, "n/a")
     return runs.drop(columns=runs.filter(regex="^(confusions|history|options|duplicates|texts)")).to_csv(index=False)
 
 
@@ -151,7 +153,7 @@ def as_tex(summary):
     """Return the tables and their conclusions in LaTeX, no wider than the text of an article."""
     parts = ["% Needs \\usepackage{array,booktabs}."]
     for table in summary.tables:
-        cells = narrow_cells(table).map(shown)
+        cells = narrow_cells(table).drop(columns="Val.").map(shown)
         parts.append(tabular(cells, dict(Configuration=0.26)))
         answers = conclusions([table])
         if len(answers):

@@ -23,13 +23,14 @@ from runner.wording import describe_settings
 
 NO_RUNS = "There are no runs. This command makes one in half a minute: python additional_experiments.py --demo"
 NOTE = (
-    "Test: accuracy in percent, the mean of n runs. The range in brackets is the 95% interval, which allows for other"
-    " test messages and, with several runs, other seeds. Unseen: the same without test messages that also occur in "
-    "the training set, ignoring case, digits and punctuation. Conclusions compare rows on the same messages. p is how"
-    " often chance alone would make such a difference, corrected for the number of questions; intervals are not "
-    "corrected. Better, worse: p is below 0.05. Probably better, probably worse: the interval excludes zero, but p is"
-    " not below 0.05. Undecided: the interval includes zero, and every difference in it is possible; it does not mean"
-    " that the rows are equal."
+    "Test: accuracy in percent, the mean of n runs. The range in brackets is the 95% interval, which allows for other "
+    "test messages and, with several runs, other seeds. Unseen: the same without test messages that also occur in the "
+    "training set, ignoring case, digits and punctuation. Published: the original's figure, inside or outside the "
+    "interval. Conclusions compare rows on the same messages. p is how often chance alone would make such a "
+    "difference, corrected for the number of questions. The corrected p-value decides; intervals are not corrected. "
+    "Better, worse: p is below 0.05. Probably better, probably worse: the interval excludes zero, but p is not below "
+    "0.05. Undecided: the interval includes zero, and every difference in it is possible; it does not mean that the "
+    "rows are equal."
 )
 
 
@@ -55,28 +56,34 @@ class Group:
     def percent(self, split="test"):
         return 100 * self.mean(split).fraction
 
+    def shown(self, split="test"):
+        """Return the mean accuracy for a cell of a table: `95.00` or `n/a`."""
+        return str(self.mean(split)).removesuffix("%")
+
     @property
     def interval(self):
         """Return the 95% interval (low, high) of the mean test accuracy, in percent; it covers messages and seeds."""
         total, n_runs = self.mean(), len(self.records)
-        mean = Accuracy(total.correct / n_runs, total.total // n_runs)
-        return tuple(100 * end for end in mean_interval(mean, *self.mean_variance))
+        if not total.total:
+            return 0.0, 100.0
+        mean, [sample] = Accuracy(total.correct / n_runs, total.total // n_runs), samples_of(self)
+        return tuple(100 * end for end in mean_interval(mean, self.mean_variance, sample.residual))
 
     @property
     def cells(self):
-        """Return what a table says of it, {title: text}; "" where there is nothing to say."""
+        """Return the cells of its line of a table, {title: text}."""
         (low, high), confusions = self.interval, [record.confusions["test"] for record in self.records]
         where = "inside" if low <= (self.published or 0) <= high else "outside"
         return {
             "Row": str(self.row or ""),
             "Configuration": self.name or "-",
             "n": str(len(self.records)),
-            "Test": f"{self.percent():.2f} [{low:.1f}–{high:.1f}]",
-            "Unseen": f"{self.percent('unseen'):.2f}",
+            "Test": self.shown() + (f" [{low:.1f}–{high:.1f}]" if self.mean().total else ""),
+            "Unseen": self.shown("unseen"),
             "Macro F1": f"{np.mean([c.macro_f1 for c in confusions]):.3f}" if confusions[0].needs_macro_f1 else "",
             "Published": f"{self.published:.2f} {where}" if self.published else "",
-            "Validation": f"{self.percent('validation'):.2f}",
-            "Training": f"{self.percent('train'):.2f}",
+            "Validation": self.shown("validation"),
+            "Training": self.shown("train"),
             "Minutes": f"{np.mean([record.minutes for record in self.records]):.2f}",
             "Features": f"{np.mean([record.feature_seconds for record in self.records]):.0f} s",
         }
@@ -89,13 +96,15 @@ class Answer(NamedTuple):
     asks: str
     subject: str  # what the verdict is about: "Row 16"
     found: Comparison
-    why: str
+    why: str  # why a difference is possible, or ""
 
     @property
     def sentence(self):
-        """Return the answer in a sentence: `Row 16 is better, +3.33 points, ...`."""
-        verb = "has" if self.found.verdict in ("no verdict", "the same predictions") else "is"
-        return f"{self.subject} {verb} {self.found.sentence}"
+        """Return the answer in words: `Row 16 is 3.33 points better (95% interval ...`, and what may be its reason."""
+        verdict = self.found.verdict
+        verb = "has" if verdict in ("no verdict", "the same predictions") else "is"
+        is_explained = self.why and ("better" in verdict or "worse" in verdict)
+        return f"{self.subject} {verb} {self.found.sentence}{f' What differs: {self.why}' if is_explained else ''}"
 
 
 @dataclass(frozen=True)
@@ -148,37 +157,34 @@ def best_in_validation(groups):
 
 
 class Summary(NamedTuple):
-    """All that the folders hold."""
+    """The runs of all folders, as tables."""
 
     tables: list  # of Table: the published one, others of rows, all other runs
-    remarks: list  # lines: seeds whose runs differ, notes of runs
-    records: list  # those that count, each once
+    remarks: list  # lines on repeated runs that differ, and the notes of runs
+    records: list  # one for each seed of each configuration
 
     @property
     def low(self):
-        """Return where an axis of test accuracies in percent begins: below them, and below all but very wide intervals.
+        """Return the beginning of an axis of test accuracies in percent, at most 15 points below the lowest of them.
 
-        An interval may reach beyond the lowest accuracy by three times what intervals do in the middle.
+        An interval that reaches further is cut, so that it does not squeeze the others.
         """
         groups = [group for table in self.tables for group in table.groups if group.mean().total]
-        if not groups:
-            return 0.0
-        ends = [group.interval[0] for group in groups]
-        middle = float(np.median([group.percent() - end for group, end in zip(groups, ends, strict=True)]))
         seeds = [100 * seed.fraction for group in groups for seed in group.accuracies()]
-        lowest = min([*seeds, *(group.published for group in groups if group.published is not None)])
-        return max(min(*ends, lowest), lowest - 3 * middle, 0.0)
+        published = [group.published for group in groups if group.published is not None]
+        lowest, ends = min(seeds + published, default=0.0), [group.interval[0] for group in groups]
+        return max(min([lowest, *ends]), lowest - 15, 0.0)
 
 
 MODEL = ("model_size", "weights")
 
 
 def places(options):
-    """Return where a run with these options belongs: [(row, options of its table), ...].
+    """Return the places of a run with these options, [(row, options of the table), ...].
 
-    It is a row of every table whose options, together with those of the row, are the run's. In a table that sets model
-    size or weights, rows are told by their other options: at the medium size LoRA of rank 16 is row 12. Rows that have
-    the same other options, such as 1 and 6, are there the first of them.
+    The options of a row and those of its table are together the run's. In a table that sets model size or weights, the
+    row's own model size or weights do not count: at the medium size LoRA of rank 16 is row 12. Of rows with the same
+    other options, such as 1 and 6, the first is meant.
     """
     found = {}
     for number, row in ROWS.items():
@@ -191,7 +197,7 @@ def places(options):
 
 
 def options_of(record):
-    """Return the options of a run that tell it from row 1, its precision among them."""
+    """Return the options of a run that differ from those of row 1, its precision among them."""
     return record.options | (dict(precision=record.precision) if record.precision != "fp32" else {})
 
 
@@ -201,7 +207,7 @@ def data_of(record):
 
 
 def key_of(record):
-    """Return what tells the configuration of a run from others."""
+    """Return what identifies the configuration of a run."""
     if record.is_baseline:
         return data_of(record), record.run_id
     return data_of(record), frozenset(options_of(record).items()), record.weights_sha256
@@ -225,7 +231,7 @@ def summarize(records):
 
 
 def make_tables(configurations):
-    """Return the published Table, if it has a row, and the others by title; configurations are lists of Records.
+    """Return the published Table, if it has a row, then other tables of rows by title, from lists of Records.
 
     A Table of one row, or whose rows are all in one other Table, is left out.
     """
@@ -277,10 +283,9 @@ def differing_runs(configurations):
 
 
 def answer_questions(tables):
-    """Fill in the answers and remarks of each Table. p-values are corrected over all of them.
+    """Fill in the answers and remarks of each Table, with p-values corrected for all questions of all tables.
 
-    Two configurations are compared once, in the first table that has both. Those with the same predictions do not count
-    among the questions.
+    Two configurations are compared once, in the first table that has both. The same predictions are no question.
     """
     asked = set()
     for table in tables:
@@ -294,7 +299,9 @@ def answer_questions(tables):
             pair = id(a.records[0]), id(b.records[0])
             if pair not in asked:
                 asked.add(pair)
-                why = question.why(a.records[0].data == "uci") if question else ""
+                first = a.records[0]
+                is_random = first.options.get("weights") == "random"
+                why = question.why(first.data == "uci", is_random) if question else ""
                 table.answers.append(Answer(rows, asks, f"Row {b.row}", compare(*samples_of(a, b)), why))
     found = [answer.found for table in tables for answer in table.answers]
     tested = [one for one in found if one.p is not None and not one.is_same]
@@ -320,7 +327,7 @@ def describe_best(table):
 
 
 def samples_of(*groups):
-    """Return the Samples of Groups on the same messages; those that all runs got right are alike, and only counted."""
+    """Return the Samples of Groups on the same messages; those that all runs got right come last, in any order."""
     mistakes = [[record.confusions["test"].mistakes for record in group.records] for group in groups]
     wrong = sorted({mistake.index for runs in mistakes for run in runs for mistake in run})
     samples = []
