@@ -75,9 +75,9 @@ class Console:
 
 
 def describe_data(data):
-    """Return a line with the name of a Dataset and the number of messages in each split."""
+    """Return a line with the name of a Dataset and the number of messages in each split, and its notes."""
     counts = ", ".join(f"{len(messages):,} {split}" for split, messages in data.splits.items())
-    return f"Data: {DATASET_NAMES[data.name]}; messages: {counts}"
+    return "\n".join([f"Data: {DATASET_NAMES[data.name]}; messages: {counts}", *data.notes])
 
 
 def describe_setup(experiment, data, longest, device):
@@ -93,6 +93,12 @@ def describe_setup(experiment, data, longest, device):
     ]
     if duplicates:
         lines.append(f"Also among the training messages: {'; '.join(duplicates)}")
+    repeated = {split: int(messages["Text"].duplicated().sum()) for split, messages in data.splits.items()}
+    if any(repeated.values()):
+        counts = ", ".join(
+            f"{n:,} of {len(data.splits[split]):,} {split} messages" for split, n in repeated.items() if n
+        )
+        lines.append(f"Repeated within their split: {counts}")
     return "\n".join(lines)
 
 

@@ -17,7 +17,8 @@ from runner.results.records import file_name, new_record, write_record
 def run_baselines(experiment, run_options):
     """Train and evaluate each baseline on the data of `experiment`, print its row and write its Record."""
     console = Console(run_options.quiet)
-    data = load(experiment.data_dir, experiment.dataset, experiment.ignore_index)
+    columns = experiment.text_column, experiment.label_column
+    data = load(experiment.data_dir, experiment.dataset, experiment.ignore_index, *columns)
     console.info(describe_data(data))
     for warning in data.warnings:
         console.warning(warning)
