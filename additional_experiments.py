@@ -424,12 +424,12 @@ def prepare(experiment, run_options, console):
             raise UserError(f"--batch_size {experiment.batch_size}: there are only {n} training messages")
         encoded = encode(load_vocabulary(), dataset.splits, experiment)
     too_new = f"PyTorch {torch.__version__} is newer than the versions that were tried" * (torch.__version__ >= "2.14")
-    about_first = dataset.warnings_about_first(EVALUATE_BATCHES * experiment.batch_size)
-    for warning in filter(None, [why_not, too_new, *dataset.warnings, *about_first]):
+    further = dataset.warnings_about_first(EVALUATE_BATCHES * experiment.batch_size)
+    if encoded.limit == MAX_CONTEXT:  # with a smaller limit it may be wanted, and is a line of the setup alone
+        further += encoded.describe_cut()
+    for warning in filter(None, [why_not, too_new, *dataset.warnings, *further]):
         console.warning(warning)
-    console.info(describe_setup(experiment, dataset, encoded.longest, device))
-    for line in encoded.describe_cut():  # of the collection, the original cuts the same texts
-        (console.warning if dataset.name == "own" else console.info)(line)
+    console.info(describe_setup(experiment, dataset, encoded, device))
     with processes.rank0_first():
         weights = load_weights(experiment.weights, experiment.model_size, console.quiet)
 

@@ -80,10 +80,11 @@ def describe_data(data):
     return "\n".join([f"Data: {DATASET_NAMES[data.name]}; messages: {counts}", *data.notes])
 
 
-def describe_setup(experiment, data, longest, device):
-    """Return lines on the device, the data and the tokens of a run; the longest message has `longest` tokens."""
+def describe_setup(experiment, data, encoded, device):
+    """Return lines on the device, the Dataset and the EncodedData of a run."""
     versions = f"Python {platform.python_version()}, PyTorch {torch.__version__}, tiktoken {tiktoken.__version__}"
-    tokens = f"Tokens per message: {longest} at most, {'not padded' if experiment.no_padding else 'padded'}"
+    tokens = f"Tokens per message: {encoded.longest} at most, {'not padded' if experiment.no_padding else 'padded'}"
+    tokens = "; ".join([tokens, *encoded.describe_cut()])
     lines = [f"Device: {describe_devices(device)}; {versions}", describe_data(data), tokens]
     duplicates = [
         f"{len(found.exact)} of {len(data.splits[split]):,} {split} messages word for word, {len(found.similar)} but "

@@ -69,7 +69,9 @@ def read_messages(path, text_column="Text", label_column="Label", is_labelled=Tr
         if isinstance(error, UnicodeDecodeError):
             line, byte = error.object[: error.start].count(b"\n") + 1, error.object[error.start]
             encoding = "UTF-16" if is_utf16 else "UTF-8"
-            problem = f"byte 0x{byte:02x} is not {encoding}; save the file as CSV UTF-8, not in cp1252 or compressed"
+            problem = (
+                f"byte 0x{byte:02x} is not {encoding}; save the file as CSV UTF-8, not in cp1252, cp932 or compressed"
+            )
         elif isinstance(error, csv.Error):
             problem = f"a quote that opens here is not closed, or is closed too early ({error})"
         raise UserError(f"{path}, line {line}: {problem}") from None

@@ -43,11 +43,10 @@ class Dataset:
     def warnings_about_first(self, n):
         """Return a line if the first `n` validation messages, which are evaluated during training, are of one class."""
         labels = self.splits["validation"]["Label"]
-        labels = labels[labels >= 0]
-        if self.name != "own" or labels[:n].nunique() != 1 or labels.nunique() == 1:
+        first, others = (part[part >= 0].unique() for part in (labels[:n], labels[n:]))
+        if self.name != "own" or len(first) != 1 or not set(others) - set(first):
             return []
-        name = self.class_names[labels.iloc[0]]
-        first = f"the first {min(n, len(labels))} validation messages are all {name}"
+        first = f"the first {n} validation messages are all {self.class_names[first[0]]}"
         return [f"{first}: losses and accuracies during training are of that class only; shuffle the file"]
 
 
@@ -160,7 +159,11 @@ def encode_labels(splits, name, data_dir, ignore_index):
     if len(classes) < 2:
         found = names[0] if names else "none"
         raise UserError(f"--data_dir {data_dir}: a classifier needs two classes or more; in training there is {found}")
-    codes = {label: code for code, label in enumerate(classes)} | dict.fromkeys(unlabelled, ignore_index)
+    codes = {label: code for code, label in enumerate(classes)}
+    if any(numbers.get(ignore_index, ignore_index) != ignore_index for numbers in (codes, dict(enumerate(classes)))):
+        advice = "mark messages without a label by a negative number"
+        raise UserError(f"--ignore_index {ignore_index}: the labels are not 0, 1, 2 and so on; {advice}")
+    codes |= dict.fromkeys(unlabelled, ignore_index)
     for frame in splits.values():
         for row, label in enumerate(frame["Label"]):
             if label not in codes:
