@@ -37,6 +37,7 @@ from runner.data import datasets
 from runner.data.datasets import DEFAULT_DATA_DIR, Dataset
 from runner.data.features import FrozenFeatures, compute_features
 from runner.data.messages import TOKENS_PER_PASS, EncodedData, Split, Stage, make_pool, run_passes, tokenize
+from runner.data.predictions import write_predictions
 from runner.files import NonFiniteError, UserError
 from runner.machine import processes
 from runner.machine.cpu_check import check_device, update_results
@@ -112,8 +113,13 @@ class Experiment:
     activation_checkpointing: bool = option(False, MACHINE, "recompute blocks in the backward pass, to save memory")
     shard: bool = option(False, MACHINE, "with torchrun: each process holds a part of model and optimizer (FSDP2)")
     data_dir: str = option(
-        DEFAULT_DATA_DIR, DATA, "the collection, or your own train.csv, validation.csv and test.csv", metavar="DIR"
+        DEFAULT_DATA_DIR,
+        DATA,
+        "the collection; or your own data: a folder with train.csv, validation.csv and test.csv, or one file",
+        metavar="PATH",
     )
+    text_column: str = option("Text", DATA, "the column of your own files that holds the messages", metavar="NAME")
+    label_column: str = option("Label", DATA, "the column that holds their labels", metavar="NAME")
     dataset: str = option("uci", DATA, "uci: --data_dir; sample: 1,500 messages in data/", choices=("uci", "sample"))
 
     def __post_init__(self):
@@ -181,7 +187,8 @@ def encode(tokenizer, splits, experiment):
     pool, indices = make_pool(messages, n_visible, positions, PAD_TOKEN)
     parts = indices.split([len(frame) for frame in splits.values()])
     labels = [torch.tensor(frame["Label"].to_numpy()) for frame in splits.values()]
-    return EncodedData(pool, dict(zip(splits, map(Split, parts, labels))), limit, longest=int(n_tokens.max()))
+    n_cut = {name: sum(len(message) > limit for message in of_split) for name, of_split in token_ids.items()}
+    return EncodedData(pool, dict(zip(splits, map(Split, parts, labels))), limit, int(n_tokens.max()), n_cut)
 
 
 # --- training ---
@@ -414,14 +421,18 @@ def prepare(experiment, run_options, console):
         options.check_outputs(run_options, experiment)
         device, why_not = resolve_device(experiment.device)
         set_precision(experiment.precision, device)
-        dataset = datasets.load(experiment.data_dir, experiment.dataset, experiment.ignore_index)
+        columns = experiment.text_column, experiment.label_column
+        dataset = datasets.load(experiment.data_dir, experiment.dataset, experiment.ignore_index, *columns)
         if experiment.batch_size > (n := len(dataset.splits["train"])):
             raise UserError(f"--batch_size {experiment.batch_size}: there are only {n} training messages")
         encoded = encode(load_vocabulary(), dataset.splits, experiment)
     too_new = f"PyTorch {torch.__version__} is newer than the versions that were tried" * (torch.__version__ >= "2.14")
-    for warning in filter(None, [why_not, too_new, *dataset.warnings]):
+    further = dataset.warnings_about_first(EVALUATE_BATCHES * experiment.batch_size)
+    if encoded.limit == MAX_CONTEXT:  # with a smaller limit it may be wanted, and is a line of the setup alone
+        further += encoded.describe_cut()
+    for warning in filter(None, [why_not, too_new, *dataset.warnings, *further]):
         console.warning(warning)
-    console.info(describe_setup(experiment, dataset, encoded.longest, device))
+    console.info(describe_setup(experiment, dataset, encoded, device))
     with processes.rank0_first():
         weights = load_weights(experiment.weights, experiment.model_size, console.quiet)
 
@@ -487,13 +498,14 @@ def run_seed(experiment, setup, checkpoint, run_options, console):
     state = TrainingState(classifier, optimizer, History(), experiment.seed, is_kept, started)
     torch.manual_seed(experiment.seed)
     checkpoint.restore(state)
-    confusions = {}
+    confusions, probabilities = {}, {}
     try:
         train(classifier, encoded, experiment, state, checkpoint, console)
         minutes = state.usage()["training"] / 60
         console.info(f"Training completed in {minutes:.2f} minutes.")
         for name, loader in make_loaders(encoded.splits, experiment.batch_size).items():
-            confusions[name] = confusion(predict_batches(classifier, encoded, name, loader))
+            predictions = predict_batches(classifier, encoded, name, loader)
+            confusions[name], probabilities[name] = confusion(predictions), predictions.logits.double().softmax(-1)
     except NonFiniteError as error:
         advice = "Try: a smaller --learning_rate; --precision fp32"
         raise NonFiniteError(f"training diverged, at step {state.batches_done:06d}: {error}\n{advice}") from None
@@ -506,6 +518,9 @@ def run_seed(experiment, setup, checkpoint, run_options, console):
     if run_options.results:  # before anything is printed: a closed pipe or a full disk behind it loses no record
         console.write_output("the record", run_options.results, write_record, record)
     console.info("\n".join([*describe_accuracies(record), *describe_mistakes(record)]))
+    if path := run_options.predictions:
+        del probabilities["train"]  # in the order of training, and without the last partial batch
+        console.write_output("the predictions", path, write_predictions, setup.dataset, probabilities)
     if run_options.save_model or run_options.export:
         parameters = state.full_parameters()
         if processes.rank() == 0:
@@ -556,6 +571,8 @@ class TrainedClassifier:
         frame = pd.DataFrame(dict(Text=texts, Label=0))
         encoded = encode(load_vocabulary(), {"texts": frame}, self.experiment)
         indices = encoded.splits["texts"].indices
+        for line in encoded.describe_cut():
+            print(f"warning: {line}", file=sys.stderr)
         if not self.is_compared:
             self.compare_with_cpu(encoded.pool, indices[:8])
         probabilities = predict(self.classifier, encoded.pool, indices).cpu().softmax(-1)
@@ -617,8 +634,11 @@ def use_classifier(run_options, given):
         export_classifier(run_options.export, classifier, saved)
         print(f"Wrote the export to {run_options.export}", file=sys.stderr)  # standard output is for answers only
     if run_options.classify:
+        file = classifiers.file_of_texts(run_options.classify)
         chunks = classifiers.chunks_of_texts(run_options.classify)
         trained = load_classifier(run_options.load_model, **given)
+        if file is not None:
+            return classifiers.classify_file(file, trained)
         for texts in chunks:
             labels, probabilities = trained.predict([text for text in texts if text.strip()])
             classifiers.print_answers(texts, labels, probabilities)

@@ -355,9 +355,14 @@ def main(argv=None):
     args = parser.parse_args(argv)
     try:
         os.makedirs(args.data_dir, exist_ok=True)
-        if not all(Path(args.data_dir, f"{split}.csv").exists() for split in SPLITS):
+        paths = {split: Path(args.data_dir, f"{split}.csv") for split in SPLITS}
+        if not all(path.exists() for path in paths.values()):
             make_uci_splits(args.data_dir)
-        print(args.data_dir)
+        for split, path in paths.items():
+            if sha256_of(path) != UCI_SPLITS_SHA256[split]:
+                advice = "your own data is checked by the run that reads it; call this without --data_dir"
+                raise UserError(f"{path} is no split of the SMS Spam Collection (by its SHA-256); {advice}")
+        print(f"{args.data_dir}: the three splits of the SMS Spam Collection, with the right SHA-256")
         for size in args.model_size:
             print(fetch_weights(sizes[size])[0])
         return 0

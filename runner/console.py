@@ -75,15 +75,16 @@ class Console:
 
 
 def describe_data(data):
-    """Return a line with the name of a Dataset and the number of messages in each split."""
+    """Return a line with the name of a Dataset and the number of messages in each split, and its notes."""
     counts = ", ".join(f"{len(messages):,} {split}" for split, messages in data.splits.items())
-    return f"Data: {DATASET_NAMES[data.name]}; messages: {counts}"
+    return "\n".join([f"Data: {DATASET_NAMES[data.name]}; messages: {counts}", *data.notes])
 
 
-def describe_setup(experiment, data, longest, device):
-    """Return lines on the device, the data and the tokens of a run; the longest message has `longest` tokens."""
+def describe_setup(experiment, data, encoded, device):
+    """Return lines on the device, the Dataset and the EncodedData of a run."""
     versions = f"Python {platform.python_version()}, PyTorch {torch.__version__}, tiktoken {tiktoken.__version__}"
-    tokens = f"Tokens per message: {longest} at most, {'not padded' if experiment.no_padding else 'padded'}"
+    tokens = f"Tokens per message: {encoded.longest} at most, {'not padded' if experiment.no_padding else 'padded'}"
+    tokens = "; ".join([tokens, *encoded.describe_cut()])
     lines = [f"Device: {describe_devices(device)}; {versions}", describe_data(data), tokens]
     duplicates = [
         f"{len(found.exact)} of {len(data.splits[split]):,} {split} messages word for word, {len(found.similar)} but "
@@ -93,6 +94,12 @@ def describe_setup(experiment, data, longest, device):
     ]
     if duplicates:
         lines.append(f"Also among the training messages: {'; '.join(duplicates)}")
+    repeated = {split: int(messages["Text"].duplicated().sum()) for split, messages in data.splits.items()}
+    if any(repeated.values()):
+        counts = ", ".join(
+            f"{n:,} of {len(data.splits[split]):,} {split} messages" for split, n in repeated.items() if n
+        )
+        lines.append(f"Repeated within their split: {counts}")
     return "\n".join(lines)
 
 

@@ -12,9 +12,8 @@ from pathlib import Path
 
 import torch
 
-from gpt_download import COLLECTION_NAMES
 from previous_chapters import GPT_SIZES, GPTConfig
-from runner.data.datasets import FEATURES, SPLITS
+from runner.data.datasets import FEATURES, possible_inputs
 from runner.files import UserError
 from runner.machine import processes
 from runner.rows import DEMO, ROWS
@@ -129,6 +128,13 @@ class RunOptions:
     plot: str | None = option(
         None, RESULTS, "draw losses and accuracies (.png, .pdf, .svg)", type=file_with(*IMAGE_FORMATS), metavar="FILE"
     )
+    predictions: str | None = option(
+        None,
+        RESULTS,
+        "write label, prediction and probabilities of each validation and test message (.csv)",
+        type=file_with(".csv"),
+        metavar="FILE",
+    )
     report: tuple | None = option(
         None,
         RESULTS,
@@ -167,7 +173,12 @@ class RunOptions:
         metavar="FILE",
     )
     classify: tuple = option(
-        (), USE, "messages for --load_model; - for lines of standard input", nargs="+", action="extend", metavar="TEXT"
+        (),
+        USE,
+        "messages for --load_model; - for lines of standard input; or a .csv or .tsv file",
+        nargs="+",
+        action="extend",
+        metavar="TEXT",
     )
 
     def __post_init__(self):
@@ -177,16 +188,19 @@ class RunOptions:
                 raise UserError(f"--{name} needs --{needed}")
         if self.load_model is not None and not self.classify and self.export is None:
             raise UserError("--load_model needs --classify or --export")
-        if (self.save_model or self.export) and self.repeats > 1:
-            raise UserError("--save_model and --export are for one classifier, --repeats trains several")
-        if self.skip_finished and (not self.results or self.save_model or self.export):
-            raise UserError("--skip_finished needs --results, and cannot be combined with --save_model or --export")
+        outputs = "--save_model, --export and --predictions"  # of one trained classifier
+        has_outputs = self.save_model or self.export or self.predictions
+        if has_outputs and self.repeats > 1:
+            raise UserError(f"{outputs} are for one classifier, --repeats trains several")
+        if self.skip_finished and (has_outputs or not self.results):
+            raise UserError(f"--skip_finished needs --results, and cannot be combined with {outputs}")
         if self.checkpoint and self.repeats > 1 and not self.results:
             raise UserError("--checkpoint with --repeats needs --results, whose records tell the finished seeds")
 
     def feature_folder(self, data_dir):
         """Return the folder in which frozen features are kept, or None."""
-        return Path(data_dir, FEATURES) if self.feature_cache is None else self.feature_cache or None
+        folder = Path(data_dir).parent if os.path.isfile(data_dir) else Path(data_dir)
+        return folder / FEATURES if self.feature_cache is None else self.feature_cache or None
 
 
 def check_shard(shard):
@@ -207,8 +221,7 @@ def check_outputs(run_options, experiment=None):
     """
     inputs = {run_options.load_model: "the classifier"}
     if experiment is not None:
-        names = *(f"{split}.csv" for split in SPLITS), *COLLECTION_NAMES
-        inputs = dict.fromkeys((Path(experiment.data_dir, name) for name in names), "the data")
+        inputs = dict.fromkeys(possible_inputs(experiment.data_dir), "the data")
         inputs |= {experiment.weights: "the weights"}
         if experiment.features == "disk" and run_options.feature_folder(experiment.data_dir) is None:
             raise UserError('--features disk needs a --feature_cache; "" is none')
@@ -217,7 +230,8 @@ def check_outputs(run_options, experiment=None):
         check_folder(run_options.export)
         if experiment is not None:
             check_experiment(experiment)
-    outputs = [(name, getattr(run_options, name)) for name in ("checkpoint", "save_model", "plot", "export")]
+    names = ("checkpoint", "save_model", "plot", "predictions", "export")
+    outputs = [(name, getattr(run_options, name)) for name in names]
     outputs += [("write", path) for path in run_options.write]
     if run_options.results and experiment is not None:
         outputs.append(("results", run_options.results))
@@ -243,8 +257,8 @@ def check_outputs(run_options, experiment=None):
 # Options that train no GPT-2, and the options that can be combined with them.
 COMPANIONS = {
     "report": ("write", "results"),
-    "baseline": ("data_dir", "dataset", "ignore_index", "results", "note", "quiet"),
-    "load_model": ("classify", "export", "weights", "device"),
+    "baseline": ("data_dir", "dataset", "text_column", "label_column", "ignore_index", "results", "note", "quiet"),
+    "load_model": ("classify", "export", "weights", "device", "text_column", "label_column"),
 }
 
 DESCRIPTION = """Fine-tune GPT-2 as a spam classifier: one configuration, one row of the table.

@@ -354,10 +354,17 @@ def test_first_run_downloads_everything_and_the_second_nothing(collection, hub, 
     assert server.requests == ["GET first.zip", *ASKED]
     for _ in range(2):
         assert gpt_download.main(["--model_size", "nano", "--data_dir", "beforehand"]) == 0
-        folder, path = capsys.readouterr().out.splitlines()
+        found, path = capsys.readouterr().out.splitlines()
+        folder, _, what = found.partition(": ")
+        assert what == "the three splits of the SMS Spam Collection, with the right SHA-256"
         assert {path.name for path in Path(folder).iterdir()} == {"SMSSpamCollection", *(f"{s}.csv" for s in splits)}
         assert sha256(Path(path).read_bytes()) == sha256(weights)
     assert server.requests == ["GET first.zip", *ASKED, "GET first.zip"]
+    for split in splits:
+        Path("beforehand", f"{split}.csv").write_text("junk")
+        assert gpt_download.main(["--data_dir", "beforehand"]) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and err.startswith(f"error: {Path('beforehand')}/train.csv is no split of the SMS Spam Coll")
     server.files.clear()
     assert gpt_download.main(["--data_dir", "other"]) == 1
     assert "error: the SMS Spam Collection could not be downloaded:\n" in capsys.readouterr().err

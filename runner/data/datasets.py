@@ -1,20 +1,17 @@
-"""The labelled messages: the collection or the user's own CSV files, labels, repeated messages."""
+"""The labelled messages: the collection or the user's own files, splits, labels, repeated messages."""
 
-import codecs
-import csv
-import io
 import os
 import textwrap
 import unicodedata
-from contextlib import suppress
 from dataclasses import dataclass
-from itertools import count, takewhile
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 import gpt_download
 from gpt_download import DEFAULT_DATA_DIR, SPLITS
+from runner.data.csv_files import parse_labels, read_messages
 from runner.files import UserError, sha256_of, sha256_of_json
 from runner.wording import shown
 
@@ -36,49 +33,109 @@ class Dataset:
     class_names: list  # of the K classes
     sha256: str  # of all labels and texts, as they were read
     duplicates: dict  # {split: Duplicates} of validation and test
+    notes: list  # lines about how the data was read
     warnings: list  # lines about what the user probably did not intend
 
     @property
     def test_texts(self):
         return list(self.splits["test"]["Text"])
 
+    def warnings_about_first(self, n):
+        """Return a line if the first `n` validation messages, which are evaluated during training, are of one class."""
+        labels = self.splits["validation"]["Label"]
+        first, others = (part[part >= 0].unique() for part in (labels[:n], labels[n:]))
+        if self.name != "own" or len(first) != 1 or not set(others) - set(first):
+            return []
+        first = f"the first {n} validation messages are all {self.class_names[first[0]]}"
+        return [f"{first}: losses and accuracies during training are of that class only; shuffle the file"]
 
-def load(data_dir, dataset, ignore_index):
+
+def load(data_dir, dataset, ignore_index, text_column="Text", label_column="Label"):
     """Return the Dataset that --data_dir and --dataset name. Raises UserError: see `load_splits`, `encode_labels`."""
-    splits, name = load_splits(data_dir, dataset)
-    sha256 = sha256_of_splits(splits)
-    splits, class_names, warnings = encode_labels(splits, name, data_dir, ignore_index)
-    return Dataset(name, splits, class_names, sha256, find_duplicates(splits), warnings)
+    splits, name = load_splits(data_dir, dataset, text_column, label_column)
+    sha256, notes = sha256_of_splits(splits), []
+    if name == "own" and os.path.isfile(data_dir):
+        split = "70% training, 10% validation and 20% test messages"
+        notes = [f"{data_dir} is split at random, always in the same way: {split} of each class"]
+    splits, class_names = encode_labels(splits, name, data_dir, ignore_index)
+    duplicates = find_duplicates(splits)
+    warnings = warnings_about(splits, class_names, duplicates) if name == "own" else []
+    return Dataset(name, splits, class_names, sha256, duplicates, notes, warnings)
 
 
 # --- which data ---
 
+# The names of the files of a split, each of which can end in .tsv too.
+STEMS = {"train": ("train",), "validation": ("validation", "val", "dev", "valid"), "test": ("test",)}
 
-def load_splits(data_dir, dataset):
+
+def split_names(split):
+    """Return the names that the file of a split can have in --data_dir."""
+    return [stem + suffix for stem in STEMS[split] for suffix in (".csv", ".tsv")]
+
+
+def possible_inputs(data_dir):
+    """Return the paths that --data_dir can stand for: a file, or the files of a folder."""
+    names = *(name for split in SPLITS for name in split_names(split)), *gpt_download.COLLECTION_NAMES
+    return [Path(data_dir)] if os.path.isfile(data_dir) else [Path(data_dir, name) for name in names]
+
+
+def load_splits(data_dir, dataset, text_column="Text", label_column="Label"):
     """Return the splits {split: DataFrame with columns Label and Text (str)}, and their name: "uci", "sample" or "own".
 
-    Label is an int, or the name of a class where the user's own labels are names: see `encode_labels`. The collection
+    Label is a number, or the name of a class where the user's own labels are names: see `parse_labels`. The collection
     is downloaded if it is missing. Raises UserError for files that cannot be used, for a folder that was probably meant
     to hold other data, and for a failed download.
     """
     if dataset == "sample":
         return gpt_download.balanced_splits(gpt_download.sample_path()), "sample"
-    paths = {split: Path(data_dir, f"{split}.csv") for split in SPLITS}
-    present = {split: path for split, path in paths.items() if os.path.lexists(path)}  # a broken link too
+    if os.path.isfile(data_dir):
+        if sha256_of(data_dir) == gpt_download.COLLECTION_SHA256:
+            return gpt_download.balanced_splits(data_dir), "uci"
+        messages = parse_labels({"train": read_messages(data_dir, text_column, label_column)})["train"]
+        return split_at_random(messages, data_dir), "own"
+    present = {}
+    for split in SPLITS:
+        paths = [Path(data_dir, name) for name in split_names(split)]
+        paths = [path for path in paths if os.path.lexists(path)]  # a broken link too
+        if len(paths) > 1:
+            raise UserError(f"--data_dir {data_dir} holds {paths[0].name} and {paths[1].name}; remove one of them")
+        present |= {split: path for path in paths}
     is_uci = all(sha256_of(path) == gpt_download.UCI_SPLITS_SHA256[split] for split, path in present.items())
     if len(present) == len(SPLITS):
-        return {split: read_labelled_csv(path) for split, path in paths.items()}, "uci" if is_uci else "own"
+        columns = () if is_uci else (text_column, label_column)
+        splits = {split: read_messages(path, *columns) for split, path in present.items()}
+        return parse_labels(splits), "uci" if is_uci else "own"
     if not is_uci:
         found = " and ".join(path.name for path in present.values())
-        raise UserError(f"--data_dir {data_dir} holds {found} alone; your own data needs all three files")
+        missing = " and no ".join(f"{split}.csv" for split in SPLITS if split not in present)
+        advice = "a single file is split if --data_dir names the file itself"
+        raise UserError(f"--data_dir {data_dir} holds {found}, but no {missing}; {advice}")
     if not present and data_dir != DEFAULT_DATA_DIR:  # the default folder is created, and may hold other files
         names = set(os.listdir(data_dir)) - {FEATURES} if os.path.isdir(data_dir) else {"no folder"}
         if {name for name in names if name[0] != "."} and names.isdisjoint(gpt_download.COLLECTION_NAMES):
             problem = (
                 "does not exist, or holds other files than train.csv, validation.csv and test.csv (not compressed)"
             )
-            raise UserError(f"--data_dir {data_dir} {problem}; the collection is downloaded into an empty folder")
+            advice = "a single file can be named itself, and the collection is downloaded into an empty folder"
+            raise UserError(f"--data_dir {data_dir} {problem}; {advice}")
     return gpt_download.make_uci_splits(data_dir), "uci"
+
+
+def split_at_random(messages, path):
+    """Return splits of 70, 10 and 20% of the messages of each class, in random order.
+
+    They depend on the messages only, not on the order of the file. Every class has a training message. Raises UserError
+    if there are too few messages.
+    """
+    ordered = messages.sort_values(["Label", "Text"]).sample(frac=1, random_state=123)
+    ordered = ordered.sort_values("Label", kind="stable")
+    place, is_first = np.arange(len(ordered)) % 10, ~ordered["Label"].duplicated()
+    split_of = np.select([is_first | (place < 7), place == 7], ["train", "validation"], "test")
+    splits = {split: ordered[split_of == split].sample(frac=1, random_state=123) for split in SPLITS}
+    if any(frame.empty for frame in splits.values()):
+        raise UserError(f"--data_dir {path}: {len(messages)} messages are too few to be split")
+    return {split: frame.reset_index(drop=True) for split, frame in splits.items()}
 
 
 def sha256_of_splits(splits):
@@ -86,98 +143,54 @@ def sha256_of_splits(splits):
     return sha256_of_json([[splits[split][column].tolist() for column in ("Label", "Text")] for split in SPLITS])
 
 
-# --- the user's own CSV files ---
-
-
-def read_labelled_csv(path):
-    """Return the messages of a CSV file, a DataFrame with columns Label, Text and line (where a row begins).
-
-    The file is UTF-8, or UTF-16 with a byte order mark; the separator is a comma, semicolon or tab. Raises UserError
-    that names file and line; pandas cannot be used here, because it does not report line numbers.
-    """
-    rows, line, content = [], 1, path.read_bytes()
-    csv.field_size_limit(2**31 - 1)  # by default a text of more than 131,072 characters is an error
-    try:
-        encoding = "utf-16" if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
-        file = io.StringIO(content.decode(encoding), newline="")
-        separator, columns = parse_header(file.readline())
-        reader, line = csv.reader(file, delimiter=separator, strict=True), 2
-        for fields in reader:
-            if fields:  # not an empty line
-                row = dict(zip(columns, fields))
-                if len(fields) > len(columns) or not {"label", "text"} <= row.keys():
-                    problem = f"{len(fields)} instead of {len(columns)} fields"
-                    raise ValueError(f"{problem}; a text that contains {separator!r} needs quotes")
-                if not (row["label"].strip() and row["text"].strip()):
-                    raise ValueError("the label or the text is empty")
-                rows.append((parse_label(row["label"]), row["text"], line))
-            line = reader.line_num + 2  # of the next row; the header is a line too
-        if not rows:
-            raise ValueError("no messages below the header")
-    except (csv.Error, ValueError) as error:
-        problem = error
-        if isinstance(error, UnicodeDecodeError):
-            line = error.object[: error.start].count(b"\n") + 1
-            problem = f"not text ({error}); save it as CSV UTF-8, not compressed"
-        elif isinstance(error, csv.Error):
-            problem = f"a quote that opens here is not closed, or is closed too early ({error})"
-        raise UserError(f"{path}, line {line}: {problem}") from None
-    return pd.DataFrame(rows, columns=["Label", "Text", "line"])
-
-
-def parse_header(header):
-    """Return the separator and the lower-case columns of a CSV file with this first line. Raises ValueError."""
-    for separator in ",;\t":
-        columns = [column.strip() for column in next(csv.reader([header.lower()], delimiter=separator))]
-        if columns.count("label") == columns.count("text") == 1:
-            return separator, columns
-    raise ValueError(f"the header must have one column Label and one column Text; it is {header.strip()[:80]!r}")
-
-
-def parse_label(text):
-    """Return a label as an int ("1.0" is 1), or as a name."""
-    with suppress(ValueError):
-        if (number := float(text)).is_integer():
-            return int(number)
-    return " ".join(text.split())
-
-
 # --- labels ---
 
 
 def encode_labels(splits, name, data_dir, ignore_index):
-    """Return the splits with labels as numbers from 0 to K-1, the names of these K classes, and a list of warnings.
+    """Return the splits with labels as numbers from 0 to K-1, and the names of these K classes.
 
-    `splits` and `name` are what `load_splits` returns. Labels that are names are numbered in alphabetical order. A
-    negative number equal to `ignore_index` marks a message without a label: it adds nothing to the loss and does not
-    count in an accuracy. Raises UserError for labels from which nothing can be learned.
+    `splits` and `name` are what `load_splits` returns. The classes are the labels of the training split, in the order
+    of numbers or of the alphabet. A negative number equal to `ignore_index` marks a message without a label: it adds
+    nothing to the loss and does not count in an accuracy. Raises UserError for labels that nothing can be learned from.
     """
-    if name != "own":
-        return splits, ["ham", "spam"], []
-    unlabelled = [ignore_index] if ignore_index < 0 else []
-    found = set(splits["train"]["Label"]).difference(unlabelled)
-    if len(found) < 2:
-        raise UserError(f"{data_dir}/train.csv: a classifier needs two classes or more; there is {found or 'none'}")
-    if all(isinstance(label, str) for label in found):
-        classes, unlabelled = sorted(found), []
-    else:
-        classes = list(takewhile(found.__contains__, count()))
-    codes = {label: code for code, label in enumerate(classes)} | {label: label for label in unlabelled}
-    for split, frame in splits.items():
-        if len(unknown := frame[~frame["Label"].isin(codes)]):
-            label, line = str(unknown["Label"].iloc[0])[:50], unknown["line"].iloc[0]
-            problem = f"label {label} is none of the classes {textwrap.shorten(', '.join(map(str, classes)), 100)}"
-            advice = "the labels of train.csv must be names, or 0, 1, 2 and so on"
-            raise UserError(f"{data_dir}/{split}.csv, line {line}: {problem}; {advice}")
-    labelled = {split: frame[~frame["Label"].isin(unlabelled)] for split, frame in splits.items()}
-    splits = {split: frame.assign(Label=frame["Label"].map(codes)) for split, frame in splits.items()}
-    return splits, [shown(str(label)) for label in classes], warnings_about(labelled)
+    unlabelled = {ignore_index, str(ignore_index)} if ignore_index < 0 else set()
+    classes = sorted(set(splits["train"]["Label"]) - unlabelled)
+    names = [shown(str(label)) for label in classes] if name == "own" else ["ham", "spam"]
+    if len(classes) < 2:
+        found = names[0] if names else "none"
+        raise UserError(f"--data_dir {data_dir}: a classifier needs two classes or more; in training there is {found}")
+    codes = {label: code for code, label in enumerate(classes)}
+    if any(numbers.get(ignore_index, ignore_index) != ignore_index for numbers in (codes, dict(enumerate(classes)))):
+        advice = "mark messages without a label by a negative number"
+        raise UserError(f"--ignore_index {ignore_index}: the labels are not 0, 1, 2 and so on; {advice}")
+    codes |= dict.fromkeys(unlabelled, ignore_index)
+    for frame in splits.values():
+        for row, label in enumerate(frame["Label"]):
+            if label not in codes:
+                label, where = shown(str(label))[:50], "{file}, line {line}".format(**frame.iloc[row])
+                known = textwrap.shorten(", ".join(names), 100)
+                raise UserError(f"{where}: label {label} is not among those of the training messages: {known}")
+    return {split: frame.assign(Label=frame["Label"].map(codes)) for split, frame in splits.items()}, names
 
 
-def warnings_about(labelled):
-    """Return lines about what the user probably did not intend, from the messages that have a label, by split."""
-    none = [split for split, frame in labelled.items() if frame.empty]
-    warnings = [f"no message of {split}.csv has a label: loss and accuracy on it are not known" for split in none]
+def warnings_about(splits, class_names, duplicates):
+    """Return lines about what the user probably did not intend in their own data."""
+    warnings, variants = [], {}
+    labelled = {split: frame[frame["Label"] >= 0] for split, frame in splits.items()}
+    for split, frame in labelled.items():
+        if frame.empty:
+            warnings.append(f"no {split} message has a label: loss and accuracy on it are not known")
+        elif split in duplicates and len(duplicates[split].exact) == len(frame):
+            warnings.append(f"all {split} messages are among the training messages: accuracy on them is no estimate")
+    for name in class_names:
+        variants.setdefault(name.casefold(), []).append(name)
+    if alike := [" and ".join(names) for names in variants.values() if len(names) > 1]:
+        warnings.append(f"classes whose names differ in case only: {', '.join(alike)}")
+    messages = pd.concat(splits.values())
+    if len(suspects := messages[messages["holds_row"]]):
+        where = "{file}, line {line}".format(**suspects.iloc[0])
+        begin = f"{where}: a text of several lines holds what looks like a row of the file; is a quote not closed?"
+        warnings.append(begin + f" (and {len(suspects) - 1:,} more such texts)" * (len(suspects) > 1))
     texts = pd.concat(labelled.values())[["Label", "Text"]].drop_duplicates()["Text"]
     if len(contradictory := texts[texts.duplicated()].unique()):
         example = textwrap.shorten(contradictory[0], 60)

@@ -4,7 +4,7 @@ In the shapes B is messages in a batch, T tokens in a message, D the embedding w
 """
 
 import secrets
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
 import numpy as np
@@ -98,6 +98,16 @@ class EncodedData:
     splits: dict  # {name: Split}
     limit: int  # the number of tokens to which messages are cut, and padded unless padding is off
     longest: int  # tokens of the longest message, padding included
+    n_cut: dict = field(default_factory=dict)  # {name: how many messages of a split have more tokens than `limit`}
+
+    def describe_cut(self):
+        """Return a line for each split some of whose messages are cut."""
+        lines, kinds = [], {"train": "training texts", "texts": "texts"}
+        for name, n in self.n_cut.items():
+            has, is_cut = ("has", "is cut") if n == 1 else ("have", "are cut")
+            texts = f"{len(self.splits[name]):,} {kinds.get(name, name + ' texts')}"
+            lines += [f"{n:,} of {texts} {has} more than {self.limit:,} tokens and {is_cut}"] * bool(n)
+        return lines
 
 
 # --- from texts to the pool ---

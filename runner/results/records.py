@@ -148,6 +148,7 @@ def restore(kind, value):
 
 # Options that change no number of a run: where it computes, and where its files are.
 NOT_IDENTIFYING = ("device", "features", "activation_checkpointing", "shard", "data_dir")
+NOT_IDENTIFYING += ("text_column", "label_column")
 
 
 def run_identity(experiment, data, weights):

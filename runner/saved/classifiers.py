@@ -1,13 +1,18 @@
 """Trained classifiers on disk: the trained parameters, and what is needed to use them; the messages of --classify."""
 
 import json
+import os
 import sys
 from dataclasses import asdict, dataclass
 
+import numpy as np
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from runner.data.csv_files import read_messages
+from runner.data.predictions import predictions_table, to_csv
 from runner.files import UserError, atomic_write, open_safetensors, sha256_of_tensors
+from runner.wording import shown
 
 # --- on disk ---
 
@@ -92,6 +97,35 @@ def load_parameters(classifier, parameters):
 
 # Characters that would end a field or a line or control the terminal, and the backslash, by their escape sequences.
 ESCAPES = {n: chr(n).encode("unicode_escape").decode() for n in (*range(32), 92, *range(127, 160), 0x2028, 0x2029)}
+
+
+def file_of_texts(arguments):
+    """Return the path of the CSV file that `--classify` names, or None. Raises UserError for a file and more.
+
+    Arguments that are probably not meant as messages get a line of advice on standard error.
+    """
+    files = [argument for argument in arguments if os.path.isfile(argument)]
+    tables = [file for file in files if file.lower().endswith((".csv", ".tsv"))]
+    if tables and len(arguments) > 1:
+        raise UserError(f"--classify {tables[0]}: a file is classified alone, without other messages")
+    for file in [] if tables else files:
+        advice = f"its name is classified, not its content; for its lines: --classify - < {shown(file)}"
+        print(f"warning: {shown(file)} is a file; {advice}", file=sys.stderr)
+    if not all(argument.strip() for argument in arguments):
+        print("warning: a message is empty and gets no label; is a variable of the shell not set?", file=sys.stderr)
+    return tables[0] if tables else None
+
+
+def classify_file(path, classifier):
+    """Print a table of predictions for the texts in a CSV file, as CSV. Blank texts get no label. Raises UserError."""
+    columns = classifier.experiment.text_column, classifier.experiment.label_column
+    frame = read_messages(path, *columns, is_labelled=False)
+    is_blank = (frame["Text"].str.strip() == "").to_numpy()
+    probabilities = np.full((len(frame), len(classifier.class_names)), np.nan)
+    probabilities[~is_blank] = classifier.predict(frame["Text"][~is_blank])[1].numpy()
+    table = predictions_table(frame["Text"], frame["Label"], probabilities, classifier.class_names)
+    table.loc[is_blank, "predicted"] = ""
+    print(to_csv(table), end="", flush=True)
 
 
 def chunks_of_texts(arguments):

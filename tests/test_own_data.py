@@ -1,0 +1,325 @@
+"""Own data as people have it: labels, columns, file names, what is worth a warning, and predictions as CSV."""
+
+import csv
+import io
+import random
+import shlex
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from helpers import records_in
+
+import additional_experiments as ae
+import gpt_download
+from additional_experiments import main
+from runner.data import datasets
+from runner.files import UserError
+
+
+def write(path, rows, header="Label,Text", **keywords):
+    """Write a file of comma-separated lines."""
+    Path(path).parent.mkdir(exist_ok=True)
+    Path(path).write_text("\n".join([header, *rows]) + "\n", newline="", **keywords)
+
+
+def read(data_dir, ignore_index=-100, **columns):
+    return datasets.load(str(data_dir), "uci", ignore_index, **columns)
+
+
+def write_splits(folder, **rows):
+    """Write the three files, by default with a few messages of classes a and b."""
+    for split in datasets.SPLITS:
+        write(Path(folder, f"{split}.csv"), rows.get(split, [f"a,{split} 1", f"b,{split} 2"]))
+
+
+# --- labels ---
+
+
+@pytest.mark.parametrize(
+    "labels, ignore_index, names",
+    [
+        ("5 1 3 2 4 10", -100, ["1", "2", "3", "4", "5", "10"]),
+        ("1 -1", -100, ["-1", "1"]),
+        ("4 0", -100, ["0", "4"]),
+        ("1.0 0.5 0", -100, ["0", "0.5", "1"]),
+        ("A10 007 7", -100, ["007", "7", "A10"]),  # codes: one is no number
+        ("1_0 100 nan", -100, ["100", "1_0", "nan"]),
+        ("9007199254740993 9007199254740992", -100, ["9007199254740992", "9007199254740993"]),
+        ("b a 良い", -100, ["a", "b", "良い"]),
+        ("-1 2 1", -1, ["1", "2"]),
+        ("b -1 a", -1, ["a", "b"]),
+        ("-1 2 -2", -2, ["-1", "2"]),
+        ("2 1 0", 2, ["0", "1", "2"]),  # the loss ignores it
+        ("1 2", 50256, ["1", "2"]),
+    ],
+)
+def test_any_set_of_labels(labels, ignore_index, names):
+    """The classes are those of training, in the order of numbers or of the alphabet, but for "no label"."""
+    write_splits("own", **dict.fromkeys(datasets.SPLITS, [f"{label},{label} text" for label in labels.split()]))
+    data = read("own", ignore_index)
+    assert data.class_names == names
+    for frame in data.splits.values():
+        expected = [str(label).split()[0].removesuffix(".0") for label in frame["Text"]]
+        found = [data.class_names[code] if code >= 0 else str(code) for code in frame["Label"]]
+        assert found == expected and frame["Label"].dtype == "int64"
+    assert all("are among the training messages" in warning for warning in data.warnings)
+
+
+@pytest.mark.parametrize("labels, ignore_index", [("1 2 3", 2), ("0 1 50256", 50256), ("a b", 1)])
+def test_a_class_that_the_loss_would_confuse_with_another(labels, ignore_index):
+    """It knows classes by their numbers from 0 on."""
+    write_splits("own", train=[f"{label},text {label}" for label in labels.split()])
+    with pytest.raises(UserError, match=f"^--ignore_index {ignore_index}: the labels are not 0, 1, 2 and so on"):
+        read("own", ignore_index)
+
+
+def test_labels_that_differ_in_case_only_get_one_warning():
+    write_splits("own", train=["Spam,a", "spam,b", "SPAM,c", "ham,d", "Ham,e"], validation=["ham,f"], test=["ham,g"])
+    assert read("own").warnings == ["classes whose names differ in case only: Ham and ham, SPAM and Spam and spam"]
+
+
+# --- columns ---
+
+
+@pytest.mark.parametrize(
+    "header, options",
+    [
+        ("v1,v2,,,", "--text_column v2 --label_column v1"),
+        ("id;sms text;kind", "--text_column 'sms text' --label_column kind"),
+        ("Text;no;class", "--text_column Text --label_column class"),
+        ("Label,Text,text", None),
+    ],
+)
+def test_a_header_is_answered_with_the_options_that_read_it(header, options):
+    """They work as they are: what is suggested for a file reads it."""
+    columns = [column.strip() for column in header.replace(";", ",").split(",")]
+    values = dict(v1="ab", v2=["long words {}"] * 2, id=["{}"] * 2, kind="xy", no=["{}"] * 2, Label="ab")
+    values |= {
+        "sms text": ["a, message {}"] * 2,
+        "Text": ["some, text {}"] * 2,
+        "class": "pq",
+        "text": ["other {}"] * 2,
+    }
+    with open("own.csv", "w", newline="") as file:
+        writer = csv.writer(file, delimiter=";" if ";" in header else ",")
+        writer.writerow(columns)
+        writer.writerows([values[name][n % 2].format(n) if name else "" for name in columns] for n in range(40))
+    with pytest.raises(UserError) as error:
+        read("own.csv")
+    begin, _, suggested = str(error.value).partition("; to use its own columns add ")
+    assert begin == f"own.csv, line 1: the header must have one column Label and one column Text; it is {header!r}"
+    assert suggested == (options or "")
+    if options:
+        _, name, _, label = shlex.split(suggested)
+        data = read("own.csv", text_column=name.upper(), label_column=label)
+        assert len(data.splits["train"]) == 28 and len(data.class_names) == 2
+
+
+def test_other_column_names_do_not_make_another_run(nano, data_dir, capsys):
+    assert main(nano) == 0
+    for split in datasets.SPLITS:
+        frame = pd.read_csv(data_dir / f"{split}.csv")
+        frame.rename(columns=dict(Label="Class", Text="Words")).to_csv(data_dir / f"{split}.csv", index=None)
+    capsys.readouterr()
+    assert main([*nano, "--text-column", "words", "--label-column", "class", "--skip_finished"]) == 0
+    assert "Finished before: " in capsys.readouterr().out and len(records_in()) == 1
+    assert main(["--baseline", "--data_dir", str(data_dir), "--label_column", "class"]) == 2
+    assert "add --text_column Words --label_column Class" in capsys.readouterr().err
+
+
+# --- files ---
+
+
+def test_one_file_is_split_whatever_its_order(nano, capsys):
+    rows = [
+        f"{label},message {n} of {label}" for label, many in dict(a=67, b=30, c=1, d=2).items() for n in range(many)
+    ]
+    splits = []
+    for name in ("sorted.csv", "shuffled.csv"):
+        write(name, rows)
+        data = read(name)
+        splits.append({split: frame[["Label", "Text"]].values.tolist() for split, frame in data.splits.items()})
+        random.Random(0).shuffle(rows)
+    assert splits[0] == splits[1]
+    assert sorted(text for of_split in splits[0].values() for _, text in of_split) == sorted(r[2:] for r in rows)
+    assert [len(splits[0][split]) for split in datasets.SPLITS] == pytest.approx(
+        [70, 10, 20], abs=3
+    )  # each class has a training message
+    train = [label for label, _ in splits[0]["train"]]
+    assert {0, 1, 2, 3} == set(train) and train.count(0) == pytest.approx(47, abs=2) and train != sorted(train)
+
+    nano[nano.index("--data_dir") + 1] = "sorted.csv"
+    assert main(nano) == 0
+    assert "\nsorted.csv is split at random, always in the same way: 70% training, 10% validation and 20% test" in (
+        capsys.readouterr().out
+    )
+    assert main([*nano, "--predictions", "sorted.csv"]) == 2
+    assert "--predictions sorted.csv would overwrite the data" in capsys.readouterr().err
+    write("few.csv", ["a,1", "b,2"])
+    with pytest.raises(UserError, match="--data_dir few.csv: 2 messages are too few to be split"):
+        read("few.csv")
+
+
+def test_the_collection_itself_may_be_the_file(monkeypatch):
+    """It is read with the quotes of CSV, unlike other files with tabs: the published numbers contain that."""
+    monkeypatch.setattr(gpt_download, "COLLECTION_SHA256", gpt_download.SAMPLE_SHA256)
+    data = read(gpt_download.SAMPLE)
+    assert data.name == "uci" and data.notes == [] and len(data.splits["train"]) == 840
+
+
+@pytest.mark.parametrize("name", ["val.csv", "dev.tsv", "valid.csv", "validation.tsv"])
+def test_other_names_of_the_files(name):
+    write_splits("own")
+    Path("own/validation.csv").unlink()
+    with pytest.raises(UserError, match=r"holds train.csv and test.csv, but no validation.csv; a single file"):
+        read("own")
+    separator = "\t" if name.endswith("tsv") else ","
+    write(
+        f"own/{name}", [f"a{separator}x", f"b{separator}y, z" if separator == "\t" else "b,y"], f"Label{separator}Text"
+    )
+    data = read("own")
+    assert data.name == "own" and data.splits["validation"]["Text"].str[0].tolist() == ["x", "y"]
+    write("own/validation.csv", ["a,x"])
+    pair = {"validation.csv", name}
+    with pytest.raises(UserError, match=f"holds {'|'.join(pair)} and {'|'.join(pair)}; remove one of them"):
+        read("own")
+
+
+def test_tabs_and_quotes():
+    """A quote is text between tabs, and in Excel's files with tabs it is not."""
+    lines = ['ham\t"Hi" he said', 'spam\t"never closed', 'ham\tsay ""x""', 'spam\t"all"']
+    write_splits("own")
+    write("own/test.tsv", lines, "Label\tText")
+    write_splits("own", train=["ham,a", "spam,b"], validation=["ham,c", "spam,d"])
+    Path("own/test.csv").unlink()
+    assert read("own").splits["test"]["Text"].tolist() == [line.split("\t")[1] for line in lines]
+    write("own/test.tsv", ['ham\t"two\nlines"', 'spam\t"a ""b"""'], "Label\tText", encoding="utf-16")
+    assert read("own").splits["test"]["Text"].tolist() == ["two\nlines", 'a "b"']
+
+
+# --- what is worth a warning ---
+
+
+def test_a_text_that_has_swallowed_rows():
+    write_splits(
+        "own", train=['b,"never closed', "a,next", "b,last" + '"', 'a,"two', 'lines, three"', "a,c", 'b,"x', 'a,y"']
+    )
+    [warning] = read("own").warnings
+    assert warning.startswith("own/train.csv, line 2: a text of several lines holds what looks like a row of the file")
+    assert warning.endswith("(and 1 more such texts)")
+
+
+def test_all_test_messages_among_the_training_messages():
+    write_splits("own", train=["a,x", "b,y"], test=["a,x", "a,x"], validation=["a,x", "a,z"])
+    assert read("own").warnings == [
+        "all test messages are among the training messages: accuracy on them is no estimate"
+    ]
+
+
+def test_repeats_within_a_split_are_counted(nano, data_dir, capsys):
+    write(data_dir / "test.csv", ["0,same", "0,same", "0,same", "1,other"])
+    assert main(nano) == 0
+    [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Repeated within their split")]
+    assert line.endswith("2 of 4 test messages")
+
+
+def test_validation_messages_sorted_by_label(nano, data_dir, capsys):
+    """Estimates during training are of the first five batches."""
+    write(data_dir / "validation.csv", ["-100,c", *["0,a"] * 9, *["1,b"] * 9])
+    warning = "warning: the first 10 validation messages are all 0: losses and accuracies during training are of that"
+    for batch_size, is_warned in ((2, True), (3, False)):
+        assert main([*nano, "--batch_size", str(batch_size)]) == 0
+        assert (warning in capsys.readouterr().err) == is_warned
+
+
+def test_cut_texts_are_counted(nano, data_dir, capsys):
+    write(data_dir / "test.csv", ["0," + "word " * 60, "1,b"])
+    write(data_dir / "validation.csv", ["0," + "word " * 60, "1," + "word " * 31])
+    options = [*nano, "--context_length", "30", "--save_model", "saved.safetensors"]
+    assert main(options) == 0
+    out, err = capsys.readouterr()
+    validation = "2 of 2 validation texts have more than 30 tokens and are cut"
+    test = "1 of 2 test texts has more than 30 tokens and is cut"
+    assert f"\nTokens per message: 30 at most, padded; {validation}; {test}\n" in out and "cut" not in err
+    write(data_dir / "train.csv", [f"{n % 2},{'word ' * (1023 + (n < 3))}" for n in range(8)])
+    assert main([*nano, "--trainable_token_pos", "first"]) == 0
+    assert "warning: 3 of 8 training texts have more than 1,024 tokens and are cut\n" in capsys.readouterr().err
+    assert main(["--load_model", "saved.safetensors", "--classify", "word " * 40, "b"]) == 0
+    assert capsys.readouterr().err == "warning: 1 of 2 texts has more than 30 tokens and is cut\n"
+    ae.load_classifier("saved.safetensors").predict(["word " * 40, "word " * 50])
+    assert capsys.readouterr().err == "warning: 2 of 2 texts have more than 30 tokens and are cut\n"
+
+
+# --- predictions ---
+
+ODD = ["=1+1", 'say "hi", you', "two\nlines", "日本語 é", "a;b\tc"]
+
+
+def test_predictions_of_each_message(nano, data_dir, capsys):
+    rows = [("-100" if n == 2 else n % 2, text) for n, text in enumerate(ODD)]
+    pd.DataFrame(rows, columns=["Label", "Text"]).to_csv(data_dir / "test.csv", index=None)
+    assert main([*nano, "--predictions", "predictions.csv", "--save_model", "saved.safetensors"]) == 0
+    assert "Wrote the predictions to predictions.csv" in capsys.readouterr().out
+    assert Path("predictions.csv").read_bytes().startswith(b"\xef\xbb\xbf")  # which tells Excel that it is UTF-8
+    table = pd.read_csv("predictions.csv", keep_default_na=False)
+    assert [*table] == ["split", "number", "label", "predicted", "probability_0", "probability_1", "text"]
+    assert table["split"].tolist() == ["validation"] * 9 + ["test"] * 5
+    test = table[9:]
+    assert test["text"].tolist() == ODD and test["number"].tolist() == [0, 1, 2, 3, 4]
+    assert test["label"].astype(str).tolist() == ["0", "1", "", "1", "0"]
+    classifier = ae.load_classifier("saved.safetensors")
+    labels, probabilities = classifier.predict(ODD)
+    assert test["predicted"].astype(str).tolist() == labels
+    torch.testing.assert_close(
+        torch.tensor(test.iloc[:, 4:6].to_numpy(dtype="float32")), probabilities, atol=1e-5, rtol=0
+    )
+    [record] = records_in()
+    wrong = test[(test["label"] != "") & (test["label"].astype(str) != test["predicted"].astype(str))]
+    assert wrong["number"].tolist() == [mistake[0] for mistake in record["confusions"]["test"]["mistakes"]]
+
+
+@pytest.mark.parametrize("options", [["x.txt"], ["missing/x.csv"], ["x.csv", "--repeats", "2"]])
+def test_predictions_are_refused_before_training(nano, capsys, options):
+    assert main([*nano, "--predictions", *options]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and "--predictions" in err
+
+
+def test_classify_a_file(nano, data_dir, capsys):
+    """The columns are those of the file of predictions; a blank text has no label; labels are optional."""
+    assert main([*nano, "--save_model", "saved.safetensors"]) == 0
+    command = ["--load_model", "saved.safetensors", "--classify"]
+    texts = [*ODD, "  "]
+    frame = pd.DataFrame(dict(Words=texts, Label="x"))
+    capsys.readouterr()
+    for columns in (["Words"], ["Words", "Label"]):
+        frame[columns].to_csv("messages.csv", index=None)
+        assert main([*command, "messages.csv", "--text_column", "words"]) == 0
+        out, err = capsys.readouterr()
+        table = pd.read_csv(io.StringIO(out), keep_default_na=False)
+        assert err == "" and [*table] == ["number", "label", "predicted", "probability_0", "probability_1", "text"]
+        assert table["text"].tolist() == texts and set(table["label"]) == {"x" if "Label" in columns else ""}
+        labels, _ = ae.load_classifier("saved.safetensors").predict(ODD)
+        assert table["predicted"].astype(str).tolist() == [*labels, ""] and table["probability_1"].iloc[-1] == ""
+
+    for arguments, message in (
+        (["messages.csv"], "one column Text; it is 'Words,Label'; to use its own columns add --text_column Words\n"),
+        (["messages.csv", "hello"], "--classify messages.csv: a file is classified alone, without other messages\n"),
+    ):
+        assert main([*command, *arguments]) == 2
+        assert capsys.readouterr().err.endswith(message)
+
+
+def test_what_is_probably_no_message(nano, capsys):
+    """Another file, and an empty message, get a line of advice, and the answers of a message."""
+    assert main([*nano, "--save_model", "saved.safetensors"]) == 0
+    Path("notes.txt").write_text("hello")
+    capsys.readouterr()
+    assert main(["--load_model", "saved.safetensors", "--classify", "notes.txt", "", "x" * 5000, "a.csv"]) == 0
+    out, err = capsys.readouterr()
+    assert [line.split("\t")[2][:9] for line in out.splitlines()] == ["notes.txt", "", "x" * 9, "a.csv"]
+    of_file, of_empty, of_cut = err.splitlines()
+    assert of_file.endswith("its name is classified, not its content; for its lines: --classify - < notes.txt")
+    assert of_empty.startswith("warning: a message is empty and gets no label") and "cut" in of_cut
