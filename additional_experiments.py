@@ -64,9 +64,7 @@ class Experiment:
     UserError for a value that an option does not take, and for values that cannot be combined.
     """
 
-    model_size: str = option(
-        "gpt2-small (124M)", MODEL, f"{', '.join(GPT_SIZES)}; xl is enough", type=options.model_size
-    )
+    model_size: str = option("gpt2-small (124M)", MODEL, f"{', '.join(GPT_SIZES)}; or xl", type=options.model_size)
     weights: str = option("pretrained", MODEL, "pretrained, random, or a GPT-2 .safetensors file", metavar="W")
     trainable_layers: str = option(
         "last_block",
@@ -77,13 +75,10 @@ class Experiment:
     lora_rank: int = option(8, MODEL, "rank of the LoRA matrices", type=bounded(int, 1))
     lora_alpha: float = option(8.0, MODEL, "scale of LoRA, not divided by the rank", type=bounded(float, 1e-12))
     trainable_token_pos: str = option(
-        "last",
-        INPUT,
-        "token to classify; flexible: the last that is not padding",
-        choices=("last", "first", "flexible"),
+        "last", INPUT, "token to classify; flexible: the last before padding", choices=("last", "first", "flexible")
     )
     average_embeddings: bool = option(
-        False, INPUT, "classify the mean over all tokens; with flexible or --no_padding without padding"
+        False, INPUT, "classify the mean of all tokens; flexible, --no_padding: without pads"
     )
     context_length: str | int = option(
         "longest_training_example",
@@ -101,13 +96,11 @@ class Experiment:
     weight_decay: float = option(0.1, TRAINING, "decoupled weight decay of AdamW", type=bounded(float, 0))
     seed: int = option(123, TRAINING, "seed of weights, head and training order", type=bounded(int, 0))
     device: str = option("auto", MACHINE, "auto: cuda, else mps, else cpu", choices=("auto", "cpu", "mps", "cuda"))
-    precision: str = option(
-        "fp32", MACHINE, "of matmuls; the rest stays float32; tf32 needs CUDA", choices=("fp32", "bf16", "tf32")
-    )
+    precision: str = option("fp32", MACHINE, "of matmuls alone; tf32 needs CUDA", choices=("fp32", "bf16", "tf32"))
     features: str = option(
         "auto",
         MACHINE,
-        "where the output of frozen blocks is held; auto: memory, else disk, else off (recomputed)",
+        "where the output of frozen blocks is held; off: recomputed",
         choices=("auto", "memory", "disk", "off"),
     )
     activation_checkpointing: bool = option(False, MACHINE, "recompute blocks in the backward pass, to save memory")
@@ -115,7 +108,7 @@ class Experiment:
     data_dir: str = option(
         DEFAULT_DATA_DIR,
         DATA,
-        "the collection; or your own data: a folder with train.csv, validation.csv and test.csv, or one file",
+        "the collection, or your own data: one file, or train.csv, validation.csv, test.csv",
         metavar="PATH",
     )
     text_column: str = option("Text", DATA, "the column of your own files that holds the messages", metavar="NAME")
@@ -498,20 +491,19 @@ def run_seed(experiment, setup, checkpoint, run_options, console):
     state = TrainingState(classifier, optimizer, History(), experiment.seed, is_kept, started)
     torch.manual_seed(experiment.seed)
     checkpoint.restore(state)
-    confusions, probabilities = {}, {}
     try:
         train(classifier, encoded, experiment, state, checkpoint, console)
         minutes = state.usage()["training"] / 60
         console.info(f"Training completed in {minutes:.2f} minutes.")
-        for name, loader in make_loaders(encoded.splits, experiment.batch_size).items():
-            predictions = predict_batches(classifier, encoded, name, loader)
-            confusions[name], probabilities[name] = confusion(predictions), predictions.logits.double().softmax(-1)
+        loaders = make_loaders(encoded.splits, experiment.batch_size)
+        predictions = {name: predict_batches(classifier, encoded, name, loader) for name, loader in loaders.items()}
     except NonFiniteError as error:
         advice = "Try: a smaller --learning_rate; --precision fp32"
         raise NonFiniteError(f"training diverged, at step {state.batches_done:06d}: {error}\n{advice}") from None
 
     with processes.raise_on_all_ranks():
         setup.weights.require_unchanged()
+    confusions = {name: confusion(of_split) for name, of_split in predictions.items()}
     further = dict(minutes=minutes, feature_seconds=setup.features.seconds, note=run_options.note)
     further |= dict(tokens_per_message=setup.encoded.longest)
     record = make_record(experiment, setup.dataset, setup.weights, confusions, state, **further)
@@ -519,7 +511,7 @@ def run_seed(experiment, setup, checkpoint, run_options, console):
         console.write_output("the record", run_options.results, write_record, record)
     console.info("\n".join([*describe_accuracies(record), *describe_mistakes(record)]))
     if path := run_options.predictions:
-        del probabilities["train"]  # in the order of training, and without the last partial batch
+        probabilities = {name: predictions[name].logits.softmax(-1) for name in ("validation", "test")}
         console.write_output("the predictions", path, write_predictions, setup.dataset, probabilities)
     if run_options.save_model or run_options.export:
         parameters = state.full_parameters()

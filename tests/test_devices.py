@@ -293,7 +293,7 @@ def test_the_first_classified_messages_are_compared_with_the_cpu(options, monkey
 
     with pretended_device(monkeypatch, "cuda", wrong):
         assert main([*command, "--device", "cuda"]) == 1
-        assert "does not compute what the CPU computes: the logits: a difference of 5.0%" in capsys.readouterr().err
+        assert "does not compute what the CPU computes: the logits: a difference of " in capsys.readouterr().err
         assert main([*command, "--device", "auto"]) == 0
     out, err = capsys.readouterr()
     assert out.splitlines() == [answer] and err.endswith("; it continues on the CPU\n")

@@ -87,7 +87,7 @@ def test_labels_that_differ_in_case_only_get_one_warning():
     "header, options",
     [
         ("v1,v2,,,", "--text_column v2 --label_column v1"),
-        ("id;sms text;kind", "--text_column 'sms text' --label_column kind"),
+        ("id;sms text;kind", '--text_column "sms text" --label_column kind'),
         ("Text;no;class", "--text_column Text --label_column class"),
         ("Label,Text,text", None),
     ],
