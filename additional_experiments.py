@@ -501,9 +501,9 @@ def run_seed(experiment, setup, checkpoint, run_options, console):
         advice = "Try: a smaller --learning_rate; --precision fp32"
         raise NonFiniteError(f"training diverged, at step {state.batches_done:06d}: {error}\n{advice}") from None
 
+    confusions = {name: confusion(of_split) for name, of_split in predictions.items()}
     with processes.raise_on_all_ranks():
         setup.weights.require_unchanged()
-    confusions = {name: confusion(of_split) for name, of_split in predictions.items()}
     further = dict(minutes=minutes, feature_seconds=setup.features.seconds, note=run_options.note)
     further |= dict(tokens_per_message=setup.encoded.longest)
     record = make_record(experiment, setup.dataset, setup.weights, confusions, state, **further)
