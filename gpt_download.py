@@ -29,11 +29,10 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import disable_progress_bars
 from huggingface_hub.utils import logging as hub_logging
 from requests.adapters import HTTPAdapter
-from safetensors import SafetensorError
 from urllib3 import Retry
 
 from previous_chapters import GPT_SIZES, GPTConfig, GPTModel, WeightsError, is_mask, load_gpt2_weights
-from runner.files import NonFiniteError, UserError, open_safetensors, require_finite, sha256_of, write_bytes
+from runner.files import NonFiniteError, UserError, read_safetensors, require_finite, sha256_of, write_bytes
 
 # --- what is fetched, and from where ---
 
@@ -197,19 +196,7 @@ def fetch_weights(model_size, quiet=False):
     )
 
 
-# --- opening ---
-
-
-def open_weights(path):
-    """Return the tensors of a `.safetensors` file by name; where they are memory-mapped, one is read when it is used.
-
-    Raises UserError for a file that is missing, truncated or of another format.
-    """
-    try:
-        with open_safetensors(path) as file:
-            return {name: file.get_tensor(name) for name in file.keys()}
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} cannot be read as a .safetensors file: {describe_error(error)}") from error
+# --- weights ---
 
 
 @dataclass(frozen=True)
@@ -258,9 +245,9 @@ def load_weights(source, model_size, quiet=False):
         return Weights(model_size, source)
     if source == "pretrained":
         path, stat = fetch_weights(model_size, quiet)
-        return Weights(model_size, source, PRETRAINED[model_size].sha256, open_weights(path), path, stat)
+        return Weights(model_size, source, PRETRAINED[model_size].sha256, read_safetensors(path)[0], path, stat)
     path, stat = Path(source), size_and_time(source)
-    tensors = open_weights(path)
+    tensors, _ = read_safetensors(path)
     try:
         require_finite({name: tensor for name, tensor in tensors.items() if not is_mask(name)}, "tensor")
         with torch.device("meta"):

@@ -69,13 +69,18 @@ def sha256_of_tensors(tensors):
 # --- safetensors ---
 
 
-def open_safetensors(path):
-    """Open a `.safetensors` file, memory-mapped where that works. Raises SafetensorError or OSError.
+def read_safetensors(path):
+    """Return ({name: tensor}, metadata) of a `.safetensors` file. A tensor is read from the disk when it is used.
 
-    Windows cannot map files of several GB (safetensors issue 693); the reader without a map is new in version 0.8.
+    Not so on Windows, which cannot map files of several GB (safetensors issue 693), from version 0.8 on. Raises
+    UserError for a file that is missing, truncated or of another format.
     """
-    is_read = sys.platform == "win32" and safetensors.__version__ >= "0.8"
-    return safetensors.safe_open(path, framework="pt", **(dict(backend="pread") if is_read else {}))
+    is_mapped = sys.platform != "win32" or safetensors.__version__ < "0.8"
+    try:
+        with safetensors.safe_open(path, framework="pt", **({} if is_mapped else dict(backend="pread"))) as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+    except (safetensors.SafetensorError, OSError) as error:
+        raise UserError(f"{path} cannot be read as a .safetensors file: {error}") from error
 
 
 # --- whole or absent ---

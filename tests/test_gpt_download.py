@@ -26,8 +26,8 @@ from transformers import GPT2Config, GPT2Model
 
 import additional_experiments
 import gpt_download
-from gpt_download import HubFile, fetch_collection, fetch_weights, load_vocabulary, open_weights
-from runner.files import UserError
+from gpt_download import HubFile, fetch_collection, fetch_weights, load_vocabulary
+from runner.files import UserError, read_safetensors
 
 # --- a server that does as it is told ---
 
@@ -388,7 +388,7 @@ NAME = "transformer.h.2.mlp.c_fc.weight"
 )
 def test_weights_that_cannot_be_used(data_dir, nano_weights, capsys, change, message):
     """Not finite in float32, incomplete, or cut to so many bytes. The masks of some files are infinite."""
-    tensors = {name: tensor.clone() for name, tensor in open_weights(nano_weights).items()}
+    tensors = {name: tensor.clone() for name, tensor in read_safetensors(nano_weights)[0].items()}
     tensors |= {f"transformer.h.0.attn.{kind}": torch.tensor(-torch.inf) for kind in ("bias", "masked_bias")}
     n_bytes = change(tensors)
     Path("file").write_bytes(save(tensors)[: n_bytes if isinstance(n_bytes, int) else None])

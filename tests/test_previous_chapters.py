@@ -13,8 +13,8 @@ from torch import nn
 from torch.testing import assert_close
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model
 
-from gpt_download import open_weights
 from previous_chapters import GPT_SIZES, GPTConfig, GPTModel, TransformerBlock, WeightsError, load_gpt2_weights
+from runner.files import read_safetensors
 
 D, LAYERS, HEADS, VOCAB, CONTEXT = 24, 3, 4, 61, 16
 TOKEN_IDS = torch.randint(VOCAB, (4, 9), generator=torch.Generator().manual_seed(1))  # (B, T)
@@ -81,7 +81,7 @@ def test_file_written_by_transformers(kind, prefix, dtype, tmp_path):
     """Older files also hold mask buffers, and the head that is tied to the embeddings."""
     theirs = transformers_gpt2(kind).to(dtype)
     theirs.save_pretrained(tmp_path)
-    tensors = open_weights(tmp_path / "model.safetensors")
+    tensors, _ = read_safetensors(tmp_path / "model.safetensors")
     head = tensors[f"{prefix}wte.weight"]
     skipped = {"lm_head.weight": head.clone()}
     for layer in range(LAYERS):

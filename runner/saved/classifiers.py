@@ -6,12 +6,11 @@ import sys
 from dataclasses import asdict, dataclass
 
 import numpy as np
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from runner.data.csv_files import read_messages
 from runner.data.predictions import predictions_table, to_csv
-from runner.files import UserError, atomic_write, open_safetensors, sha256_of_tensors
+from runner.files import UserError, atomic_write, read_safetensors, sha256_of_tensors
 from runner.wording import shown
 
 # --- on disk ---
@@ -67,12 +66,7 @@ def save_classifier(path, saved, parameters):
 
 def read_classifier(path):
     """Return (SavedClassifier, {name: tensor}) from a file of `save_classifier`. Raises UserError for other files."""
-    try:
-        with open_safetensors(path) as file:
-            metadata = file.metadata() or {}
-            parameters = {name: file.get_tensor(name) for name in file.keys()}
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} cannot be read as a saved classifier: {error}") from None
+    parameters, metadata = read_safetensors(path)
     if metadata.get("kind") != KIND:
         raise UserError(f"{path} was not written by --save_model of this version")
     if metadata.get("sha256") != sha256_of_tensors(parameters):
