@@ -626,14 +626,7 @@ def use_classifier(run_options, given):
         export_classifier(run_options.export, classifier, saved)
         print(f"Wrote the export to {run_options.export}", file=sys.stderr)  # standard output is for answers only
     if run_options.classify:
-        file = classifiers.file_of_texts(run_options.classify)
-        chunks = classifiers.chunks_of_texts(run_options.classify)
-        trained = load_classifier(run_options.load_model, **given)
-        if file is not None:
-            return classifiers.classify_file(file, trained)
-        for texts in chunks:
-            labels, probabilities = trained.predict([text for text in texts if text.strip()])
-            classifiers.print_answers(texts, labels, probabilities)
+        classifiers.answer(run_options.classify, lambda: load_classifier(run_options.load_model, **given))
 
 
 # --- main ---

@@ -93,6 +93,21 @@ def load_parameters(classifier, parameters):
 ESCAPES = {n: chr(n).encode("unicode_escape").decode() for n in (*range(32), 92, *range(127, 160), 0x2028, 0x2029)}
 
 
+def answer(arguments, load):
+    """Print the predictions for the arguments of `--classify`; `load()` returns the TrainedClassifier.
+
+    What is wrong with the arguments is told before it is loaded. Raises UserError.
+    """
+    file, chunks = file_of_texts(arguments), chunks_of_texts(arguments)
+    classifier = load()
+    if file is not None:
+        classify_file(file, classifier)
+        return
+    for texts in chunks:
+        labels, probabilities = classifier.predict([text for text in texts if text.strip()])
+        print_answers(texts, labels, probabilities)
+
+
 def file_of_texts(arguments):
     """Return the path of the CSV file that `--classify` names, or None. Raises UserError for a file and more.
 
