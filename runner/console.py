@@ -17,6 +17,20 @@ from runner.machine.devices import describe_devices
 from runner.saved.checkpoints import Interrupted
 from runner.wording import markdown_table
 
+LOG_SECONDS = 30
+INTERVALS = ("delay", "mininterval", "maxinterval")  # tqdm's names: before the first line, and between lines
+
+
+class Lines:
+    """Writes each state of a progress bar to standard error as a line, for a log."""
+
+    def write(self, text):
+        if state := text.strip():  # tqdm returns to the start of the line, and clears it at the end
+            print(state, file=sys.stderr)
+
+    def flush(self):
+        sys.stderr.flush()
+
 
 class Console:
     """Prints rows and warnings always, other lines and progress bars unless `quiet`, and writes outputs.
@@ -52,9 +66,11 @@ class Console:
         self.print(row)
 
     def progress(self, description, total, unit, initial=0):
-        """Return a tqdm progress bar."""
-        disable = True if self.quiet else None  # None: only if standard error is no terminal
-        return tqdm(desc=description, total=total, unit=unit, initial=initial, disable=disable)
+        """Return a tqdm progress bar on standard error; where that is no terminal, a line every 30 seconds."""
+        settings = {}
+        if not sys.stderr.isatty():
+            settings = dict(file=Lines(), ascii=True, ncols=80, leave=False, **dict.fromkeys(INTERVALS, LOG_SECONDS))
+        return tqdm(desc=description, total=total, unit=unit, initial=initial, disable=self.quiet, **settings)
 
     def write_output(self, what, path, write, *arguments):
         """Call `write(path, *arguments)` on rank 0. A failure is a warning now, and an error in `close`."""

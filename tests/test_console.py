@@ -5,12 +5,14 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from helpers import end_together, start_together
 
 import additional_experiments as ae
+from runner import console
 from runner.console import Console, exit_status
 from runner.files import NonFiniteError, UserError
 
@@ -45,6 +47,23 @@ def test_a_quiet_console_prints_results_and_warnings(capsys):
         console.table_row({"a": 1})
         console.warning("careful")
         assert capsys.readouterr() == (lines, "warning: careful\n")
+
+
+def test_a_log_gets_a_line_of_progress_every_30_seconds(monkeypatch, capsys):
+    with Console().progress("features", 50, "message") as bar:
+        for _ in range(50):
+            bar.update(1)
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setattr(console, "LOG_SECONDS", 0.1)
+    for quiet, expected in ((False, True), (True, False)):
+        with Console(quiet).progress("features", 50, "message") as bar:
+            for _ in range(50):
+                time.sleep(0.01)
+                bar.update(1)
+        out, err = capsys.readouterr()
+        lines = err.splitlines()
+        assert out == "" and bool(lines) == expected and len(lines) < 10
+        assert all(line.startswith("features: ") and "/50 [" in line and "\r" not in line for line in lines)
 
 
 def print_and_die():
