@@ -102,7 +102,7 @@ class Experiment:
     seed: int = option(123, TRAINING, "seed of weights, head and training order", type=bounded(int, 0))
     device: str = option("auto", MACHINE, "auto: cuda, else mps, else cpu", choices=("auto", "cpu", "mps", "cuda"))
     precision: str = option(
-        "fp32", MACHINE, "of matmuls; the rest stays float32; tf32 needs CUDA", choices=("fp32", "bf16", "tf32")
+        "fp32", MACHINE, "of matrix products; the rest stays float32; tf32 needs CUDA", choices=("fp32", "bf16", "tf32")
     )
     features: str = option(
         "auto",
@@ -120,7 +120,7 @@ class Experiment:
     )
     text_column: str = option("Text", DATA, "the column of your own files that holds the messages", metavar="NAME")
     label_column: str = option("Label", DATA, "the column that holds their labels", metavar="NAME")
-    dataset: str = option("uci", DATA, "uci: --data_dir; sample: 1,500 messages in data/", choices=("uci", "sample"))
+    dataset: str = option("uci", DATA, "uci: --data_dir; sample: 1,200 messages of data/", choices=("uci", "sample"))
 
     def __post_init__(self):
         options.normalize(self)
@@ -632,7 +632,8 @@ def use_classifier(run_options, given):
         classifier, experiment, saved = build_saved_classifier(run_options.load_model, given)
         check_experiment(experiment)
         export_classifier(run_options.export, classifier, saved)
-        print(f"Wrote the export to {run_options.export}", file=sys.stderr)  # standard output is for answers only
+        if not run_options.quiet:  # standard output is for answers only
+            print(f"Wrote the export to {run_options.export}", file=sys.stderr)
     if run_options.classify:
         file = classifiers.file_of_texts(run_options.classify)
         chunks = classifiers.chunks_of_texts(run_options.classify)
