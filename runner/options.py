@@ -286,6 +286,13 @@ examples:
   python additional_experiments.py --model_size xl --trainable_layers lora"""
 
 
+STATUSES = """exit status:
+  0  success
+  1  a download, an output, memory or training failed
+  2  an option or a file cannot be used
+  128 + the signal when interrupted: 130 for Ctrl-C, 143 for SIGTERM"""
+
+
 class Parser(argparse.ArgumentParser):
     """An argparse parser whose errors are UserErrors of one line."""
 
@@ -317,7 +324,7 @@ def make_parser(experiment_type):
     parser = Parser(
         usage="%(prog)s [options]",
         description=DESCRIPTION,
-        epilog="\n".join(["rows of the table:", *rows]),
+        epilog="\n".join([STATUSES, "", "rows of the table:", *rows]),
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=26, width=80),
         argument_default=argparse.SUPPRESS,  # distinguishes given options from defaults and presets
         allow_abbrev=False,
