@@ -96,7 +96,7 @@ class Experiment:
     weight_decay: float = option(0.1, TRAINING, "decoupled weight decay of AdamW", type=bounded(float, 0))
     seed: int = option(123, TRAINING, "seed of weights, head and training order", type=bounded(int, 0))
     device: str = option("auto", MACHINE, "auto: cuda, else mps, else cpu", choices=("auto", "cpu", "mps", "cuda"))
-    precision: str = option("fp32", MACHINE, "of matmuls alone; tf32 needs CUDA", choices=("fp32", "bf16", "tf32"))
+    precision: str = option("fp32", MACHINE, "of matrix products; tf32 needs CUDA", choices=("fp32", "bf16", "tf32"))
     features: str = option(
         "auto",
         MACHINE,
@@ -113,7 +113,7 @@ class Experiment:
     )
     text_column: str = option("Text", DATA, "the column of your own files that holds the messages", metavar="NAME")
     label_column: str = option("Label", DATA, "the column that holds their labels", metavar="NAME")
-    dataset: str = option("uci", DATA, "uci: --data_dir; sample: 1,500 messages in data/", choices=("uci", "sample"))
+    dataset: str = option("uci", DATA, "uci: --data_dir; sample: 1,200 messages of data/", choices=("uci", "sample"))
 
     def __post_init__(self):
         options.normalize(self)
@@ -624,7 +624,8 @@ def use_classifier(run_options, given):
         classifier, experiment, saved = build_saved_classifier(run_options.load_model, given)
         check_experiment(experiment)
         export_classifier(run_options.export, classifier, saved)
-        print(f"Wrote the export to {run_options.export}", file=sys.stderr)  # standard output is for answers only
+        if not run_options.quiet:  # standard output is for answers only
+            print(f"Wrote the export to {run_options.export}", file=sys.stderr)
     if run_options.classify:
         classifiers.answer(run_options.classify, lambda: load_classifier(run_options.load_model, **given))
 

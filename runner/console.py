@@ -102,9 +102,11 @@ def describe_setup(experiment, data, encoded, device):
     tokens = f"Tokens per message: {encoded.longest} at most, {'not padded' if experiment.no_padding else 'padded'}"
     tokens = "; ".join([tokens, *encoded.describe_cut()])
     lines = [f"Device: {describe_devices(device)}; {versions}", describe_data(data), tokens]
+    if data.name != "own":  # the README describes the repeated messages of the collection
+        return "\n".join(lines)
     duplicates = [
-        f"{len(found.exact)} of {len(data.splits[split]):,} {split} messages word for word, {len(found.similar)} but "
-        "for case, digits and punctuation"
+        f"{len(found.exact)} of {len(data.splits[split]):,} {split} messages word for word, {len(found.similar)} "
+        "ignoring case, digits and punctuation"
         for split, found in data.duplicates.items()
         if found.similar
     ]

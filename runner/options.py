@@ -63,6 +63,7 @@ def normalize(settings):
 
 MAX_CONTEXT = GPTConfig.context_length
 IMAGE_FORMATS = (".png", ".pdf", ".svg")
+ONE_ROW = "one row a command; for several see All rows in README.md"
 
 
 def bounded(kind, minimum=-(2**63), maximum=2**63 - 1):
@@ -81,6 +82,14 @@ def bounded(kind, minimum=-(2**63), maximum=2**63 - 1):
         raise argparse.ArgumentTypeError(f'"{text}" is not a {"whole" if kind is int else "finite"} number {bounds}')
 
     return parse
+
+
+def row_number(text):
+    """Return the number of a row."""
+    try:
+        return bounded(int, 1, len(ROWS))(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{error}; {ONE_ROW}" if not text.isdecimal() else str(error)) from None
 
 
 def model_size(text):
@@ -159,7 +168,11 @@ class RunOptions:
         5.0, MACHINE, "its maximum size; the least recently used files go", type=bounded(float, 0)
     )
     checkpoint: str | None = option(
-        None, INTERRUPTION, "file for the state of training, from which the same command resumes", metavar="FILE"
+        None,
+        INTERRUPTION,
+        "file for the state of training, written after each epoch, every --checkpoint_minutes, and on Ctrl-C or "
+        "SIGTERM; the same command resumes; the file stays after the run",
+        metavar="FILE",
     )
     checkpoint_minutes: float = option(10.0, INTERRUPTION, "between checkpoints in an epoch", type=bounded(float, 0))
     save_model: str | None = option(
@@ -258,8 +271,12 @@ def check_outputs(run_options, experiment=None):
 COMPANIONS = {
     "report": ("write", "results"),
     "baseline": ("data_dir", "dataset", "text_column", "label_column", "ignore_index", "results", "note", "quiet"),
-    "load_model": ("classify", "export", "weights", "device", "text_column", "label_column"),
+    "load_model": ("classify", "export", "weights", "device", "text_column", "label_column", "quiet"),
 }
+
+# Names that other programs have for options, or that users may expect.
+OTHER_NAMES = dict(lr="learning_rate", wd="weight_decay", bs="batch_size", output_dir="results")
+OTHER_NAMES |= dict(text="classify or --text_column")
 
 DESCRIPTION = """Fine-tune GPT-2 as a spam classifier: one configuration, one row of the table.
 
@@ -267,6 +284,13 @@ examples:
   python additional_experiments.py --demo       # a toy model, without network
   python additional_experiments.py --row 16     # row 16 of the table, see below
   python additional_experiments.py --model_size xl --trainable_layers lora"""
+
+
+STATUSES = """exit status:
+  0  success
+  1  a download, an output, memory or training failed
+  2  an option or a file cannot be used
+  128 + the signal when interrupted: 130 for Ctrl-C, 143 for SIGTERM"""
 
 
 class Parser(argparse.ArgumentParser):
@@ -282,12 +306,15 @@ class Parser(argparse.ArgumentParser):
                 self.error(f"an argument is not Unicode text: {shown(word)}")
         argv = [re.sub(r"^--[\w-]+(?==|$)", lambda m: "--" + m[0][2:].replace("-", "_"), word) for word in argv]
         given, unknown = self.parse_known_args(argv)
+        if unknown and not unknown[0].startswith("-"):
+            self.error(f"unexpected argument {shown(unknown[0])}" + f"; {ONE_ROW}" * ("row" in vars(given)))
         if unknown:
-            name = unknown[0].split("=")[0]
-            options = [option for option in self._option_string_actions if option.startswith("--")]
+            name = unknown[0].split("=")[0].strip("-")
+            options = [option.strip("-") for option in self._option_string_actions]
             longer = [option for option in options if option.startswith(name)]
-            nearest = (longer or difflib.get_close_matches(name, options, cutoff=0.5))[:1]
-            self.error("; the nearest is ".join([f"there is no option {unknown[0]}", *nearest]))
+            known = [OTHER_NAMES[name]] if name in OTHER_NAMES else longer
+            nearest = (known or difflib.get_close_matches(name, options, cutoff=2 / 3))[:1]
+            self.error("; the nearest is --".join([f"there is no option {unknown[0]}", *nearest]))
         return {name: tuple(value) if isinstance(value, list) else value for name, value in vars(given).items()}
 
 
@@ -297,13 +324,13 @@ def make_parser(experiment_type):
     parser = Parser(
         usage="%(prog)s [options]",
         description=DESCRIPTION,
-        epilog="\n".join(["rows of the table:", *rows]),
+        epilog="\n".join([STATUSES, "", "rows of the table:", *rows]),
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=26, width=80),
         argument_default=argparse.SUPPRESS,  # distinguishes given options from defaults and presets
         allow_abbrev=False,
     )
     presets = parser.add_argument_group("presets").add_mutually_exclusive_group()
-    row = presets.add_argument("--row", type=bounded(int, 1, len(ROWS)), metavar="N")
+    row = presets.add_argument("--row", type=row_number, metavar="N")
     row.help = f"row N, 1 to {len(ROWS)}, of the table; other options override it"
     presets.add_argument("--demo", action="store_true", help="a toy run of half a minute without network")
     groups = {}

@@ -38,3 +38,7 @@ def test_a_task_is_preempted_and_requeued(nano):
     assert process.returncode == 0 and "Resuming from row19-seed124.ckpt after" in out and ", 1 thread" in out
     [record] = records_in()
     assert record["settings"] == vars(ae.parse_args([*options, "--row", "19", "--seed", "124"])[0])
+    assert not Path("row19-seed124.ckpt").exists()  # the record is enough: the task is not run again
+    process = start()
+    out = process.communicate()[0].decode()
+    assert process.returncode == 0 and "Finished before: results/" in out and not Path("row19-seed124.ckpt").exists()

@@ -326,7 +326,11 @@ def run_on_two_ranks(wrong, elsewhere, options):
     [
         ("", r"computed in 0 s and kept in kept/.* GB in cpu memory", []),
         ("processor", "computed in 0 s; .*", ["the processes of this run differ in processor"]),
-        ("folder", "computed in 0 s; .*", ["[Errno 2] No such file or directory: 'kept'"]),
+        (
+            "folder",
+            "computed in 0 s; .*",
+            ["[Errno 2] No such file or directory: 'kept'; --feature_cache DIR names another folder"],
+        ),
     ],
 )
 def test_several_ranks_compute_together(options, tmp_path, monkeypatch, capfd, wrong, how, warning):
@@ -406,7 +410,9 @@ def test_what_cannot_be_kept_costs_one_warning(tiny, tmp_path, seen, choice, beg
     with no_file_above(10_000 if folder == "full" else 10**9):
         found = load_or_compute(*tiny[1:], tmp_path / folder, choice, gigabytes=room)
     [warning] = found.warnings
-    assert re.fullmatch(f"frozen features are not kept: {reason}", warning) and found.outcome.startswith(begin)
+    assert re.fullmatch(
+        f"frozen features are not kept: {reason}(; --feature_cache DIR .*)?", warning
+    ) and found.outcome.startswith(begin)
     assert choice == "disk" or found.pool.x.equal(expected.x)
     assert list(tmp_path.glob("*/*")) == []
     assert next(iter(seen.values())) - once < once * (0.8 + (choice == "auto"))
@@ -422,7 +428,9 @@ def test_a_read_only_folder_is_read_from(tiny, tmp_path, monkeypatch):
     found = load_or_compute(*tiny[1:], tmp_path)
     assert found.outcome.startswith("read from ") and found.warnings == []
     found = load_or_compute(*tiny[1:], tmp_path, seed=124)
-    assert found.warnings == ["frozen features are not kept: [Errno 13] Permission denied"]
+    assert found.warnings == [
+        "frozen features are not kept: [Errno 13] Permission denied; --feature_cache DIR names another folder"
+    ]
 
 
 # --- larger than memory ---

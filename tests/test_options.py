@@ -58,6 +58,17 @@ def test_dashes_and_short_names():
         ("--epochs=8", "there is no option --epochs=8; the nearest is --num_epochs"),
         ("--learning-rte 1", "there is no option --learning_rte; the nearest is --learning_rate"),
         ("-row 2", "there is no option -row; the nearest is --row"),
+        ("--lr 1", "there is no option --lr; the nearest is --learning_rate (--help"),  # and not --row
+        ("--output-dir a", "there is no option --output_dir; the nearest is --results (--help"),
+        ("--wd=1", "there is no option --wd=1; the nearest is --weight_decay (--help"),
+        ("--bs 8", "there is no option --bs; the nearest is --batch_size (--help"),
+        ("--model xl", "there is no option --model; the nearest is --model_size (--help"),
+        ("--text hello", "there is no option --text; the nearest is --classify or --text_column (--help"),
+        ("--wandb", "there is no option --wandb (--help"),  # and not --shard
+        ("--row 1,16,19", '"1,16,19" is not a whole number from 1 to 19; one row a command; for several see All rows'),
+        ("--row 1 16 19", "unexpected argument 16; one row a command; for several see All rows in README.md"),
+        ("--epochs 1 2", "there is no option --epochs; the nearest is --num_epochs"),
+        ("--num_epochs 1 2", "unexpected argument 2 (--help"),
         ("--xyz", "there is no option --xyz (--help"),
         ("--model_size gpt3", '"gpt3" is none of gpt2-small (124M), '),
         ("--trainable_layers some", "invalid choice: 'some'"),

@@ -176,7 +176,8 @@ class FrozenFeatures:
             try:
                 states, seconds, how = self.load_or_write(classifier, pool, seed, must_keep=placement == "disk")
             except OSError as error:
-                self.console.warning(f"frozen features are not kept: {error}")
+                advice = "; --feature_cache DIR names another folder" * (error.errno is not None)  # the system's
+                self.console.warning(f"frozen features are not kept: {error}{advice}")
         features, continued, where = states, time.perf_counter(), "on disk"
         if placement in ("device", "host") or placement == "disk" and classifier.feature_stage is Stage.HEAD_INPUT:
             holder = CPU if placement == "host" else classifier.device
