@@ -170,8 +170,8 @@ class RunOptions:
     checkpoint: str | None = option(
         None,
         INTERRUPTION,
-        "file for the state of training, written after each epoch, every --checkpoint_minutes, and on Ctrl-C or "
-        "SIGTERM; the same command resumes; the file stays after the run",
+        "file for the state of training, from which the same command resumes; also written on Ctrl-C and SIGTERM, and "
+        "kept after the run",
         metavar="FILE",
     )
     checkpoint_minutes: float = option(10.0, INTERRUPTION, "between checkpoints in an epoch", type=bounded(float, 0))
@@ -286,11 +286,8 @@ examples:
   python additional_experiments.py --model_size xl --trainable_layers lora"""
 
 
-STATUSES = """exit status:
-  0  success
-  1  a download, an output, memory or training failed
-  2  an option or a file cannot be used
-  128 + the signal when interrupted: 130 for Ctrl-C, 143 for SIGTERM"""
+STATUSES = """exit status: 0 success; 1 a download, an output, memory or training failed;
+2 an option or a file cannot be used; 128 + the signal when interrupted"""
 
 
 class Parser(argparse.ArgumentParser):
