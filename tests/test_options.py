@@ -104,7 +104,7 @@ def test_dashes_and_short_names():
         ("--plot a.png --save_model ./a.png", "--plot a.png would overwrite --save_model"),
         ("--report --row 3", "--row cannot be combined with --report"),
         ("--report missing", "--report missing: there is no such folder"),
-        ("--load_model missing --classify a", "missing cannot be read as a saved classifier"),
+        ("--load_model missing --classify a", "missing cannot be read as a .safetensors file"),
     ],
 )
 def test_bad_options_are_refused_in_one_line(options, message, capsys):
