@@ -328,7 +328,7 @@ def make_parser(experiment_type):
     )
     presets = parser.add_argument_group("presets").add_mutually_exclusive_group()
     row = presets.add_argument("--row", type=row_number, metavar="N")
-    row.help = f"row N, 1 to {len(ROWS)}, of the table; other options override it"
+    row.help = f"row N of the table, 1 to {len(ROWS)}; other options win"
     presets.add_argument("--demo", action="store_true", help="a toy run of half a minute without network")
     groups = {}
     for setting in (*fields(experiment_type), *fields(RunOptions)):
