@@ -38,15 +38,6 @@ def test_errors_of_the_program_are_raised():
         exit_status(lambda: 1 / 0)
 
 
-def test_a_quiet_console_prints_results_and_warnings(capsys):
-    for quiet, lines in ((False, "info\n\n| a |\n| --- |\n| 1 |\n"), (True, "| 1 |\n")):
-        console = Console(quiet)
-        console.info("info")
-        console.table_row({"a": 1})
-        console.warning("careful")
-        assert capsys.readouterr() == (lines, "warning: careful\n")
-
-
 def print_and_die():
     sys.stdout.reconfigure(line_buffering=False, write_through=False)  # as Python does for a file
     Console().info("Ep 1")
