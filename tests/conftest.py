@@ -50,10 +50,15 @@ def nano(data_dir):
 
 
 @pytest.fixture
-def options(nano, tiny_size):
-    """The options of `nano` with a model of width 16, and two epochs of 43 batches: losses at steps 0 and 50."""
-    options = [option.replace("gpt2-nano", "gpt2-tiny") for option in nano]
-    return [*options, "--num_epochs", "2", "--batch_size", "1"]
+def quick(nano, tiny_size):
+    """The options of `nano` with a model of width 16, which only this process knows."""
+    return [option.replace("gpt2-nano", "gpt2-tiny") for option in nano]
+
+
+@pytest.fixture
+def options(quick):
+    """The options of `quick` with two epochs of 43 batches: losses at steps 0 and 50."""
+    return [*quick, "--num_epochs", "2", "--batch_size", "1"]
 
 
 @pytest.fixture

@@ -1,14 +1,13 @@
 """Linear models on words and letters, on the splits of the runs."""
 
 import os
-import warnings
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pandas as pd
 import pytest
-from sklearn.exceptions import ConvergenceWarning
 
 from additional_experiments import main
 from runner.results.baseline import evaluate
@@ -48,23 +47,9 @@ def test_messages_without_a_word_are_one_line(data_dir, capfd):
     assert not any("Traceback" in line for line in err)
 
 
-def test_warnings_of_scikit_learn_are_not_shown(recwarn):
-    def fit(*_):
-        warnings.warn("failed to converge", ConvergenceWarning)
-
-    found = evaluate(model_with([[1.0, 0.0]], fit), dict(train=pd.DataFrame(dict(Text=["a"], Label=[1]))), 2)
-    assert found["train"].accuracy.total == 1 and not recwarn.list
-
-
-def model_with(margins, fit=lambda *_: None):
-    """A model that predicts class 0 with these margins (n, K)."""
-    margins = np.array(margins)
-    none = np.zeros(len(margins), dtype=int)
-    return SimpleNamespace(fit=fit, predict=lambda _: none, decision_function=lambda _: margins)
-
-
 def test_the_confidence_of_more_classes_is_the_largest_margin():
-    model = model_with([[3.0, 1.0, 2.0], [0.5, -1.0, 0.0]])
+    margins, predicted = np.array([[3.0, 1.0, 2.0], [0.5, -1.0, 0.0]]), np.zeros(2, dtype=int)
+    model = SimpleNamespace(fit=Mock(), predict=lambda _: predicted, decision_function=lambda _: margins)
     split = pd.DataFrame(dict(Text=["a", "b"], Label=[1, 2]))
     found = evaluate(model, dict(train=split), 3)["train"].mistakes
     assert [(mistake.predicted, mistake.confidence) for mistake in found] == [(0, 3.0), (0, 0.5)]

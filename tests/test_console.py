@@ -40,15 +40,6 @@ def test_errors_of_the_program_are_raised():
         exit_status(lambda: 1 / 0)
 
 
-def test_a_quiet_console_prints_results_and_warnings(capsys):
-    for quiet, lines in ((False, "info\n\n| a |\n| --- |\n| 1 |\n"), (True, "| 1 |\n")):
-        console = Console(quiet)
-        console.info("info")
-        console.table_row({"a": 1})
-        console.warning("careful")
-        assert capsys.readouterr() == (lines, "warning: careful\n")
-
-
 def test_a_log_gets_a_line_of_progress_every_30_seconds(monkeypatch, capsys):
     with Console().progress("features", 50, "message") as bar:
         for _ in range(50):

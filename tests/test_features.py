@@ -1,7 +1,6 @@
 """Frozen features that outlive a run: equal to the bit, refused where they are not, removed by age."""
 
 import os
-import random
 import re
 import sys
 import time
@@ -10,8 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
-import psutil
 import pytest
 import torch
 from conftest import TINY, TINY_SIZE
@@ -20,10 +17,9 @@ from helpers import CPU, end_together, finish_together, no_file_above, save_rand
 import additional_experiments as ae
 from classifier import build_classifier, place
 from gpt_download import Weights, load_weights
-from previous_chapters import GPT_SIZES, TransformerBlock
+from previous_chapters import GPT_SIZES
 from runner.data import features, messages
 from runner.data.features import FrozenFeatures
-from runner.data.messages import MessagePool, Stage, split_into_passes
 from runner.files import UserError
 
 RANDOM = Weights(TINY, "random")
@@ -80,22 +76,25 @@ def files_in(folder):
 # --- to the bit ---
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("layers", ["last_layer", "last_block", "last_two_blocks"])
+AVERAGE = dict(no_padding=False, disable_causal_mask=True, average_embeddings=True)
+
+
 @pytest.mark.parametrize(
-    "changes",
+    "layers, precision, changes",
     [
-        dict(no_padding=False),
-        dict(no_padding=False, trainable_token_pos="first"),
-        dict(trainable_token_pos="flexible"),
-        dict(no_padding=False, disable_causal_mask=True, average_embeddings=True),
+        ("last_layer", "fp32", AVERAGE),
+        ("last_layer", "bf16", dict(trainable_token_pos="flexible")),
+        ("last_block", "fp32", dict(no_padding=False, trainable_token_pos="first")),
+        ("last_block", "bf16", dict(no_padding=False)),
+        ("last_block", "fp32", AVERAGE),
+        ("last_two_blocks", "bf16", dict(trainable_token_pos="flexible")),
     ],
 )
 @pytest.mark.usefixtures("several_passes")
 def test_read_continued_and_computed_features_are_the_same(
     tiny, sample_splits, tmp_path, monkeypatch, layers, precision, changes
 ):
-    """And so are the predictions from them, also on disk. How much memory they need is known before."""
+    """And so are the predictions from them, also on disk. How much memory and time they need is known."""
     experiment = replace(tiny[0], trainable_layers=layers, precision=precision, **changes)
     classifier, pool = made_for(experiment, sample_splits)
     computed = load_or_compute(classifier, pool, None)
@@ -120,9 +119,7 @@ def test_read_continued_and_computed_features_are_the_same(
     predictions = [ae.predict(classifier, of_pool, torch.arange(len(pool))) for of_pool in (pool, expected)]
     torch.testing.assert_close(*predictions, rtol=0, atol=1e-5 if precision == "fp32" else 0.02)
     on_disk = load_or_compute(classifier, pool, tmp_path, "disk")
-    assert (
-        on_disk.outcome.endswith(" on disk") == (on_disk.pool.stage is Stage.HIDDEN_STATES) == (layers != "last_layer")
-    )
+    assert on_disk.outcome.endswith(" on disk") == (layers != "last_layer") and on_disk.seconds > 0
     assert ae.predict(classifier, on_disk.pool, torch.arange(len(pool))).equal(predictions[1])
 
 
@@ -153,18 +150,6 @@ def test_features_that_took_less_than_five_seconds_are_kept_on_disk_only_if_aske
     assert load_or_compute(*tiny[1:], tmp_path / "features").outcome == "computed in 0 s; 0.00 GB in cpu memory"
     assert not (tmp_path / "features").exists()
     assert " and kept in " in load_or_compute(*tiny[1:], tmp_path / "features", "disk").outcome
-
-
-def test_seconds_are_those_of_the_first_computation(tiny, tmp_path, monkeypatch):
-    """Where a run continues, the seconds of both are added."""
-    forward, classifier, seconds = TransformerBlock.forward, tiny[1], []
-    for n_frozen, is_slow in ((2, True), (3, True), (3, False)):
-        with monkeypatch.context() as patch:
-            patch.setattr(classifier, "n_frozen_blocks", n_frozen)
-            if is_slow:
-                patch.setattr(TransformerBlock, "forward", lambda *arguments: time.sleep(0.1) or forward(*arguments))
-            seconds.append(load_or_compute(*tiny[1:], tmp_path).seconds)
-    assert seconds[0] > 0.2 and seconds[1] > seconds[0] + 0.1 and seconds[2] == pytest.approx(seconds[1], abs=0.1)
 
 
 # --- what is kept is used only where it is what would be computed ---
@@ -221,16 +206,6 @@ def test_a_weights_file_is_identified_by_its_content(tiny, tmp_path):
     assert len(files_in(kept)) == 1
 
 
-@pytest.mark.usefixtures("several_passes")
-def test_any_pass_may_be_compared_and_the_choice_draws_nothing_from_the_run(tiny):
-    _, classifier, pool = tiny
-    states = torch.get_rng_state(), random.getstate()
-    passes = list(split_into_passes(pool.lengths, CPU))
-    drawn = {features.compute_random_pass(classifier, pool, 1)[0][0].item() for _ in range(30 * len(passes))}
-    assert drawn == {indices[0].item() for indices in passes} and len(passes) > 1
-    assert torch.get_rng_state().equal(states[0]) and random.getstate() == states[1]
-
-
 def flip_bit(path, offset, bit=0):
     """Change one bit of a file; a negative offset counts from its end."""
     content = bytearray(path.read_bytes())
@@ -245,10 +220,7 @@ DAMAGED, OTHER = "is damaged", "does not hold what is computed here"
     "problem, damage",
     [
         (DAMAGED, lambda path: os.truncate(path, path.stat().st_size - 1)),
-        (DAMAGED, lambda path: os.truncate(path, path.stat().st_size + 1)),
-        (DAMAGED, lambda path: os.truncate(path, 0)),
-        (DAMAGED, lambda path: path.write_text("x" * path.stat().st_size)),
-        (DAMAGED, lambda path: np.save(path, np.load(path).T)),
+        (DAMAGED, lambda path: flip_bit(path, 60)),  # in the header
         (OTHER, lambda path: flip_bit(path, 128)),  # the first value, by its last bit
         (OTHER, lambda path: flip_bit(path, -12)),  # the last value
     ],
@@ -261,22 +233,6 @@ def test_a_file_that_cannot_be_used_is_computed_again(tiny, tmp_path, problem, d
     assert found.warnings == [f"frozen features: {path} {problem}; they are computed again"]
     assert " and kept in " in found.outcome and found.pool.x.equal(expected.x)
     assert load_or_compute(*tiny[1:], tmp_path).outcome.startswith("read from ")
-
-
-def test_no_bit_of_a_header_can_be_wrong(tiny, tmp_path, monkeypatch):
-    classifier, pool = tiny[1], MessagePool(Stage.TOKEN_IDS, torch.tensor([5, 6]), torch.tensor([2]), torch.tensor([1]))
-    monkeypatch.setattr(classifier, "n_frozen_blocks", 1)
-    expected = load_or_compute(classifier, pool, tmp_path).pool
-    [path] = tmp_path.iterdir()
-    monkeypatch.setattr(features, "MIN_SECONDS", 5)  # the damaged file stays
-    for offset in range(128):
-        for bit in range(8):
-            flip_bit(path, offset, bit)
-            found = load_or_compute(classifier, pool, tmp_path)
-            assert found.warnings == [f"frozen features: {path} is damaged; they are computed again"]
-            assert found.pool.x.equal(expected.x)
-            flip_bit(path, offset, bit)
-    assert load_or_compute(classifier, pool, tmp_path).outcome.startswith("read from ")
 
 
 # --- several runs at once ---
@@ -298,26 +254,14 @@ def test_two_runs_compute_the_same_at_once(tiny, tmp_path):
     assert load_or_compute(*tiny[1:], tmp_path).outcome.startswith("read from ")
 
 
-def test_ctrl_c_leaves_nothing(tiny, tmp_path):
-    def interrupt(n):
-        assert len(files_in(tmp_path)) == 1  # what is being written
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        load_or_compute(*tiny[1:], tmp_path, progress=interrupt)
-    assert files_in(tmp_path) == []
-
-
 # --- several ranks of one run ---
 
 
 def run_on_two_ranks(wrong, elsewhere, options):
-    """A run in which rank 1 has another folder or another processor."""
+    """A run in which rank 1 may have another folder."""
     GPT_SIZES[TINY], features.MIN_SECONDS = TINY_SIZE, 0
-    if os.environ["RANK"] == "1":
-        os.chdir(elsewhere if wrong == "folder" else ".")
-        if wrong == "processor":
-            torch.backends.cpu.get_cpu_capability = lambda: "other"
+    if os.environ["RANK"] == "1" and wrong:
+        os.chdir(elsewhere)
     return ae.main(options)
 
 
@@ -325,7 +269,6 @@ def run_on_two_ranks(wrong, elsewhere, options):
     "wrong, how, warning",
     [
         ("", r"computed in 0 s and kept in kept/.* GB in cpu memory", []),
-        ("processor", "computed in 0 s; .*", ["the processes of this run differ in processor"]),
         (
             "folder",
             "computed in 0 s; .*",
@@ -348,20 +291,6 @@ def test_several_ranks_compute_together(options, tmp_path, monkeypatch, capfd, w
         monkeypatch.setattr(features.torch, "get_num_threads", lambda: 1)
         assert ae.main(options) == 0
         assert outcome(capfd.readouterr().out).startswith("read from kept/")
-
-
-def test_memory_is_counted_for_each_rank(tiny, monkeypatch):
-    for name, value in dict(TORCHELASTIC_RUN_ID="", RANK="0", WORLD_SIZE="2", LOCAL_WORLD_SIZE="2").items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(features.processes, "from_rank0", lambda value: value)
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=20_000_000))
-    with torch.device("meta"):
-        classifier = build_classifier(replace(tiny[0], model_size="gpt2-nano (7M)", trainable_layers="all"), 2)
-    for is_sharded, needed in (False, "0.12"), (True, "0.06"):
-        warnings = []
-        frozen = FrozenFeatures("auto", None, 0, RANDOM, SimpleNamespace(warning=warnings.append))
-        frozen.warn_of_short_memory(classifier, tiny[2], CPU, is_sharded)
-        assert warnings[0].startswith(f"each process needs {needed} GB and 0.01 GB are free: weights ")
 
 
 # --- removal ---
@@ -392,30 +321,24 @@ def test_the_least_recently_used_files_of_this_program_are_removed(tiny, tmp_pat
 # --- what cannot be written or read ---
 
 
-@pytest.mark.parametrize("choice, begin", [("auto", "computed in "), ("disk", "recomputed each time (")])
 @pytest.mark.parametrize(
-    "folder, room, reason",
+    "choice, folder, room, reason",
     [
-        ("full", 5, r"\[Errno 27\] File too large"),
-        ("small", 1e-6, "they would take more than --feature_cache_gb"),
-        ("file/features", 5, r"\[Errno \d+\] .*"),
+        ("auto", "full", 5, r"\[Errno 27\] File too large"),
+        ("auto", "file/features", 5, r"\[Errno \d+\] .*"),
+        ("disk", "small", 1e-6, "they would take more than --feature_cache_gb"),
     ],
 )
-@pytest.mark.usefixtures("several_passes")
-def test_what_cannot_be_kept_costs_one_warning(tiny, tmp_path, seen, choice, begin, folder, room, reason):
-    """And little time: not all is computed in vain."""
+def test_what_cannot_be_kept_costs_one_warning(tiny, tmp_path, choice, folder, room, reason):
     (tmp_path / "file").write_text("")
-    expected = load_or_compute(*tiny[1:], None).pool
-    once, *_ = seen.values()
+    expected = load_or_compute(*tiny[1:], None).pool if choice == "auto" else tiny[2]
     with no_file_above(10_000 if folder == "full" else 10**9):
         found = load_or_compute(*tiny[1:], tmp_path / folder, choice, gigabytes=room)
     [warning] = found.warnings
-    assert re.fullmatch(
-        f"frozen features are not kept: {reason}(; --feature_cache DIR .*)?", warning
-    ) and found.outcome.startswith(begin)
-    assert choice == "disk" or found.pool.x.equal(expected.x)
+    assert re.fullmatch(f"frozen features are not kept: {reason}(; --feature_cache DIR .*)?", warning)
+    assert found.pool.x.equal(expected.x)
+    assert found.outcome.startswith("computed" if choice == "auto" else "recomputed each time (")
     assert list(tmp_path.glob("*/*")) == []
-    assert next(iter(seen.values())) - once < once * (0.8 + (choice == "auto"))
 
 
 def test_a_read_only_folder_is_read_from(tiny, tmp_path, monkeypatch):

@@ -1,7 +1,6 @@
 """Files that are whole or absent, paths that are refused, values that are not finite."""
 
 import os
-from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -68,11 +67,11 @@ def test_a_link_keeps_leading_to_its_file(tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no such pipes")
-def test_a_pipe_a_device_and_a_link_to_itself_are_never_replaced(nano, tmp_path, capfd):
+def test_a_pipe_a_device_and_a_link_to_itself_are_never_replaced(quick, tmp_path, capfd):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "loop").symlink_to("loop")
     for path in (tmp_path / "pipe", "/dev/null", tmp_path / "loop"):
-        assert ae.main([*nano, "--checkpoint", str(path)]) == 2
+        assert ae.main([*quick, "--checkpoint", str(path)]) == 2
         assert capfd.readouterr().err == f"error: --checkpoint {path} is not a regular file\n"
     assert (tmp_path / "pipe").is_fifo()
 
@@ -83,22 +82,6 @@ def test_values_that_are_not_finite_are_named():
     for value in (float("nan"), -float("inf")):
         with pytest.raises(files.NonFiniteError, match="tensor b has values that are infinite or not a number"):
             files.require_finite(good | {"b": torch.tensor([1.0, value, 2.0]).bfloat16()}, "tensor")
-
-
-@pytest.mark.parametrize(
-    "size, max_bytes, removed", [(10, 100, ""), (10, 99, "b"), (10, 40, "bc"), (100, 100, "bca"), (101, 100, None)]
-)
-def test_room_is_made_by_the_least_recently_used(tmp_path, size, max_bytes, removed):
-    """Files of 30 bytes, last used in the order b, c, a, and larger ones of somebody else, which are older."""
-    folder = tmp_path / "new" / "folder"
-    files.make_room(folder, r"\w\.npy", 0, 0)
-    for age, name in enumerate(["a.npy", "c.npy", "b.npy", "b.npy.old", "thesis.npy"]):
-        (folder / name).write_bytes(bytes(30 if age < 3 else 1000))
-        os.utime(folder / name, (10**9 - age, 10**9 - age))
-    with pytest.raises(OSError, match="--feature_cache_gb") if removed is None else nullcontext():
-        files.make_room(folder, r"\w\.npy", size, max_bytes)
-    left = {name for name in "abc" if name not in (removed or "")}
-    assert {path.name for path in folder.iterdir()} == {f"{n}.npy" for n in left} | {"b.npy.old", "thesis.npy"}
 
 
 def test_windows_may_deny_a_replacement_for_a_moment(monkeypatch):

@@ -1,14 +1,13 @@
 """Own data as people have it: labels, columns, file names, what is worth a warning, and predictions as CSV."""
 
-import csv
 import io
 import random
+import re
 import shlex
 from pathlib import Path
 
 import pandas as pd
 import pytest
-import torch
 from helpers import records_in
 
 import additional_experiments as ae
@@ -42,7 +41,6 @@ def write_splits(folder, **rows):
     [
         ("5 1 3 2 4 10", -100, ["1", "2", "3", "4", "5", "10"]),
         ("1 -1", -100, ["-1", "1"]),
-        ("4 0", -100, ["0", "4"]),
         ("1.0 0.5 0", -100, ["0", "0.5", "1"]),
         ("A10 007 7", -100, ["007", "7", "A10"]),  # codes: one is no number
         ("1_0 100 nan", -100, ["100", "1_0", "nan"]),
@@ -50,9 +48,7 @@ def write_splits(folder, **rows):
         ("b a 良い", -100, ["a", "b", "良い"]),
         ("-1 2 1", -1, ["1", "2"]),
         ("b -1 a", -1, ["a", "b"]),
-        ("-1 2 -2", -2, ["-1", "2"]),
         ("2 1 0", 2, ["0", "1", "2"]),  # the loss ignores it
-        ("1 2", 50256, ["1", "2"]),
     ],
 )
 def test_any_set_of_labels(labels, ignore_index, names):
@@ -67,7 +63,7 @@ def test_any_set_of_labels(labels, ignore_index, names):
     assert all("are among the training messages" in warning for warning in data.warnings)
 
 
-@pytest.mark.parametrize("labels, ignore_index", [("1 2 3", 2), ("0 1 50256", 50256), ("a b", 1)])
+@pytest.mark.parametrize("labels, ignore_index", [("1 2 3", 2), ("a b", 1)])
 def test_a_class_that_the_loss_would_confuse_with_another(labels, ignore_index):
     """It knows classes by their numbers from 0 on."""
     write_splits("own", train=[f"{label},text {label}" for label in labels.split()])
@@ -94,18 +90,11 @@ def test_labels_that_differ_in_case_only_get_one_warning():
 )
 def test_a_header_is_answered_with_the_options_that_read_it(header, options):
     """They work as they are: what is suggested for a file reads it."""
-    columns = [column.strip() for column in header.replace(";", ",").split(",")]
-    values = dict(v1="ab", v2=["long words {}"] * 2, id=["{}"] * 2, kind="xy", no=["{}"] * 2, Label="ab")
-    values |= {
-        "sms text": ["a, message {}"] * 2,
-        "Text": ["some, text {}"] * 2,
-        "class": "pq",
-        "text": ["other {}"] * 2,
-    }
-    with open("own.csv", "w", newline="") as file:
-        writer = csv.writer(file, delimiter=";" if ";" in header else ",")
-        writer.writerow(columns)
-        writer.writerows([values[name][n % 2].format(n) if name else "" for name in columns] for n in range(40))
+    separator = ";" if ";" in header else ","
+    values = dict(v1="ab", v2=["long words {}"] * 2, id=["{}"] * 2, kind="xy", no=["{}"] * 2, Label="ab", Text="st")
+    values |= {"": ["", ""], "sms text": ["a, message {}"] * 2, "Text": ["a text {}"] * 2, "class": "pq", "text": "st"}
+    rows = [separator.join(values[name][n % 2].format(n) for name in header.split(separator)) for n in range(40)]
+    write("own.csv", rows, header)
     with pytest.raises(UserError) as error:
         read("own.csv")
     begin, _, suggested = str(error.value).partition("; to use its own columns add ")
@@ -117,13 +106,13 @@ def test_a_header_is_answered_with_the_options_that_read_it(header, options):
         assert len(data.splits["train"]) == 28 and len(data.class_names) == 2
 
 
-def test_other_column_names_do_not_make_another_run(nano, data_dir, capsys):
-    assert main(nano) == 0
+def test_other_column_names_do_not_make_another_run(quick, data_dir, capsys):
+    assert main(quick) == 0
     for split in datasets.SPLITS:
         frame = pd.read_csv(data_dir / f"{split}.csv")
         frame.rename(columns=dict(Label="Class", Text="Words")).to_csv(data_dir / f"{split}.csv", index=None)
     capsys.readouterr()
-    assert main([*nano, "--text-column", "words", "--label-column", "class", "--skip_finished"]) == 0
+    assert main([*quick, "--text-column", "words", "--label-column", "class", "--skip_finished"]) == 0
     assert "Finished before: " in capsys.readouterr().out and len(records_in()) == 1
     assert main(["--baseline", "--data_dir", str(data_dir), "--label_column", "class"]) == 2
     assert "add --text_column Words --label_column Class" in capsys.readouterr().err
@@ -132,10 +121,9 @@ def test_other_column_names_do_not_make_another_run(nano, data_dir, capsys):
 # --- files ---
 
 
-def test_one_file_is_split_whatever_its_order(nano, capsys):
-    rows = [
-        f"{label},message {n} of {label}" for label, many in dict(a=67, b=30, c=1, d=2).items() for n in range(many)
-    ]
+def test_one_file_is_split_whatever_its_order(quick, capsys):
+    counts = dict(a=67, b=30, c=1, d=2)
+    rows = [f"{label},message {n} of {label}" for label in counts for n in range(counts[label])]
     splits = []
     for name in ("sorted.csv", "shuffled.csv"):
         write(name, rows)
@@ -144,18 +132,14 @@ def test_one_file_is_split_whatever_its_order(nano, capsys):
         random.Random(0).shuffle(rows)
     assert splits[0] == splits[1]
     assert sorted(text for of_split in splits[0].values() for _, text in of_split) == sorted(r[2:] for r in rows)
-    assert [len(splits[0][split]) for split in datasets.SPLITS] == pytest.approx(
-        [70, 10, 20], abs=3
-    )  # each class has a training message
+    assert [len(splits[0][split]) for split in datasets.SPLITS] == pytest.approx([70, 10, 20], abs=3)
     train = [label for label, _ in splits[0]["train"]]
     assert {0, 1, 2, 3} == set(train) and train.count(0) == pytest.approx(47, abs=2) and train != sorted(train)
 
-    nano[nano.index("--data_dir") + 1] = "sorted.csv"
-    assert main(nano) == 0
-    assert "\nsorted.csv is split at random, always in the same way: 70% training, 10% validation and 20% test" in (
-        capsys.readouterr().out
-    )
-    assert main([*nano, "--predictions", "sorted.csv"]) == 2
+    quick[quick.index("--data_dir") + 1] = "sorted.csv"
+    assert main(quick) == 0
+    assert "\nsorted.csv is split at random, always in the same way: 70% training" in capsys.readouterr().out
+    assert main([*quick, "--predictions", "sorted.csv"]) == 2
     assert "--predictions sorted.csv would overwrite the data" in capsys.readouterr().err
     write("few.csv", ["a,1", "b,2"])
     with pytest.raises(UserError, match="--data_dir few.csv: 2 messages are too few to be split"):
@@ -169,21 +153,18 @@ def test_the_collection_itself_may_be_the_file(monkeypatch):
     assert data.name == "uci" and data.notes == [] and len(data.splits["train"]) == 840
 
 
-@pytest.mark.parametrize("name", ["val.csv", "dev.tsv", "valid.csv", "validation.tsv"])
+@pytest.mark.parametrize("name", ["val.csv", "dev.tsv", "valid.csv"])
 def test_other_names_of_the_files(name):
     write_splits("own")
     Path("own/validation.csv").unlink()
     with pytest.raises(UserError, match=r"holds train.csv and test.csv, but no validation.csv; a single file"):
         read("own")
     separator = "\t" if name.endswith("tsv") else ","
-    write(
-        f"own/{name}", [f"a{separator}x", f"b{separator}y, z" if separator == "\t" else "b,y"], f"Label{separator}Text"
-    )
+    write(f"own/{name}", [f"a{separator}x", f"b{separator}y"], f"Label{separator}Text")
     data = read("own")
-    assert data.name == "own" and data.splits["validation"]["Text"].str[0].tolist() == ["x", "y"]
+    assert data.name == "own" and data.splits["validation"]["Text"].tolist() == ["x", "y"]
     write("own/validation.csv", ["a,x"])
-    pair = {"validation.csv", name}
-    with pytest.raises(UserError, match=f"holds {'|'.join(pair)} and {'|'.join(pair)}; remove one of them"):
+    with pytest.raises(UserError, match="; remove one of them"):
         read("own")
 
 
@@ -203,9 +184,7 @@ def test_tabs_and_quotes():
 
 
 def test_a_text_that_has_swallowed_rows():
-    write_splits(
-        "own", train=['b,"never closed', "a,next", "b,last" + '"', 'a,"two', 'lines, three"', "a,c", 'b,"x', 'a,y"']
-    )
+    write_splits("own", train=['b,"never closed', "a,next", 'b,last"', 'a,"two', 'lines, three"', 'b,"x', 'a,y"'])
     [warning] = read("own").warnings
     assert warning.startswith("own/train.csv, line 2: a text of several lines holds what looks like a row of the file")
     assert warning.endswith("(and 1 more such texts)")
@@ -213,43 +192,33 @@ def test_a_text_that_has_swallowed_rows():
 
 def test_all_test_messages_among_the_training_messages():
     write_splits("own", train=["a,x", "b,y"], test=["a,x", "a,x"], validation=["a,x", "a,z"])
-    assert read("own").warnings == [
-        "all test messages are among the training messages: accuracy on them is no estimate"
-    ]
+    [warning] = read("own").warnings
+    assert warning.startswith("all test messages are among the training messages: ")
 
 
-def test_repeats_within_a_split_are_counted(nano, data_dir, capsys):
-    write(data_dir / "test.csv", ["0,same", "0,same", "0,same", "1,other"])
-    assert main(nano) == 0
-    [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Repeated within their split")]
-    assert line.endswith("2 of 4 test messages")
-
-
-def test_validation_messages_sorted_by_label(nano, data_dir, capsys):
+def test_validation_messages_sorted_by_label(quick, data_dir, capsys):
     """Estimates during training are of the first five batches."""
     write(data_dir / "validation.csv", ["-100,c", *["0,a"] * 9, *["1,b"] * 9])
     warning = "warning: the first 10 validation messages are all 0: losses and accuracies during training are of that"
     for batch_size, is_warned in ((2, True), (3, False)):
-        assert main([*nano, "--batch_size", str(batch_size)]) == 0
+        assert main([*quick, "--batch_size", str(batch_size)]) == 0
         assert (warning in capsys.readouterr().err) == is_warned
 
 
-def test_cut_texts_are_counted(nano, data_dir, capsys):
-    write(data_dir / "test.csv", ["0," + "word " * 60, "1,b"])
-    write(data_dir / "validation.csv", ["0," + "word " * 60, "1," + "word " * 31])
-    options = [*nano, "--context_length", "30", "--save_model", "saved.safetensors"]
+def test_cut_texts_are_counted(quick, data_dir, capsys):
+    """And those that are repeated within their split."""
+    write(data_dir / "test.csv", ["0," + "word " * 60, "1,b", "1,b", "1,b"])
+    options = [*quick, "--context_length", "30", "--save_model", "saved.safetensors"]
     assert main(options) == 0
     out, err = capsys.readouterr()
-    validation = "2 of 2 validation texts have more than 30 tokens and are cut"
-    test = "1 of 2 test texts has more than 30 tokens and is cut"
-    assert f"\nTokens per message: 30 at most, padded; {validation}; {test}\n" in out and "cut" not in err
+    test = "1 of 4 test texts has more than 30 tokens and is cut"
+    assert f"\nTokens per message: 30 at most, padded; {test}\n" in out and "cut" not in err
+    assert re.search("\nRepeated within their split: .*2 of 4 test messages\n", out)
     write(data_dir / "train.csv", [f"{n % 2},{'word ' * (1023 + (n < 3))}" for n in range(8)])
-    assert main([*nano, "--trainable_token_pos", "first"]) == 0
+    assert main([*quick, "--trainable_token_pos", "first"]) == 0
     assert "warning: 3 of 8 training texts have more than 1,024 tokens and are cut\n" in capsys.readouterr().err
     assert main(["--load_model", "saved.safetensors", "--classify", "word " * 40, "b"]) == 0
     assert capsys.readouterr().err == "warning: 1 of 2 texts has more than 30 tokens and is cut\n"
-    ae.load_classifier("saved.safetensors").predict(["word " * 40, "word " * 50])
-    assert capsys.readouterr().err == "warning: 2 of 2 texts have more than 30 tokens and are cut\n"
 
 
 # --- predictions ---
@@ -257,10 +226,10 @@ def test_cut_texts_are_counted(nano, data_dir, capsys):
 ODD = ["=1+1", 'say "hi", you', "two\nlines", "日本語 é", "a;b\tc"]
 
 
-def test_predictions_of_each_message(nano, data_dir, capsys):
+def test_predictions_of_each_message(quick, data_dir, capsys):
     rows = [("-100" if n == 2 else n % 2, text) for n, text in enumerate(ODD)]
     pd.DataFrame(rows, columns=["Label", "Text"]).to_csv(data_dir / "test.csv", index=None)
-    assert main([*nano, "--predictions", "predictions.csv", "--save_model", "saved.safetensors"]) == 0
+    assert main([*quick, "--predictions", "predictions.csv", "--save_model", "saved.safetensors"]) == 0
     assert "Wrote the predictions to predictions.csv" in capsys.readouterr().out
     assert Path("predictions.csv").read_bytes().startswith(b"\xef\xbb\xbf")  # which tells Excel that it is UTF-8
     table = pd.read_csv("predictions.csv", keep_default_na=False)
@@ -272,24 +241,22 @@ def test_predictions_of_each_message(nano, data_dir, capsys):
     classifier = ae.load_classifier("saved.safetensors")
     labels, probabilities = classifier.predict(ODD)
     assert test["predicted"].astype(str).tolist() == labels
-    torch.testing.assert_close(
-        torch.tensor(test.iloc[:, 4:6].to_numpy(dtype="float32")), probabilities, atol=1e-5, rtol=0
-    )
+    assert test.iloc[:, 4:6].to_numpy(dtype="float32") == pytest.approx(probabilities.numpy(), abs=1e-5)
     [record] = records_in()
     wrong = test[(test["label"] != "") & (test["label"].astype(str) != test["predicted"].astype(str))]
     assert wrong["number"].tolist() == [mistake[0] for mistake in record["confusions"]["test"]["mistakes"]]
 
 
 @pytest.mark.parametrize("options", [["x.txt"], ["missing/x.csv"], ["x.csv", "--repeats", "2"]])
-def test_predictions_are_refused_before_training(nano, capsys, options):
-    assert main([*nano, "--predictions", *options]) == 2
+def test_predictions_are_refused_before_training(quick, capsys, options):
+    assert main([*quick, "--predictions", *options]) == 2
     out, err = capsys.readouterr()
     assert out == "" and "--predictions" in err
 
 
-def test_classify_a_file(nano, data_dir, capsys):
+def test_classify_a_file(quick, data_dir, capsys):
     """The columns are those of the file of predictions; a blank text has no label; labels are optional."""
-    assert main([*nano, "--save_model", "saved.safetensors"]) == 0
+    assert main([*quick, "--save_model", "saved.safetensors"]) == 0
     command = ["--load_model", "saved.safetensors", "--classify"]
     texts = [*ODD, "  "]
     frame = pd.DataFrame(dict(Words=texts, Label="x"))
@@ -312,9 +279,9 @@ def test_classify_a_file(nano, data_dir, capsys):
         assert capsys.readouterr().err.endswith(message)
 
 
-def test_what_is_probably_no_message(nano, capsys):
+def test_what_is_probably_no_message(quick, capsys):
     """Another file, and an empty message, get a line of advice, and the answers of a message."""
-    assert main([*nano, "--save_model", "saved.safetensors"]) == 0
+    assert main([*quick, "--save_model", "saved.safetensors"]) == 0
     Path("notes.txt").write_text("hello")
     capsys.readouterr()
     assert main(["--load_model", "saved.safetensors", "--classify", "notes.txt", "", "x" * 5000, "a.csv"]) == 0

@@ -109,7 +109,6 @@ def refused(name, why):
     "damage, why",
     [
         (lambda tensor: tensor[:-1], "has shape"),
-        (lambda tensor: torch.cat([tensor, tensor[:1]]), "has shape"),
         (lambda tensor: tensor[None], "has shape"),
         (lambda tensor: tensor.long(), "has type torch.int64"),
         (lambda tensor: None, "is missing"),
@@ -211,22 +210,3 @@ def test_fused_weights_change_no_output_and_are_kept_once(causal):
     assert_close({name: parameter.detach() for name, parameter in block.named_parameters()}, before, rtol=0, atol=0)
     parts = (block.att.W_query, block.att.W_key, block.att.W_value)
     assert len({part.weight.untyped_storage().data_ptr() for part in parts}) == 1
-
-
-@torch.no_grad()
-def test_attention_without_keys_is_no_less_exact_in_bfloat16():
-    """Away from initialisation, where scores are large: their rounding would show."""
-    ratios = []
-    for seed in range(8):
-        block = randomize(TransformerBlock(GPTConfig(emb_dim=64, n_layers=1, n_heads=4)))
-        torch.manual_seed(seed)
-        x = torch.randn(16, 40, 64)  # (B, T, D)
-        last = torch.full((16,), 39)
-        exact = block.double().att(block.norm1(x.double()), None, last)
-        block.float()
-        with torch.autocast("cpu", torch.bfloat16):
-            from_all = block.att(block.norm1(x), None, last)
-            x_hat = block.standardize(x).bfloat16()
-            from_kept = block.att.attend_to_normalized(block.norm1(x[:, -1:]), x_hat, block.norm1)
-        ratios.append(((from_kept - exact).abs().mean() / (from_all - exact).abs().mean()).item())
-    assert max(ratios) < 1.02

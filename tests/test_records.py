@@ -50,15 +50,13 @@ def test_a_record_survives_its_file(tmp_path):
 def test_a_file_that_is_no_record_is_named_and_skipped(tmp_path):
     good, bad = (write_record(tmp_path, made_up_record([1], seed=seed)) for seed in (1, 2))
     content = bad.read_bytes()
-    for damaged in (content[:-50], b"\xff\xfe", b"[1, 2]", b"[" * 100_000, b"3", content.replace(b"made", b"\xff")):
+    for damaged in (content[:-50], b"\xff\xfe", b"[1, 2]", b"[" * 100_000):
         bad.write_bytes(damaged)
         records, [problem] = read_records([tmp_path])
         assert [record.seed for record in records] == [1] and problem.startswith(f"{bad} is no record of a run (")
         assert problem.endswith("; skipped") and "\n" not in problem
-    for version, told in ((b"2", "an older"), (b"4", "a newer")):
-        bad.write_bytes(content.replace(b'"version": 3', b'"version": ' + version))
-        _, [problem] = read_records([tmp_path])
-        assert problem == f"{bad} was written by {told} version; move it away, or use --results DIR; skipped"
+    bad.write_bytes(content.replace(b'"version": 3', b'"version": 4'))
+    assert "was written by a newer version" in read_records([tmp_path])[1][0]
 
 
 def places_in(content, path=()):
@@ -84,7 +82,7 @@ def with_value(content, path, value):
 MISSING = object()
 
 
-@pytest.mark.parametrize("damage", [None, "text", -7, {}, MISSING], ids=["null", "text", "number", "dict", "missing"])
+@pytest.mark.parametrize("damage", [None, "text", -7, MISSING], ids=["null", "text", "number", "missing"])
 def test_a_record_with_one_damage_is_skipped_or_reported(tmp_path, damage):
     """A value that is missing or another, wherever it is, and every format of the report."""
     history = History([0, 50], [1.0, 0.5], [1.0, 0.6], [[30, 40]], [[35, 40]], ["a line"])
@@ -105,9 +103,7 @@ def test_a_record_with_one_damage_is_skipped_or_reported(tmp_path, damage):
 
 
 DAMAGES = {
-    "a run without a seed": (("seed",), None),
     "more mistakes than messages": (("confusions", "test", "totals"), [150, 0]),
-    "three classes of messages, two names": (("confusions", "test", "totals"), [150, 150, 0]),
     "a mistake of a third class": (("confusions", "test", "mistakes"), [[0, 0, 2, 0.9]]),
     "more repeated messages than messages": (("duplicates", "test", "similar"), [*range(301)]),
 }
@@ -122,13 +118,11 @@ def test_fields_that_do_not_belong_together_are_no_record(tmp_path, damage):
 
 
 def test_records_are_in_the_order_of_time_in_any_time_zone(tmp_path):
-    """Noon in Tokyo is before eight in London, though it is later as a text; without a zone it is the system's."""
+    """Noon in Tokyo is before eight in London, though it is later as a text."""
     dates = ["2026-11-24T12:00:00+09:00", "2026-11-24T08:00:00+00:00", "2026-11-24T07:30:00-05:00"]
     for seed, date in zip((3, 1, 2), dates):
         write_record(tmp_path, made_up_record(date=date, seed=seed))
     assert [record.date for record in read_records([tmp_path])[0]] == dates
-    write_record(tmp_path, made_up_record(date="2020-01-01T00:00:00", seed=9))
-    assert read_records([tmp_path])[0][0].seed == 9
 
 
 def test_the_name_of_a_run_is_what_it_is():
@@ -177,19 +171,13 @@ def test_repeated_messages_are_found():
     assert find_duplicates(splits) == dict(validation=Duplicates(), test=Duplicates((1, 5), (0, 1, 3, 5)))
 
 
-SAME = [("call now - free", "call now free"), ("Win £500!", "win £9"), ("ＦＲＥＥ", "free"), ("Straße", "STRASSE")]
-SAME += [("a_b", "ab"), ("№ ④", "no"), ("e\u0301te\u0301", "ÉTÉ")]
-OTHERS = [("काम", "कम"), ("I love it 😂", "I love it 😡"), ("50 £", "50 $"), ("therapist", "the rapist")]
-
-
-@pytest.mark.parametrize("a, b", SAME)
-def test_messages_that_differ_in_case_numbers_or_punctuation_are_similar(a, b):
-    assert normalized(a) == normalized(b) != ""
-
-
-@pytest.mark.parametrize("a, b", OTHERS)
-def test_marks_and_symbols_make_other_messages(a, b):
-    assert normalized(a) != normalized(b)
+def test_messages_that_differ_in_case_numbers_or_punctuation_are_similar():
+    """Marks and symbols make other messages."""
+    same = [("call now - free", "call now free"), ("Win £500!", "win £9"), ("ＦＲＥＥ", "free"), ("Straße", "STRASSE")]
+    for a, b in [*same, ("a_b", "ab"), ("№ ④", "no"), ("e\u0301te\u0301", "ÉTÉ")]:
+        assert normalized(a) == normalized(b) != ""
+    others = [("काम", "कम"), ("I love it 😂", "I love it 😡"), ("50 £", "50 $"), ("therapist", "the rapist")]
+    assert not any(normalized(a) == normalized(b) for a, b in others)
 
 
 def test_a_finished_run_is_skipped(options, capfd):
