@@ -81,10 +81,10 @@ def test_an_export_answers_as_the_program_does(flexible, capfd):
     assert ae.main([*command, "--save_model", "trained", "--export", "out"]) == 0
     assert capfd.readouterr().err == ""
     Path("again").mkdir()  # an empty folder will do
-    quiet = ["--quiet"] * ("bf16" in further)
-    assert ae.main(["--load_model", "trained", "--export", "again", *quiet, "--classify", "You have won", "ok"]) == 0
+    using = ["--load_model", "trained", "--export", "again", "--classify", "You have won", "ok", "--quiet"]
+    assert ae.main(using) == 0
     told = capfd.readouterr()
-    assert told.err.endswith("Wrote the export to again\n") != bool(quiet)
+    assert "Wrote the export" not in told.err
     answers = [line.split("\t") for line in told.out.splitlines()]
     for name in FILES - {"README.md"}:
         assert Path("out", name).read_bytes() == Path("again", name).read_bytes()
