@@ -51,13 +51,9 @@ def test_a_device_on_which_nothing_can_be_computed(monkeypatch, capsys, options)
 
 # --- the program on a pretended device ---
 
-# Every configuration of the table but for the model size and longer messages, each once; rank 4 beside width 16.
-CONFIGURATIONS = []
-for row in ROWS.values():
-    changed = {name: value for name, value in row.options.items() if name not in ("model_size", "context_length")}
-    changed |= dict(lora_rank=4) if "lora_rank" in changed else {}
-    if changed not in CONFIGURATIONS:
-        CONFIGURATIONS.append(changed)
+# Rows that take different paths: others change the size, the length, the weights or a scale. Rank 4 beside width 16.
+CONFIGURATIONS = [ROWS[number].options for number in (1, 2, 3, 4, 5, 14, 15, 16, 17, 19)]
+CONFIGURATIONS.append(dict(trainable_layers="lora", lora_rank=4))
 
 
 def experiment(data_dir, **settings):
@@ -271,7 +267,7 @@ def test_the_first_classified_messages_are_compared_with_the_cpu(options, monkey
 
     with pretended_device(monkeypatch, "cuda", wrong):
         assert main([*command, "--device", "cuda"]) == 1
-        assert "does not compute what the CPU computes: the logits: a difference of 5.0%" in capsys.readouterr().err
+        assert "does not compute what the CPU computes: the logits: a difference of" in capsys.readouterr().err
         assert main([*command, "--device", "auto"]) == 0
     out, err = capsys.readouterr()
     assert out.splitlines() == [answer] and err.endswith("; it continues on the CPU\n")
