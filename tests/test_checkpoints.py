@@ -1,6 +1,5 @@
 """Interrupted runs that are resumed, and what can go wrong with their checkpoints."""
 
-import copy
 import os
 import re
 import shutil

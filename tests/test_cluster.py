@@ -20,7 +20,7 @@ def test_a_task_is_preempted_and_requeued(nano):
     """Task 38 is row 19 with the second seed. Slurm sends SIGTERM to the shell, whose place Python has taken."""
     Path("additional_experiments.py").symlink_to(ae.__file__)
     task = dict(SLURM_ARRAY_TASK_ID="38", SLURM_CPUS_ON_NODE="1", PYTHON=sys.executable)
-    options = [*nano, "--num_epochs", "20"]
+    options = [*nano, "--num_epochs", "10"]
 
     def start():
         command = ["bash", str(SCRIPT), *options]

@@ -51,13 +51,9 @@ def test_a_device_on_which_nothing_can_be_computed(monkeypatch, capsys, options)
 
 # --- the program on a pretended device ---
 
-# Every configuration of the table but for the model size and longer messages, each once; rank 4 beside width 16.
-CONFIGURATIONS = []
-for row in ROWS.values():
-    changed = {name: value for name, value in row.options.items() if name not in ("model_size", "context_length")}
-    changed |= dict(lora_rank=4) if "lora_rank" in changed else {}
-    if changed not in CONFIGURATIONS:
-        CONFIGURATIONS.append(changed)
+# Rows that take different paths: others change the size, the length, the weights or a scale. Rank 4 beside width 16.
+CONFIGURATIONS = [ROWS[number].options for number in (1, 2, 3, 4, 5, 14, 15, 16, 17, 19)]
+CONFIGURATIONS.append(dict(trainable_layers="lora", lora_rank=4))
 
 
 def experiment(data_dir, **settings):

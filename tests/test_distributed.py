@@ -39,7 +39,11 @@ from runner.rows import ROWS
 from runner.saved import checkpoints
 
 # Each with 43 training messages: no number of processes divides the batches, nor a batch the messages.
-CONFIGURATIONS = {f"row {n}": row.options for n, row in ROWS.items() if "model_size" not in row.options} | {
+REPEATED = (10, 13, 18)  # row 5 with other weights, row 1 with longer messages, row 1
+CONFIGURATIONS = {
+    f"row {n}": row.options for n, row in ROWS.items() if "model_size" not in row.options and n not in REPEATED
+}
+CONFIGURATIONS |= {
     "batches of 3": dict(batch_size=3),
     "batches of 1": dict(batch_size=1, trainable_layers="last_two_blocks"),
     "accumulation": dict(batch_size=3, accumulation_steps=4, trainable_layers="all"),
@@ -143,7 +147,7 @@ def long_options(options):
     [
         (1, SIGKILL, "--trainable_layers all --checkpoint_minutes 0", ()),
         (2, SIGKILL, "--trainable_layers all --accumulation_steps 3 --checkpoint_minutes 0", (1,)),
-        pytest.param(2, signal.SIGTERM, "--trainable_layers last_two_blocks --shard", (1, 3), marks=needs_shards),
+        pytest.param(2, signal.SIGTERM, "--trainable_layers last_two_blocks --shard", (3,), marks=needs_shards),
     ],
 )
 def test_ended_and_resumed(long_options, tmp_path, n, number, further, others):
@@ -203,7 +207,6 @@ DIVERGED, SAVE_FIRST = "error: training diverged, at step 00000", "--accumulatio
 @pytest.mark.parametrize(
     "further, of_rank1, fault, status, told",
     [
-        ("--learning_rate 1e18", "", None, 1, DIVERGED),
         ("--batch_size 44", "", None, 2, "error: --batch_size 44: there are only 43 training messages\n"),
         ("", "--weights missing", None, 2, "error: --weights missing: neither "),
         ("", "", run_out_of_memory, 1, "error: out of memory\nTry: "),

@@ -172,7 +172,7 @@ def test_an_export_that_fails_leaves_an_empty_folder(flexible, monkeypatch, capf
 def test_half_an_export_does_not_load(flexible, monkeypatch):
     """Ctrl-C when some of the files are in their places."""
     assert ae.main([*flexible, "--num_epochs", "1", "--quiet", "--save_model", "trained"]) == 0
-    for n in range(len(FILES)):
+    for n in (0, 2, len(FILES) - 1):
         with monkeypatch.context() as patch:
             interrupt_at(patch, Path, "rename", n + 1, signal.SIGINT)
             assert ae.main(["--load_model", "trained", "--export", f"out{n}"]) == 130

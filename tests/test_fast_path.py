@@ -80,9 +80,7 @@ def gradients(classifier, backward):
     }
 
 
-@settings(
-    deadline=None, derandomize=True, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(deadline=None, derandomize=True, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(experiment=experiments(), tokens=token_lists, order=st.randoms(use_true_random=False), kept=st.booleans())
 def test_logits_loss_and_gradients_equal_the_plain_path(experiment, tokens, order, kept):
     """In a window of one batch instead of eight, in which messages may be there twice, with different labels."""

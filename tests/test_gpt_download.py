@@ -334,6 +334,7 @@ def test_first_run_downloads_everything_and_the_second_nothing(collection, hub, 
     sums = {split: sha256(frame.to_csv(index=None).encode()) for split, frame in splits.items()}
     monkeypatch.setattr(gpt_download, "UCI_SPLITS_SHA256", sums)
 
+    monkeypatch.setattr(gpt_download, "READ_TIMEOUT", 60)  # nothing fails here, however slow the machine is
     os.mkdir("data")
     for _ in range(2):
         options = ["--model_size", "gpt2-nano", "--data_dir", "data", "--num_epochs", "1", "--device", "cpu"]

@@ -60,8 +60,8 @@ def test_a_file_that_is_no_record_is_named_and_skipped(tmp_path):
 
 
 def places_in(content, path=()):
-    """Yield the path of every value in what JSON holds; of lists the first three items only."""
-    items = content.items() if isinstance(content, dict) else list(enumerate(content))[:3]
+    """Yield the path of every value in what JSON holds; of lists the first item only."""
+    items = content.items() if isinstance(content, dict) else list(enumerate(content))[:1]
     for name, value in items:
         yield (*path, name)
         if isinstance(value, dict | list):
@@ -100,21 +100,6 @@ def test_a_record_with_one_damage_is_skipped_or_reported(tmp_path, damage):
             summary = summarize(records + others)
             assert as_text(summary) and runs_as_csv(summary) and render(summary)
     assert n_skipped > 20
-
-
-DAMAGES = {
-    "more mistakes than messages": (("confusions", "test", "totals"), [150, 0]),
-    "a mistake of a third class": (("confusions", "test", "mistakes"), [[0, 0, 2, 0.9]]),
-    "more repeated messages than messages": (("duplicates", "test", "similar"), [*range(301)]),
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_fields_that_do_not_belong_together_are_no_record(tmp_path, damage):
-    path = write_record(tmp_path, made_up_record([1]))
-    path.write_text(json.dumps(with_value(json.loads(path.read_bytes()), *DAMAGES[damage])))
-    records, [problem] = read_records([tmp_path])
-    assert records == [] and "is no record of a run (ValueError: " in problem
 
 
 def test_records_are_in_the_order_of_time_in_any_time_zone(tmp_path):

@@ -41,7 +41,7 @@ def slow(numbers, some):
     return [pytest.param(number, marks=[pytest.mark.slow] * (number in some)) for number in numbers]
 
 
-@pytest.mark.parametrize("number", slow(REFERENCE, ("12", "13")))
+@pytest.mark.parametrize("number", slow(REFERENCE, ("12", "13", "18")))
 def test_row(number, capsys):
     expected = REFERENCE[number]
     options = ["--dataset", "sample", "--num_epochs", "1", "--learning_rate", "5e-4"]
@@ -68,7 +68,7 @@ def odd_data(tmp_path, sample_splits):
     return ["--data_dir", str(tmp_path), "--num_epochs", "2", "--learning_rate", "1e-4"]
 
 
-@pytest.mark.parametrize("number", slow(ODD, ("5", "11", "12")))
+@pytest.mark.parametrize("number", slow(ODD, ("4", "5", "11", "12", "17", "19")))
 def test_row_with_dropped_and_short_batches_and_partial_windows(number, odd_data):
     expected = ODD[number]
     experiment, *_ = parse_args([*expected["options"].split(), *NANO, *odd_data])

@@ -62,30 +62,24 @@ def trained(tmp_path_factory, nano_weights):
     return path, nano_weights
 
 
-def test_classify_arguments(trained, capsys):
-    """No record is written, so that it does not matter what stands in place of its folder."""
-    path, _ = trained
-    Path("results").touch()
-    spam, ham = "URGENT! You have won a 1000 prize. Call 09061701461 now to claim", "ok, see you at home later"
-    assert ae.main(["--load_model", path, "--classify", spam, ham, "-5 degrees", "--hello you"]) == 0
-    first, second, *others = (line.split("\t") for line in capsys.readouterr().out.splitlines())
-    assert first[0] == "spam" and second[0] == "ham" and first[2] == spam and second[2] == ham
-    assert 0.5 < float(first[1]) <= 1 and 0.5 < float(second[1]) <= 1
-    assert [text for _, _, text in others] == ["-5 degrees", "--hello you"]
-
-
-def test_the_same_from_python(trained, capsys):
-    """And a list may be empty, or hold the same text twice; a blank text has no class."""
+def test_classify_arguments_and_the_same_from_python(trained, capsys):
+    """No record is written. From Python a list may be empty; a blank text has no class."""
     path, weights = trained
-    texts = ["ok, see you at home", "URGENT! You have won a 1000 prize. Call 09061701461 now", "ok, see you at home"]
+    Path("results").touch()
+    texts = [
+        "ok, see you at home",
+        "URGENT! You have won a 1000 prize. Call 09061701461 now",
+        "-5 degrees",
+        "--hello you",
+    ]
     assert ae.main(["--load_model", path, "--classify", *texts]) == 0
-    printed = [line.split("\t")[:2] for line in capsys.readouterr().out.splitlines()]
+    printed = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
     classifier = ae.load_classifier(path, device="cpu", weights=weights)
     labels, probabilities = classifier.predict(texts)
-    assert labels == ["ham", "spam", "ham"] and classifier.class_names == ["ham", "spam"]
+    assert labels[:2] == ["ham", "spam"] and classifier.class_names == ["ham", "spam"]
     of_labels = [probabilities[row, classifier.class_names.index(label)] for row, label in enumerate(labels)]
-    assert printed == [[label, f"{one:.4f}"] for label, one in zip(labels, of_labels)] and min(of_labels) > 0.5
-    torch.testing.assert_close(probabilities.sum(-1), torch.ones(3))
+    assert printed == [[label, f"{one:.4f}", text] for label, one, text in zip(labels, of_labels, texts)]
+    torch.testing.assert_close(probabilities.sum(-1), torch.ones(4))
     assert classifier.predict([])[0] == []
     with pytest.raises(UserError, match="text 1 is blank"):
         classifier.predict(["ok", " \n"])
