@@ -1,5 +1,6 @@
 """Interrupted runs that are resumed, and what can go wrong with their checkpoints."""
 
+import copy
 import os
 import re
 import shutil
