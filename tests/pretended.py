@@ -2,12 +2,14 @@
 
 An accelerator is tensors that say `mps` or `cuda` and hold their values on the CPU. It computes what the CPU does, and
 is as strict as an accelerator: a computation with tensors of both devices raises, as does a float64 on `mps` (with
-PyTorch's own message). A fault can be planted: `falsify(name, args, result)` sees what each operation gave.
+PyTorch's own message). What it has to wait for is counted: copies from and to it, and questions for a value. A fault
+can be planted: `falsify(name, args, result)` sees what each operation gave.
 """
 
 import errno
 import os
 import signal
+from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -28,7 +30,7 @@ NO_FLOAT64 += "Please use float32 instead."
 class PretendedTensor(torch.Tensor):
     """A tensor on the pretended device; `inner` holds its values on the CPU."""
 
-    kind, falsify = "mps", None
+    kind, counts, falsify = "mps", Counter(), None
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @staticmethod
@@ -51,6 +53,7 @@ class PretendedTensor(torch.Tensor):
         return self.to("cpu")
 
     def tolist(self):
+        count("question")
         return self.inner.detach().tolist()
 
     def numpy(self):
@@ -62,6 +65,10 @@ class PretendedTensor(torch.Tensor):
     @classmethod
     def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
         return compute(function, args, kwargs or {})
+
+
+def count(what):
+    PretendedTensor.counts[what] += 1
 
 
 def unwrap(value):
@@ -78,11 +85,18 @@ def compute(function, args, kwargs):
     if wanted is not None:
         kwargs = kwargs | dict(device=torch.device("cpu") if on_device else wanted)
     if name in ("copy_", "_to_copy"):
+        source = args[1] if name == "copy_" else args[0]
         on_device = isinstance(args[0], PretendedTensor) if name == "copy_" else on_device
+        if isinstance(source, PretendedTensor) != on_device:
+            count("to the device" if on_device else "from the device")
     elif name == "_local_scalar_dense":
+        count("question") if pretended else None
         return function(*map(unwrap, args), **kwargs)
     elif pretended and "index" not in name and any(t.dim() > 0 and not isinstance(t, PretendedTensor) for t in tensors):
         raise RuntimeError(f"Expected all tensors to be on the same device, in {name}")
+    by_mask = name == "index" and any(index is not None and index.dtype == torch.bool for index in args[1])
+    if pretended and (by_mask or name in ("nonzero", "masked_select")):  # the size of the result depends on values
+        count("question")
     result = function(*tree_map(unwrap, args), **tree_map(unwrap, kwargs))
     to_host = name == "_to_copy" and pretended and not on_device
     if (on_device or to_host) and PretendedTensor.falsify is not None:
@@ -129,10 +143,11 @@ class Functions(TorchFunctionMode):
 
 @contextmanager
 def pretended_device(monkeypatch, kind, falsify=None):
-    """Within it PyTorch has one device of this kind, "mps" or "cuda"."""
+    """Within it PyTorch has one device of this kind, "mps" or "cuda"; yields the counts of copies and questions."""
     if kind == "cuda" and torch.version.cuda is not None:
         pytest.skip("a CUDA build of PyTorch asks its runtime for the device, which cannot be pretended")
     monkeypatch.setattr(PretendedTensor, "kind", kind)
+    monkeypatch.setattr(PretendedTensor, "counts", Counter())
     monkeypatch.setattr(PretendedTensor, "falsify", staticmethod(falsify) if falsify else None)
     state = torch.zeros(16, dtype=torch.uint8)
     if kind == "mps":
@@ -148,7 +163,7 @@ def pretended_device(monkeypatch, kind, falsify=None):
     for name, answer in answers.items():
         monkeypatch.setattr(getattr(torch, kind), name, lambda *_, answer=answer, **__: answer)
     with Functions(), Dispatch():
-        yield
+        yield PretendedTensor.counts
 
 
 @contextmanager

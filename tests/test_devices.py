@@ -153,6 +153,24 @@ def test_features_in_each_placement(tiny_size, data_dir, monkeypatch, capsys, ki
         assert_same_numbers(found, expected)
 
 
+@pytest.mark.parametrize("layers", ["last_block", "all"])
+def test_an_update_waits_for_the_device_once(tiny_size, data_dir, monkeypatch, layers):
+    """To know whether its loss is finite."""
+    waits, accumulate_gradients = [], ae.accumulate_gradients
+    with pretended_device(monkeypatch, "cuda") as counts:
+
+        def counted(*arguments):
+            before = counts["question"] + counts["from the device"]
+            result = accumulate_gradients(*arguments)
+            waits.append(counts["question"] + counts["from the device"] - before)
+            return result
+
+        monkeypatch.setattr(ae, "accumulate_gradients", counted)
+        monkeypatch.setattr(ae, "check_device", lambda device, *_: device)
+        run(experiment(data_dir, device="cuda", trainable_layers=layers))
+    assert waits == [1] * 5
+
+
 # --- a device that disagrees with the CPU ---
 
 

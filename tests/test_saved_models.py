@@ -114,6 +114,12 @@ def test_standard_input_line_by_line(trained, monkeypatch, capsys):
     assert [text for _, _, text in answers] == texts
 
 
+def test_a_closed_standard_input(trained, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", None)  # as Python has it after <&-
+    assert ae.main(["--load_model", trained[0], "--classify", "-"]) == 2
+    assert capsys.readouterr().err == "error: --classify -: standard input is closed\n"
+
+
 @pytest.mark.skipif(os.name == "nt", reason="Windows sends no signals")
 def test_what_has_arrived_is_answered_at_once(trained, monkeypatch, capsys):
     """The next message is written only when the one before has its answer; half a line waits for its end; Ctrl-C."""
