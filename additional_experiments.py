@@ -433,8 +433,8 @@ def prepare(experiment, run_options, console):
     if run_options.export:
         check_class_count(n_classes, experiment.config.emb_dim)
     compute_on = partial(run_in_miniature, experiment, n_classes, weights, encoded)
-    device = check_device(device, experiment.device == "auto", experiment.precision, compute_on, console)
-    set_precision(experiment.precision, device)  # if it is another device now
+    is_optional = experiment.device == "auto" and experiment.precision != "tf32"  # which the CPU does not have
+    device = check_device(device, is_optional, experiment.precision, compute_on, console)
 
     with torch.device("meta"):
         sizes = build_classifier(experiment, n_classes)

@@ -9,6 +9,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest.mock import Mock
 
 import filelock
 import pytest
@@ -273,6 +274,12 @@ def test_damaged_states_are_refused(interrupted, capfd):
         torch.save(content, "run.ckpt")
         assert ae.main(interrupted) == 2
         assert re.fullmatch(r"error: run.ckpt is damaged \(.*\); delete it to start over\n", capfd.readouterr().err)
+
+
+def test_ctrl_c_while_a_checkpoint_is_read(interrupted, monkeypatch, capfd):
+    monkeypatch.setattr(torch, "load", Mock(side_effect=KeyboardInterrupt))
+    assert ae.main(interrupted) == 130
+    assert capfd.readouterr().err == "interrupted\n"
 
 
 def test_a_file_that_cannot_be_read_is_not_to_be_deleted(interrupted, monkeypatch, capfd):

@@ -215,6 +215,14 @@ def test_a_device_that_disagrees_ends_the_run(options, tmp_path, monkeypatch, ca
     assert "| CPU, " in out and len(list((tmp_path / "results").iterdir())) == 1
 
 
+def test_tf32_does_not_continue_on_the_cpu(options, monkeypatch, capsys):
+    with pretended_device(monkeypatch, "cuda", infinite):
+        assert main([*options, "--device", "auto", "--precision", "tf32"]) == 1
+    torch.set_float32_matmul_precision("highest")
+    err = capsys.readouterr().err
+    assert "does not compute what the CPU computes" in err and "continues" not in err
+
+
 def without_gradients(name, found):
     return found.startswith(name) and not torch.is_grad_enabled()
 

@@ -222,11 +222,12 @@ def open_checkpoint(path, minutes, identity, seeds, weights, console):
             if processes.from_rank0(progress) != progress:
                 raise UserError(f"--checkpoint {path}: not all hosts have the same file there")
         checkpoint = Checkpoint(path, minutes, identity, saved, weights, console)
-        yield checkpoint
+        try:
+            yield checkpoint
+        except KeyboardInterrupt:
+            checkpoint.raise_if_interrupted(signal.SIGINT)
         if checkpoint.problem and not checkpoint.has_written:
             console.not_written.append(checkpoint.problem)
-    except KeyboardInterrupt:
-        checkpoint.raise_if_interrupted(signal.SIGINT)
     finally:
         lock.release()
 
