@@ -101,7 +101,7 @@ def atomic_write(path):
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         temporary.chmod(mode)  # safetensors replaces the file by one that only its owner can read
-        replace(temporary, path)
+        rename(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -111,8 +111,8 @@ def temporary_prefix(path):
     return f".{hashlib.sha256(path.name.encode()).hexdigest()[:8]}-"
 
 
-def replace(source, target):
-    """Rename a file. Windows denies this while another program, a virus scanner, has the target open: retry for 2 s."""
+def rename(source, target):
+    """Rename a file over another. Windows denies this while a virus scanner has the target open: retry for 2 s."""
     give_up = time.monotonic() + (2 if sys.platform == "win32" else 0)
     while True:
         try:

@@ -3,7 +3,6 @@
 import codecs
 import csv
 import io
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -128,27 +127,3 @@ def suggest_columns(names, rows, wanted):
             return ""
         chosen[option] = candidates[0]
     return command_line(chosen)
-
-
-# --- labels ---
-
-NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)")
-
-
-def parse_labels(splits):
-    """Return {split: DataFrame} with labels as numbers if all of the training split are numbers."""
-    if not all(map(NUMBER.fullmatch, splits["train"]["Label"])):
-        return splits
-    return {
-        split: frame.assign(Label=pd.Series(list(map(parse_label, frame["Label"])), frame.index, dtype=object))
-        for split, frame in splits.items()
-    }
-
-
-def parse_label(text):
-    """Return a label as an int ("1.0" is 1) or a float, or the text if it is no number."""
-    if not NUMBER.fullmatch(text):
-        return text
-    if "." not in text:
-        return int(text)
-    return int(number) if (number := float(text)).is_integer() else number

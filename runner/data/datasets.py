@@ -1,6 +1,7 @@
 """The labelled messages: the collection or the user's own files, splits, labels, repeated messages."""
 
 import os
+import re
 import textwrap
 import unicodedata
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import pandas as pd
 
 import gpt_download
 from gpt_download import DEFAULT_DATA_DIR, SPLITS
-from runner.data.csv_files import parse_labels, read_messages
+from runner.data.csv_files import read_messages
 from runner.files import UserError, sha256_of, sha256_of_json
 from runner.wording import shown
 
@@ -144,6 +145,27 @@ def sha256_of_splits(splits):
 
 
 # --- labels ---
+
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)")
+
+
+def parse_labels(splits):
+    """Return {split: DataFrame} with labels as numbers if all of the training split are numbers."""
+    if not all(map(NUMBER.fullmatch, splits["train"]["Label"])):
+        return splits
+    return {
+        split: frame.assign(Label=pd.Series(list(map(parse_label, frame["Label"])), frame.index, dtype=object))
+        for split, frame in splits.items()
+    }
+
+
+def parse_label(text):
+    """Return a label as an int ("1.0" is 1) or a float, or the text if it is no number."""
+    if not NUMBER.fullmatch(text):
+        return text
+    if "." not in text:
+        return int(text)
+    return int(number) if (number := float(text)).is_integer() else number
 
 
 def encode_labels(splits, name, data_dir, ignore_index):
