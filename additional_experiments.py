@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
-from classifier import build_classifier, merge_lora, place
+from classifier import build_classifier, place
 from gpt_download import PRETRAINED, Weights, load_vocabulary, load_weights
 from previous_chapters import GPT_SIZES, GPTConfig
 from runner import options
@@ -51,7 +51,7 @@ from runner.saved import classifiers
 from runner.saved.checkpoints import TrainingState, open_checkpoint
 from runner.saved.classifiers import SavedClassifier, load_parameters
 from runner.saved.export import check_class_count, check_experiment, write_export
-from runner.wording import quoted
+from runner.wording import changed_options, command_line, quoted
 
 # --- the settings of an experiment ---
 
@@ -134,9 +134,6 @@ class Experiment:
         """The GPTConfig of the model."""
         sizes, recompute = GPT_SIZES[self.model_size], self.activation_checkpointing
         return GPTConfig(**sizes, causal=not self.disable_causal_mask, activation_checkpointing=recompute)
-
-
-DEFAULTS = asdict(Experiment())
 
 
 def parse_args(argv=None):
@@ -526,13 +523,14 @@ def write_classifier(experiment, setup, parameters, record, run_options, console
     classifier = build_classifier(experiment, len(setup.dataset.class_names), setup.weights.tensors)
     base_sha256 = classifiers.sha256_of_base(setup.weights, classifier)
     results = [f"Training completed in {record.minutes:.2f} minutes.", *describe_accuracies(record)]
+    command = command_line(changed_options(experiment))
     limit, names = setup.encoded.limit, setup.dataset.class_names
-    saved = SavedClassifier(asdict(experiment), limit, names, base_sha256, setup.dataset.name, results)
+    saved = SavedClassifier(asdict(experiment), limit, names, base_sha256, command, setup.dataset.name, results)
     if run_options.save_model:
         console.write_output("the classifier", run_options.save_model, classifiers.save_classifier, saved, parameters)
     if run_options.export:
         load_parameters(classifier, parameters)
-        console.write_output("the export", run_options.export, export_classifier, classifier, saved)
+        console.write_output("the export", run_options.export, write_export, classifier, saved)
 
 
 # --- using a trained classifier ---
@@ -611,19 +609,13 @@ def build_saved_classifier(path, given):
     return classifier, experiment, saved
 
 
-def export_classifier(path, classifier, saved):
-    """Write a Classifier on the CPU for transformers. LoRA is merged into its weights."""
-    merge_lora(classifier)
-    write_export(path, classifier, saved, DEFAULTS)
-
-
 def use_classifier(run_options, given):
     """Carry out --load_model: write the export, and classify messages as they arrive."""
     options.check_outputs(run_options)
     if run_options.export is not None:
         classifier, experiment, saved = build_saved_classifier(run_options.load_model, given)
         check_experiment(experiment)
-        export_classifier(run_options.export, classifier, saved)
+        write_export(run_options.export, classifier, saved)
         if not run_options.quiet:  # standard output is for answers only
             print(f"Wrote the export to {run_options.export}", file=sys.stderr)
     if run_options.classify:

@@ -37,7 +37,8 @@ from gpt_download import Weights
 from runner.data import datasets
 from runner.data.features import FrozenFeatures
 from runner.machine.devices import resolve_device, set_precision
-from runner.saved.classifiers import SavedClassifier
+from runner.saved.classifiers import SavedClassifier, save_classifier, sha256_of_base
+from runner.saved.export import write_export
 
 
 def experiment_of(*options):
@@ -171,11 +172,13 @@ def classify(options):
     print(f"{experiment.model_size}, {len(texts):,} messages\n| | messages/s | peak GFLOP/s |\n| --- | --- | --- |")
 
     with tempfile.TemporaryDirectory() as folder:
-        classifier = ae.build_classifier(experiment, 2)
-        record = dict(data="sample", history=dict(lines=[]))
-        saved = SavedClassifier(asdict(experiment), 120, ["ham", "spam"], "", record)
-        ae.export_classifier(f"{folder}/out", classifier, saved)
-        trained = ae.TrainedClassifier(ae.place(classifier, device), experiment, ["ham", "spam"])
+        classifier, path = ae.build_classifier(experiment, 2), f"{folder}/trained"
+        base = sha256_of_base(Weights(experiment.model_size, "random"), classifier)
+        saved = SavedClassifier(asdict(experiment), 120, ["ham", "spam"], base, "", "sample", [])
+        save_classifier(path, saved, {name: p for name, p in classifier.named_parameters() if p.requires_grad})
+        write_export(f"{folder}/out", classifier, saved)
+        trained = ae.load_classifier(path, device=device.type)
+        trained.predict(texts[:8])  # the first call compares the device with the CPU
         peak = matmul_peak(device, "fp32")
         start = time.perf_counter()
         found, _ = trained.predict(texts)

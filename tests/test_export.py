@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 import additional_experiments as ae
+from classifier import merge_lora
 from gpt_download import load_vocabulary, load_weights
 from runner.saved import export
 from runner.saved.classifiers import SavedClassifier
@@ -44,7 +45,7 @@ def test_transformers_computes_the_same(tiny_size, tmp_path, sample_splits, toke
     encoded = ae.encode(load_vocabulary(), {"texts": pd.DataFrame(dict(Text=texts, Label=0))}, experiment)
     expected = ae.predict(classifier, encoded.pool, encoded.splits["texts"].indices)
     names = [f"class {number}" for number in range(n_classes)]
-    ae.merge_lora(classifier)
+    merge_lora(classifier)
     export.make_model(classifier, names).save_pretrained(tmp_path / "out")
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
     assert [model.config.id2label[number] for number in range(n_classes)] == names
@@ -118,13 +119,16 @@ def test_the_model_card(flexible, data_dir, capfd):
         assert [line for line in lines if line.startswith(beginning)][-1] in card
     assert not any(line.startswith(("Most confident", "Ep 1")) for line in card)  # the first precedes messages
     assert "- Base weights: random" in card and "- Data: your own data" in card
+    [command] = [line for line in card if line.startswith("- Trained by")]
+    assert "--trainable_token_pos flexible" in command and "--learning_rate 0.001" in command
+    assert "--num_epochs" in command and "--seed" not in command and "--export" not in command
 
     experiment = ae.Experiment(trainable_token_pos="flexible", learning_rate=1e-3)
     sha256 = ae.PRETRAINED["gpt2-small (124M)"].sha256
-    published = SavedClassifier(asdict(experiment), 40, [0, 1], sha256, "sample", [])
-    card = export.model_card(Path("out"), published, ae.DEFAULTS)
+    published = SavedClassifier(asdict(experiment), 40, [0, 1], sha256, "--seed 5", "sample", [])
+    card = export.model_card(Path("out"), published)
     assert "- Base weights: openai-community/gpt2, under OpenAI's MIT License" in card and "CC BY 4.0" in card
-    assert "`python additional_experiments.py --trainable_token_pos flexible --learning_rate 0.001`" in card
+    assert "`python additional_experiments.py --seed 5`" in card
 
 
 # --- what is refused, and what is never overwritten ---

@@ -15,7 +15,7 @@ from runner.wording import shown
 
 # --- on disk ---
 
-KIND = "classifier of additional_experiments.py, format 5"
+KIND = "classifier of additional_experiments.py, format 6"
 
 
 @dataclass
@@ -26,6 +26,7 @@ class SavedClassifier:
     limit: int  # the number of tokens to which messages are cut, and padded unless padding is off
     class_names: list  # of the K classes
     base_sha256: str  # see `sha256_of_base`
+    command: str  # the options that trained it
     data: str  # "uci", "sample" or "own"
     results: list  # lines on the run that trained it and its accuracies
 

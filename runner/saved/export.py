@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 
+from classifier import merge_lora
 from gpt_download import PRETRAINED, VOCABULARY
 from previous_chapters import gpt2_tensors
 from runner.data.datasets import DATASET_NAMES
 from runner.files import UserError
-from runner.wording import command_line
 
 
 def check_experiment(experiment):
@@ -40,22 +40,22 @@ def check_folder(path):
         raise UserError(f"--export {path} is not a new or empty folder")
 
 
-def write_export(path, classifier, saved, defaults):
-    """Write a Classifier on the CPU, whose LoRA is merged, to a new or empty folder, whole or not at all.
+def write_export(path, classifier, saved):
+    """Write a Classifier on the CPU and its SavedClassifier to a new or empty folder, whole or not at all.
 
-    `saved` is its SavedClassifier; the model card omits settings that equal those in `defaults`. Raises OSError or
-    SafetensorError, which leave an empty folder.
+    LoRA is merged into the weights of the Classifier. Raises OSError or SafetensorError, which leave an empty folder.
     """
     import transformers  # imported here, because this takes seconds
 
     transformers.utils.logging.disable_progress_bar()
+    merge_lora(classifier)
     path = Path(path)
     path.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path) as temporary:
         make_tokenizer(saved.limit).save_pretrained(temporary)
         make_model(classifier, saved.class_names).save_pretrained(temporary)
         card = Path(temporary, "README.md")
-        card.write_text(model_card(path, saved, defaults), encoding="utf-8")
+        card.write_text(model_card(path, saved), encoding="utf-8")
         mode = card.stat().st_mode  # safetensors makes files that only their owner can read
         # config.json comes last: transformers loads nothing from a folder without it.
         for file in sorted(Path(temporary).iterdir(), key=lambda file: file.name == "config.json"):
@@ -125,10 +125,9 @@ Messages are cut to {limit} tokens (`truncation=True`) and padded on the right.
 """
 
 
-def model_card(path, saved, defaults):
+def model_card(path, saved):
     """Return the text of README.md: how to load the classifier, how it was trained, its accuracies."""
-    settings = saved.settings
-    size, base = settings["model_size"], settings["weights"]
+    size, base = saved.settings["model_size"], saved.settings["weights"]
     if size in PRETRAINED and saved.base_sha256 == PRETRAINED[size].sha256:
         base = f"{PRETRAINED[size].repo_id}, under OpenAI's MIT License"
     citation = "" if saved.data == "own" else " (Almeida & Gómez Hidalgo, DOI 10.24432/C5CC84, CC BY 4.0)"
@@ -136,7 +135,7 @@ def model_card(path, saved, defaults):
         size=size,
         name=path.resolve().name,
         limit=saved.limit,
-        command=command_line({name: value for name, value in settings.items() if value != defaults[name]}),
+        command=saved.command,
         base=base,
         data=DATASET_NAMES[saved.data].split(" (")[0] + citation,
         results="\n".join(saved.results),
