@@ -4,6 +4,7 @@ What is made here is for people to read. Nothing is ever looked up or told apart
 """
 
 import re
+import shlex
 from dataclasses import fields
 
 
@@ -57,8 +58,10 @@ def command_line(settings):
 
 
 def quoted(text):
-    """Return a text as one word of a command line; double quotes serve sh, cmd and PowerShell."""
-    return text if re.fullmatch(r"[\w./\\:+-]+", text) else f'"{text}"'
+    """Return a text as one word of a command line. Double quotes serve sh, cmd and PowerShell, if nothing expands."""
+    if re.fullmatch(r"[\w./\\:+-]+", text):
+        return text
+    return shlex.quote(text) if re.search(r'["$`!]', text) else f'"{text}"'
 
 
 def markdown_table(titles, rows, align=True):

@@ -182,3 +182,7 @@ def test_a_finished_run_is_skipped(options, capfd):
     assert out.count("| CPU/GPU |") == 1 and "| -, n=2 |" in out and len(list(Path("my r").iterdir())) == 2
     assert [record.note for record in read_records(["my r"])[0]] == ["first"] * 2
     assert main([*options, *further, "--save_model", "m.safetensors"]) == 2
+    path.write_text(path.read_text().replace('"no_padding": false', '"no_padding": true'))
+    capfd.readouterr()
+    assert main([*options, *further]) == 2
+    assert f"error: {path} was changed: its settings are not those of this run" in capfd.readouterr().err

@@ -59,6 +59,10 @@ def test_runs_are_rows_of_tables_or_others():
     assert sample.title == "Rows with gpt2-nano, random weights, sample data, lr 0.0005"
     assert [group.row for group in sample.groups] == [1, 2]
     assert (others.title, others.note, [group.name for group in others.groups]) == ("Other runs", "", ["row 5, bf16"])
+    note = summarize(records).note
+    assert "Published: " in note and "Unseen: " in note and "Undecided: " in note
+    note = summarize([nano(1), nano(3, weights="file 12ab")]).note
+    assert note.startswith("Test: ") and "Published: " not in note and "Undecided: " not in note
     [all_nano] = tables_of(*(nano(number) for number in ROWS if number not in (6, 7, 8, 9, 10)))
     assert all_nano.note == "" and len(all_nano.groups) == 14  # some differ in nothing but what all have
 

@@ -1,5 +1,6 @@
 """The printed row, and settings as text."""
 
+import shlex
 from dataclasses import replace
 
 from helpers import made_up_confusion, made_up_record
@@ -23,6 +24,12 @@ def test_settings_in_words():
 def test_a_printed_command_can_be_pasted():
     assert quoted("results/a-1") == "results/a-1" and quoted(r"D:\runs") == r"D:\runs"
     assert quoted("my results") == '"my results"' and command_line(dict(weights="a b")) == '--weights "a b"'
+    assert [shlex.split(quoted(text)) for text in ('$HOME "x"', "a`b", "it's $1")] == [
+        ['$HOME "x"'],
+        ["a`b"],
+        ["it's $1"],
+    ]
+    assert "'" in quoted("$HOME x")
 
 
 def test_tables_are_markdown_whatever_is_in_them():

@@ -6,8 +6,6 @@ from pathlib import Path
 import jinja2
 from markupsafe import Markup
 
-from runner.results.summary import NO_RUNS, NOTE
-
 
 def render(summary):
     """Return the page of a Summary as text."""
@@ -15,7 +13,7 @@ def render(summary):
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     low = 5 * int(summary.low // 5)
     return environment.get_template("page.html").render(
-        note=NOTE if summary.tables else NO_RUNS,
+        note=summary.note,
         legend=legend(summary),
         tables=[(table, table_lines(table, low), answer_lines(table)) for table in summary.tables],
         remarks=summary.remarks,

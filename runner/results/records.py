@@ -180,7 +180,12 @@ def identify(experiment, data, weights):
 def find_record(folder, experiment, data, weights):
     """Return the Record of a run in a folder, whatever device it ran on, or None. Raises UserError."""
     paths = sorted(Path(folder).glob(f"{identify(experiment, data, weights)['run_id']}*.json"))
-    return read_record(paths[0]) if paths else None
+    if not paths:
+        return None
+    record, settings = read_record(paths[0]), asdict(experiment)
+    if any(record.settings.get(name) != settings[name] for name in settings.keys() - {"weights", *NOT_IDENTIFYING}):
+        raise UserError(f"{paths[0]} was changed: its settings are not those of this run; move it away")
+    return record
 
 
 def file_name(words, identity):

@@ -12,7 +12,7 @@ from runner.data.datasets import SPLITS
 from runner.files import write_bytes
 from runner.results.comparison import describe_p
 from runner.results.records import read_records
-from runner.results.summary import NO_RUNS, NOTE, summarize
+from runner.results.summary import summarize
 from runner.rows import ROWS
 from runner.wording import describe_settings, markdown_table, plain, short_name, shown
 
@@ -104,7 +104,7 @@ def write_report(path, summary):
 
 def as_text(summary):
     """Return the report in lines of 100 columns, which are Markdown too."""
-    parts = [wrapped(NOTE if summary.tables else NO_RUNS)]
+    parts = [wrapped(summary.note)]
     for table in summary.tables:
         cells = narrow_cells(table)
         lines = "\n".join(markdown_table(cells.columns, cells.values.tolist()))

@@ -22,15 +22,20 @@ from runner.rows import QUESTIONS, ROWS
 from runner.wording import describe_settings
 
 NO_RUNS = "There are no runs. This command makes one in half a minute: python additional_experiments.py --demo"
-NOTE = (
+ABOUT_TEST = (
     "Test: accuracy in percent, the mean of n runs. The range in brackets is the 95% interval, which allows for other "
-    "test messages and, with several runs, other seeds. Unseen: the same without test messages that also occur in the "
-    "training set, ignoring case, digits and punctuation. Published: the original's figure, inside or outside the "
-    "interval. Conclusions compare rows on the same messages. p is how often chance alone would make such a "
-    "difference, corrected for the number of questions. The corrected p-value decides; intervals are not corrected. "
-    "Better, worse: p is below 0.05. Probably better, probably worse: the interval excludes zero, but p is not below "
-    "0.05. Undecided: the interval includes zero, and every difference in it is possible; it does not mean that the "
-    "rows are equal."
+    "test messages and, with several runs, other seeds."
+)
+ABOUT_COLUMNS = {
+    "Unseen": "Unseen: the same without test messages that also occur in the training set, ignoring case, digits and "
+    "punctuation.",
+    "Published": "Published: the original's figure, inside or outside the interval.",
+}
+ABOUT_ANSWERS = (
+    "Conclusions compare rows on the same messages. p is how often chance alone would make such a difference, "
+    "corrected for the number of questions. The corrected p-value decides; intervals are not corrected. Better, worse: "
+    "p is below 0.05. Probably better, probably worse: the interval excludes zero, but p is not below 0.05. Undecided: "
+    "the interval includes zero, and every difference in it is possible; it does not mean that the rows are equal."
 )
 
 
@@ -162,6 +167,14 @@ class Summary(NamedTuple):
     tables: list  # of Table: the published one, others of rows, all other runs
     remarks: list  # lines on repeated runs that differ, and the notes of runs
     records: list  # one for each seed of each configuration
+
+    @property
+    def note(self):
+        """Return what the columns and the verdicts that it has mean; without a run, the command that makes one."""
+        columns = {title for table in self.tables for title in table.cells}
+        about = [text for title, text in ABOUT_COLUMNS.items() if title in columns]
+        about += [ABOUT_ANSWERS] * any(table.answers for table in self.tables)
+        return " ".join([ABOUT_TEST, *about]) if self.tables else NO_RUNS
 
     @property
     def low(self):
