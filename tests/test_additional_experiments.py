@@ -8,7 +8,7 @@ import sys
 from contextlib import ExitStack
 from pathlib import Path
 from statistics import fmean, stdev
-from unittest.mock import Mock
+from unittest.mock import MagicMock, Mock
 
 import pytest
 import torch
@@ -124,6 +124,21 @@ def test_memory_that_cannot_be_enough_is_told_item_by_item(nano, monkeypatch, ca
     assert main([*nano, "--trainable_layers", layers]) == 0
     warnings = [[float(size) for size in re.findall(r"([\d.]+) GB", capfd.readouterr().err)]]
     assert warnings == [gigabytes or []]
+
+
+def test_each_process_needs_its_share_of_what_is_sharded(monkeypatch):
+    """Of weights, gradients and optimizer; all ranks hold all frozen features."""
+    monkeypatch.setattr(features, "free_memory", lambda device: 0)
+    monkeypatch.setattr(features, "processes", Mock(world_size=lambda: 4, from_rank0=lambda value: value))
+    with torch.device("meta"):
+        sizes = build_classifier(ae.Experiment(weights="random", trainable_layers="all"), n_classes=2)
+    pool = MagicMock(x=[])  # without a message
+    needs = features.FrozenFeatures("auto", None, 0, ae.Weights("gpt2-small (124M)", "random"), console := Mock())
+    for is_sharded, needed in ((False, ("1.99", "0.50", "0.50", "1.00")), (True, ("0.50", "0.12", "0.12", "0.25"))):
+        needs.warn_of_short_memory(sizes, pool, torch.device("cpu"), is_sharded)
+        [warning] = console.warning.call_args.args
+        expected = "each process needs {} GB and 0.00 GB are free: weights {} GB, gradients {} GB, optimizer {} GB"
+        assert warning == expected.format(*needed)
 
 
 # --- several seeds ---

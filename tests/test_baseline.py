@@ -1,6 +1,7 @@
 """Linear models on words and letters, on the splits of the runs."""
 
 import os
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -47,12 +48,15 @@ def test_messages_without_a_word_are_one_line(data_dir, capfd):
     assert not any("Traceback" in line for line in err)
 
 
-def test_the_confidence_of_more_classes_is_the_largest_margin():
+def test_the_confidence_of_more_classes_is_the_largest_margin(recwarn):
+    """And what scikit-learn warns of, such as a fit that has not converged, does not reach the user."""
     margins, predicted = np.array([[3.0, 1.0, 2.0], [0.5, -1.0, 0.0]]), np.zeros(2, dtype=int)
-    model = SimpleNamespace(fit=Mock(), predict=lambda _: predicted, decision_function=lambda _: margins)
+    fit = Mock(side_effect=lambda *_: warnings.warn("not converged"))
+    model = SimpleNamespace(fit=fit, predict=lambda _: predicted, decision_function=lambda _: margins)
     split = pd.DataFrame(dict(Text=["a", "b"], Label=[1, 2]))
     found = evaluate(model, dict(train=split), 3)["train"].mistakes
     assert [(mistake.predicted, mistake.confidence) for mistake in found] == [(0, 3.0), (0, 0.5)]
+    assert fit.called and not recwarn.list
 
 
 def test_options_of_gpt_2_are_refused(capfd):

@@ -258,10 +258,12 @@ def test_two_runs_compute_the_same_at_once(tiny, tmp_path):
 
 
 def run_on_two_ranks(wrong, elsewhere, options):
-    """A run in which rank 1 may have another folder."""
+    """A run in which rank 1 may have another folder or another processor."""
     GPT_SIZES[TINY], features.MIN_SECONDS = TINY_SIZE, 0
-    if os.environ["RANK"] == "1" and wrong:
+    if os.environ["RANK"] == "1" and wrong == "folder":
         os.chdir(elsewhere)
+    elif os.environ["RANK"] == "1" and wrong == "processor":
+        features.platform.machine = lambda: "another"
     return ae.main(options)
 
 
@@ -274,6 +276,7 @@ def run_on_two_ranks(wrong, elsewhere, options):
             "computed in 0 s; .*",
             ["[Errno 2] No such file or directory: 'kept'; --feature_cache DIR names another folder"],
         ),
+        ("processor", "computed in 0 s; .*", ["the processes of this run differ in processor"]),
     ],
 )
 def test_several_ranks_compute_together(options, tmp_path, monkeypatch, capfd, wrong, how, warning):

@@ -33,3 +33,12 @@ def test_the_picture_names_each_row_and_has_no_legend_for_what_is_not_drawn():
     texts = texts_in(pictures.plot_summary, summarize([nano(1)]))
     assert "published" not in texts and "single seeds" not in texts and "measured, 95% interval" in texts
     assert "Test accuracy (%)" in texts_in(pictures.plot_summary, summarize([]))
+
+
+def test_an_interval_that_would_squeeze_the_others_is_cut():
+    """Two seeds whose accuracies differ widely."""
+    narrow = [row(n, range(9), seed=seed) for n in (1, 2, 3) for seed in (1, 2, 3)]
+    wide = [row(1, range(n), seed=seed, lora_rank=4) for seed, n in ((1, 10), (2, 30))]
+    for records, n_cut in ((narrow, 0), (narrow + wide, 1)):
+        pictures.plot_summary("picture.svg", summarize(records))
+        assert Path("picture.svg").read_text().count('id="cut"') == n_cut
