@@ -78,7 +78,7 @@ class Experiment:
         "last", INPUT, "token to classify; flexible: the last before padding", choices=("last", "first", "flexible")
     )
     average_embeddings: bool = option(
-        False, INPUT, "classify the mean of all tokens; flexible, --no_padding: without pads"
+        False, INPUT, "classify the mean of all tokens; with flexible or --no_padding, of the real ones"
     )
     context_length: str | int = option(
         "longest_training_example",
