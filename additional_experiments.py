@@ -178,7 +178,8 @@ def encode(tokenizer, splits, experiment):
     parts = indices.split([len(frame) for frame in splits.values()])
     labels = [torch.tensor(frame["Label"].to_numpy()) for frame in splits.values()]
     n_cut = {name: sum(len(message) > limit for message in of_split) for name, of_split in token_ids.items()}
-    return EncodedData(pool, dict(zip(splits, map(Split, parts, labels))), limit, int(n_tokens.max()), n_cut)
+    usual = int(n_real[: len(parts[0])].sort().values[len(parts[0]) * 99 // 100])
+    return EncodedData(pool, dict(zip(splits, map(Split, parts, labels))), limit, int(n_tokens.max()), n_cut, usual)
 
 
 # --- training ---

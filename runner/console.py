@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError
 from tqdm import tqdm
 
+from previous_chapters import GPTConfig
 from runner.data.datasets import DATASET_NAMES
 from runner.files import UserError
 from runner.machine import processes
@@ -100,7 +101,12 @@ def describe_setup(experiment, data, encoded, device):
     """Return lines on the device, the Dataset and the EncodedData of a run."""
     versions = f"Python {platform.python_version()}, PyTorch {torch.__version__}, tiktoken {tiktoken.__version__}"
     tokens = f"Tokens per message: {encoded.longest} at most, {'not padded' if experiment.no_padding else 'padded'}"
-    tokens = "; ".join([tokens, *encoded.describe_cut()])
+    if encoded.limit < GPTConfig.context_length:  # else they are warnings
+        tokens = "; ".join([tokens, *encoded.describe_cut()])
+    is_wasteful = encoded.pool.lengths.min() == encoded.limit > 2 * encoded.usual  # most is padding
+    if experiment.context_length == "longest_training_example" and is_wasteful:
+        advice = f"--context_length {encoded.usual} or --trainable_token_pos flexible is faster"
+        tokens += f"\n99% of the training texts have at most {encoded.usual} tokens: {advice}"
     lines = [f"Device: {describe_devices(device)}; {versions}", describe_data(data), tokens]
     if data.name != "own":  # the README describes the repeated messages of the collection
         return "\n".join(lines)

@@ -56,6 +56,7 @@ def test_lines_of_a_run(quick, capsys):
     assert main(quick) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].endswith("(numbers do not compare with the table); messages: 43 train, 9 validation, 17 test")
+    assert lines[2] == "2 classes: 0, 1"
     percent, bounds = r"\d+\.\d\d%", r"\d+\.\d–\d+\.\d"
     patterns = [
         r"Ep 1 \(Step 000000\): Train loss \d\.\d{3}, Val loss \d\.\d{3}",
@@ -66,12 +67,12 @@ def test_lines_of_a_run(quick, capsys):
         rf"Validation accuracy: {percent} \(\d/9, 95% interval {bounds}\)$",
         rf"Test accuracy: {percent} \(\d+/17, 95% interval {bounds}\)$",
     ]
-    for pattern, line in zip(patterns, lines[6:13], strict=True):
+    for pattern, line in zip(patterns, lines[7:14], strict=True):
         assert re.match(pattern, line), line
     header, rule, row, signpost = lines[-4:]
     assert signpost == "All runs so far: python additional_experiments.py --report results"
     assert header.count("|") == rule.count("|") == row.count("|")
-    test_accuracy = lines[12].split()[2]
+    test_accuracy = lines[13].split()[2]
     assert row.split("|")[header.split("|").index(" Test acc ")].strip() == test_accuracy
 
 

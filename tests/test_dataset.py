@@ -39,12 +39,17 @@ KNOWN = "is not among those of the training messages: 0, 1"
         ("test", "Label,Text,Text\n0,a,b\n", "one column Label and one column Text; it is 'Label,Text,Text'"),
         ("test", "Label,Text\n0,a\n\n1\n", "line 4: 1 instead of 2 fields"),
         ("train", "Label;Text\n0;a;b\n", "line 2: 3 instead of 2 fields; a text that contains ';' needs quotes"),
-        ("train", 'Label,Text\n0,a\n,b\n0,"two\nlines"\n1, \n', "line 3: the label or the text is empty, as in 1 more"),
+        (
+            "train",
+            'Label,Text\n0,a\n,b\n0,"two\nlines"\n ,c\n',
+            "line 3: the label is empty; rows without a label: 2 (line 3, 6)",
+        ),
         ("test", 'Label,Text\n0,"two\nlines"\n1,b\nx,c\n', f"line 5: label x {KNOWN}"),
         ("test", "Label\tText\n0\ta\tb\n", "line 2: 3 instead of 2 fields; a text cannot contain a tab"),
         ("validation", "Label,Text\n0,a\n2,b\n", f"line 3: label 2 {KNOWN}"),
         ("train", "Label,Text\n" + "spam,b\n" * 9, "two classes or more; in training there is spam"),
         ("train", 'Label,Text\n0,a\n0,"b\n' + "1,c\n" * 9, "line 3: a quote that opens here is not closed"),
+        ("train", b"Label,Text\r0,a\r0,\x8e\r", "line 3: byte 0x8e is not UTF-8"),
         ("train", b"Label,Text\n" + b"0,a\n" * 90_000 + b"0,caf\xe9\n", "line 90002: byte 0xe9 is not UTF-8"),
         ("train", "Label,Text\n0,a\n".encode("utf-16")[:-1], "line 2: byte 0x0a is not UTF-16"),
     ],
@@ -71,7 +76,8 @@ def test_a_folder_from_which_somebody_expects_other_data(no_download, tmp_path, 
     path = tmp_path / folder
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     (tmp_path / "other files" / "train.csv.gz").mkdir(parents=True)
-    with pytest.raises(UserError, match=f"^--data_dir {path} does not exist, or holds other files than train.csv"):
+    problem = " holds train.csv.gz; rename them" if folder == "other files" else ": there is no such file or folder; "
+    with pytest.raises(UserError, match=f"^--data_dir {path}{problem}"):
         read(path)
 
 
@@ -79,7 +85,7 @@ def test_files_of_ones_own_are_never_replaced(no_download, data_dir):
     """By the collection: where one is missing, or where a link leads nowhere."""
     (data_dir / "train.csv").unlink()
     (data_dir / "test.csv").unlink()
-    with pytest.raises(UserError, match="holds validation.csv, but no train.csv and no test.csv"):
+    with pytest.raises(UserError, match="holds validation.csv, but no train.csv and no test.csv .or .tsv."):
         read(data_dir)
     for name in ("train.csv", "test.csv"):
         (data_dir / name).symlink_to(data_dir / "nowhere")

@@ -84,7 +84,7 @@ def test_labels_that_differ_in_case_only_get_one_warning():
     [
         ("v1,v2,,,", "--text_column v2 --label_column v1"),
         ("id;sms text;kind", '--text_column "sms text" --label_column kind'),
-        ("Text;no;class", "--text_column Text --label_column class"),
+        ("Text;no;kind", "--text_column Text --label_column kind"),
         ("Label,Text,text", None),
     ],
 )
@@ -106,6 +106,51 @@ def test_a_header_is_answered_with_the_options_that_read_it(header, options):
         assert len(data.splits["train"]) == 28 and len(data.class_names) == 2
 
 
+@pytest.mark.parametrize(
+    "header, row, options, guessed",
+    [
+        ("Tweet,n,Class", "{1} {0},{0},{1}", {}, dict(Tweet="Text", Class="Label")),
+        ("foo,Label", "{1} {0},{1}", {}, dict(foo="Text")),
+        ("n,Reviews,foo", "{0},{1} {0},{1}", dict(label_column="foo"), dict(Reviews="Text")),
+        ("text,foo", "{1} {0},{1}", dict(text_column="TEXT"), dict(foo="Label")),
+    ],
+)
+def test_columns_that_can_be_told_need_no_options(header, row, options, guessed):
+    """Usual names, and the other one of two columns; which they are is a warning."""
+    write("own.csv", [row.format(n, "ab"[n % 2]) for n in range(20)], header)
+    data = read("own.csv", **options)
+    assert data.warnings == [f"own.csv: column {name!r} is read as {wanted}" for name, wanted in guessed.items()]
+    assert data.notes[-1] == "2 classes: a, b"
+    assert [text[0] for text in data.test_texts] == [data.class_names[k] for k in data.splits["test"]["Label"]]
+
+
+@pytest.mark.parametrize(
+    "header, options",
+    [("Tweet,Review,Class", {}), ("foo,bar", {}), ("foo,Label", dict(text_column="no")), ("Text,Text", {})],
+)
+def test_columns_that_cannot_be_told(header, options):
+    write("own.csv", ["a,b,c"[: 2 * header.count(",") + 1]] * 2, header)
+    with pytest.raises(UserError, match="^own.csv, line 1: the header must have one column "):
+        read("own.csv", **options)
+
+
+@pytest.mark.parametrize(
+    "lines, advice",
+    [
+        (
+            ["ham,see you", "spam,win", "ham,ok"],
+            "; it looks like a message: put a line with the names of the columns above it",
+        ),
+        (["My data;;", "Label;Text;n", "ham;ok;1"], "; line 2 has them: delete what is above"),
+    ],
+)
+def test_a_file_whose_first_line_is_no_header(lines, advice):
+    write("own.csv", lines[1:], lines[0])
+    with pytest.raises(UserError) as error:
+        read("own.csv")
+    assert str(error.value).endswith(advice)
+
+
 def test_other_column_names_do_not_make_another_run(quick, data_dir, capsys):
     assert main(quick) == 0
     for split in datasets.SPLITS:
@@ -114,7 +159,7 @@ def test_other_column_names_do_not_make_another_run(quick, data_dir, capsys):
     capsys.readouterr()
     assert main([*quick, "--text-column", "words", "--label-column", "class", "--skip_finished"]) == 0
     assert "Finished before: " in capsys.readouterr().out and len(records_in()) == 1
-    assert main(["--baseline", "--data_dir", str(data_dir), "--label_column", "class"]) == 2
+    assert main(["--baseline", "--data_dir", str(data_dir), "--label_column", "kind"]) == 2
     assert "add --text_column Words --label_column Class" in capsys.readouterr().err
 
 
@@ -157,14 +202,15 @@ def test_the_collection_itself_may_be_the_file(monkeypatch):
 def test_other_names_of_the_files(name):
     write_splits("own")
     Path("own/validation.csv").unlink()
-    with pytest.raises(UserError, match=r"holds train.csv and test.csv, but no validation.csv; a single file"):
+    with pytest.raises(UserError, match=r"holds train.csv and test.csv, but no validation.csv \(or .tsv\); a single"):
         read("own")
     separator = "\t" if name.endswith("tsv") else ","
     write(f"own/{name}", [f"a{separator}x", f"b{separator}y"], f"Label{separator}Text")
     data = read("own")
     assert data.name == "own" and data.splits["validation"]["Text"].tolist() == ["x", "y"]
     write("own/validation.csv", ["a,x"])
-    with pytest.raises(UserError, match="; remove one of them"):
+    write("own/test.tsv", ["a,x"])
+    with pytest.raises(UserError, match=f"holds validation.csv and {name}, test.csv and test.tsv: move all but one"):
         read("own")
 
 
@@ -180,20 +226,43 @@ def test_tabs_and_quotes():
     assert read("own").splits["test"]["Text"].tolist() == ["two\nlines", 'a "b"']
 
 
+def test_tabs_and_the_quotes_of_pandas():
+    """They are those of CSV, if all of them are."""
+    texts = ["a\tb", 'say "hi"', "plain", "it's 5\""]
+    frame = pd.DataFrame(dict(Label=["a", "b"] * 10, Text=[f"{text} {n}" for n in range(5) for text in texts]))
+    frame.to_csv("own.tsv", sep="\t", index=None)
+    data = read("own.tsv")
+    assert data.warnings == ["own.tsv: its quotes are read as those of CSV, because all of them are"]
+    assert sorted(text for split in data.splits.values() for text in split["Text"]) == sorted(frame["Text"])
+    with open("own.tsv", "a") as file:
+        file.write('a\t"never closed\n')
+    with pytest.raises(UserError, match="own.tsv, line 2: 3 instead of 2 fields; a text cannot contain a tab"):
+        read("own.tsv")
+
+
 # --- what is worth a warning ---
+
+
+def test_rows_without_a_text_are_left_out():
+    write_splits("own", train=["a,x", "b,", "a, ", "b,y"])
+    data = read("own")
+    assert data.warnings == ["own/train.csv: rows without a text are left out: 2 (line 3, 4)"]
+    assert data.splits["train"]["Text"].tolist() == ["x", "y"]
 
 
 def test_a_text_that_has_swallowed_rows():
     write_splits("own", train=['b,"never closed', "a,next", 'b,last"', 'a,"two', 'lines, three"', 'b,"x', 'a,y"'])
     [warning] = read("own").warnings
-    assert warning.startswith("own/train.csv, line 2: a text of several lines holds what looks like a row of the file")
-    assert warning.endswith("(and 1 more such texts)")
+    problem = (
+        "texts of several lines that hold what looks like a row of the file: 2 (line 2, 7); is a quote not closed?"
+    )
+    assert warning == f"own/train.csv: {problem}"
 
 
-def test_all_test_messages_among_the_training_messages():
-    write_splits("own", train=["a,x", "b,y"], test=["a,x", "a,x"], validation=["a,x", "a,z"])
+def test_half_of_the_test_messages_among_the_training_messages():
+    write_splits("own", train=["a,x", "b,y"], test=["a,x", "b,y", "a,v", "b,w"], validation=["a,x", "a,z", "b,u"])
     [warning] = read("own").warnings
-    assert warning.startswith("all test messages are among the training messages: ")
+    assert warning.startswith("2 of 4 test messages are among the training messages, word for word: ")
 
 
 def test_validation_messages_sorted_by_label(quick, data_dir, capsys):
@@ -219,6 +288,15 @@ def test_cut_texts_are_counted(quick, data_dir, capsys):
     assert "warning: 3 of 8 training texts have more than 1,024 tokens and are cut\n" in capsys.readouterr().err
     assert main(["--load_model", "saved.safetensors", "--classify", "word " * 40, "b"]) == 0
     assert capsys.readouterr().err == "warning: 1 of 2 texts has more than 30 tokens and is cut\n"
+
+
+def test_a_long_text_to_which_all_others_are_padded(quick, data_dir, capsys):
+    write(data_dir / "train.csv", [f"{n % 2},one two three four {'word ' * 90 * (n == 7)}" for n in range(200)])
+    advice = "--context_length 5 or --trainable_token_pos flexible is faster"
+    line = f"99% of the training texts have at most 5 tokens: {advice}"
+    for further, is_told in ((), True), (("--trainable_token_pos=flexible",), False), (("--context_length=90",), False):
+        assert main([*quick, *further]) == 0
+        assert (line in capsys.readouterr().out.splitlines()) == is_told
 
 
 # --- predictions ---
@@ -272,7 +350,7 @@ def test_classify_a_file(quick, data_dir, capsys):
         assert table["predicted"].astype(str).tolist() == [*labels, ""] and table["probability_1"].iloc[-1] == ""
 
     for arguments, message in (
-        (["messages.csv"], "one column Text; it is 'Words,Label'; to use its own columns add --text_column Words\n"),
+        (["messages.csv", "--text_column", "Word"], "'Words,Label'; to use its own columns add --text_column Words\n"),
         (["messages.csv", "hello"], "--classify messages.csv: a file is classified alone, without other messages\n"),
     ):
         assert main([*command, *arguments]) == 2
@@ -290,3 +368,5 @@ def test_what_is_probably_no_message(quick, capsys):
     of_file, of_empty, of_cut = err.splitlines()
     assert of_file.endswith("its name is classified, not its content; for its lines: --classify - < notes.txt")
     assert of_empty.startswith("warning: a message is empty and gets no label") and "cut" in of_cut
+    assert main(["--load_model", "saved.safetensors", "--classify", "a.csv"]) == 2
+    assert capsys.readouterr().err == "error: --classify a.csv: there is no such file\n"

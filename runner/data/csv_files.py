@@ -3,6 +3,7 @@
 import codecs
 import csv
 import io
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,62 +12,69 @@ import pandas as pd
 from runner.files import UserError
 from runner.wording import command_line
 
+TEXT, LABEL = "Text", "Label"  # the columns, unless options name others
+USUAL_NAMES = {
+    TEXT: {"message", "sentence", "tweet", "review", "comment", "content", "question", "headline", "utterance"},
+    LABEL: {"class", "category", "sentiment", "target", "intent", "topic", "polarity", "emotion", "rating", "stars"},
+}
+
 
 @dataclass(frozen=True)
 class Layout:
     """What the header of a file says about its rows."""
 
     separator: str
-    n_columns: int
+    names: list  # of the columns
     text: int  # the index of this column
     label: int | None
 
     def fits(self, fields):
         """Tell whether these can be the fields of a row; Excel leaves out empty ones at the end."""
-        return max(self.text, self.label or 0) < len(fields) <= self.n_columns
+        return max(self.text, self.label or 0) < len(fields) <= len(self.names)
 
     def label_of(self, fields):
         return "" if self.label is None else " ".join(fields[self.label].split())
 
 
-def read_messages(path, text_column="Text", label_column="Label", is_labelled=True):
-    """Return the messages of a CSV file, a DataFrame with columns Label, Text (str), file, line and holds_row.
+def read_messages(path, text_column=TEXT, label_column=LABEL, is_labelled=True):
+    """Return (the messages of a CSV file, a DataFrame with columns Label, Text (str), file and line; warnings).
 
-    `line` is where a row begins; `holds_row` tells whether a text looks as if it had swallowed the next rows. The file
-    is UTF-8, or UTF-16 with a byte order mark; the separator is a comma, semicolon or tab. Without `is_labelled` labels
-    may be missing, and texts blank. Raises UserError that names file and line; pandas cannot be used here, because it
-    does not report line numbers.
+    `line` is where a row begins. The file is UTF-8, or UTF-16 with a byte order mark; the separator is a comma,
+    semicolon or tab. Rows without a text are left out, with a warning. Without `is_labelled` labels may be missing, and
+    texts blank. Raises UserError that names file and line; pandas cannot be used here, because it does not report line
+    numbers.
     """
-    rows, blank, line, content = [], [], 1, Path(path).read_bytes()
+    rows, blank, unlabelled, line, content = [], [], [], 1, Path(path).read_bytes()
     is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     csv.field_size_limit(2**31 - 1)  # by default a text of more than 131,072 characters is an error
     try:
-        file = io.StringIO(content.decode("utf-16" if is_utf16 else "utf-8-sig"), newline="")
+        content = content.decode("utf-16" if is_utf16 else "utf-8-sig")
+        file = io.StringIO(content, newline="")
         layout = parse_header(file, text_column, label_column, is_labelled)
-        # With tabs, quotes are part of a text; but not in UTF-16: Excel's "Unicode text" has the quotes of CSV.
-        has_quotes = layout.separator != "\t" or is_utf16
+        has_quotes = layout.separator != "\t" or is_utf16 or has_quoted_fields(content)
         quoting = csv.QUOTE_MINIMAL if has_quotes else csv.QUOTE_NONE
         reader, line = csv.reader(file, delimiter=layout.separator, quoting=quoting, strict=True), 2
         for fields in reader:
             if fields:  # not an empty line
                 if not layout.fits(fields):
                     rule = f"that contains {layout.separator!r} needs quotes" if has_quotes else "cannot contain a tab"
-                    raise ValueError(f"{len(fields)} instead of {layout.n_columns} fields; a text {rule}")
+                    raise ValueError(f"{len(fields)} instead of {len(layout.names)} fields; a text {rule}")
                 label, text = layout.label_of(fields), fields[layout.text]
-                if not (label and text.strip()):
+                if is_labelled and not text.strip():
                     blank.append(line)
-                rows.append((label, text, str(path), line))
+                else:
+                    rows.append((label, text, str(path), line))
+                    unlabelled += [line] * (is_labelled and not label)
             line = reader.line_num + 2  # of the next row; the header is a line too
-        if blank and is_labelled:
-            line, *others = blank
-            more = f", as in {len(others):,} more: lines {', '.join(map(str, others[:5]))}" * bool(others)
-            raise ValueError(f"the label or the text is empty{more}{', …' * (len(others) > 5)}")
+        if unlabelled:
+            line = unlabelled[0]
+            raise ValueError(f"the label is empty; rows without a label: {count_lines(unlabelled)}")
         if not rows:
             raise ValueError("no messages below the header")
     except (csv.Error, ValueError) as error:
         problem = error
         if isinstance(error, UnicodeDecodeError):
-            line, byte = error.object[: error.start].count(b"\n") + 1, error.object[error.start]
+            line, byte = len(error.object[: error.start + 1].splitlines()), error.object[error.start]
             encoding = "UTF-16" if is_utf16 else "UTF-8"
             problem = (
                 f"byte 0x{byte:02x} is not {encoding}; save the file as CSV UTF-8, not in cp1252, cp932 or compressed"
@@ -75,13 +83,41 @@ def read_messages(path, text_column="Text", label_column="Label", is_labelled=Tr
             problem = f"a quote that opens here is not closed, or is closed too early ({error})"
         raise UserError(f"{path}, line {line}: {problem}") from None
 
-    frame, labels = pd.DataFrame(rows, columns=["Label", "Text", "file", "line"]), {label for label, *_ in rows}
+    warnings, labels = guessed_columns(layout, text_column, label_column), {label for label, *_ in rows}
+    if blank:
+        warnings.append(f"rows without a text are left out: {count_lines(blank)}")
+    if has_quotes and layout.separator == "\t" and not is_utf16:
+        warnings.append("its quotes are read as those of CSV, because all of them are")
 
     def holds_row(text):
         parsed = (next(csv.reader([line], delimiter=layout.separator), []) for line in text.splitlines()[1:])
         return any(layout.fits(fields) and layout.label_of(fields) in labels for fields in parsed)
 
-    return frame.assign(holds_row=[has_quotes and "\n" in text and holds_row(text) for text in frame["Text"]])
+    if layout.label is not None and has_quotes:
+        if swallowed := [line for _, text, _, line in rows if "\n" in text and holds_row(text)]:
+            problem = "texts of several lines that hold what looks like a row of the file"
+            warnings.append(f"{problem}: {count_lines(swallowed)}; is a quote not closed?")
+    frame = pd.DataFrame(rows, columns=[LABEL, TEXT, "file", "line"])
+    return frame, [f"{path}: {warning}" for warning in warnings]
+
+
+def count_lines(lines):
+    """Return how many lines there are, and which: `34 (line 7, 9, 12, 20, 21, …)`."""
+    return f"{len(lines):,} (line {', '.join(map(str, lines[:5]))}{', …' * (len(lines) > 5)})"
+
+
+def has_quoted_fields(content):
+    """Return whether the quotes in a file with tabs are those of CSV, as pandas writes them.
+
+    By default such quotes are part of the text, as such data is published. Here all fields that begin with a quote end
+    with one, and need it: they contain a tab or a doubled quote.
+    """
+    quoted = re.compile(r'(?:^|(?<=\t))"((?:[^"\r\n]|"")*)"(?=[\t\r\n]|\Z)', re.M)
+    fields, others = quoted.findall(content), quoted.sub("", content)
+    return bool(fields) and all(re.search('\t|""', field) for field in fields) and not re.search('(?m)(^|\t)"', others)
+
+
+# --- the header ---
 
 
 def key(column):
@@ -89,41 +125,78 @@ def key(column):
     return column.strip().casefold()
 
 
+def find_columns(names, text_column, label_column):
+    """Return the indices of the columns of texts and of labels, None for one that cannot be told.
+
+    Where the default name is asked for and is missing, a usual name will do, or the other one of two columns.
+    """
+    keys, found, can_guess = [key(name) for name in names], [], []
+    for default, wanted in ((TEXT, text_column), (LABEL, label_column)):
+        can_guess.append(wanted == default and key(wanted) not in keys)
+        usual = USUAL_NAMES[default] | {f"{name}s" for name in USUAL_NAMES[default]}
+        accepted = usual if can_guess[-1] else {key(wanted)}
+        indices = [index for index, name in enumerate(keys) if name in accepted]
+        found.append(indices[0] if len(indices) == 1 else None)
+    for this, other in ((0, 1), (1, 0)):
+        if len(keys) == 2 and found[this] is None and found[other] is not None and can_guess[this]:
+            found[this] = 1 - found[other]
+    return found
+
+
+def guessed_columns(layout, text_column, label_column):
+    """Return a line for each column whose name is not the one that was asked for."""
+    return [
+        f"column {layout.names[index].strip()!r} is read as {wanted}"
+        for index, wanted in ((layout.text, text_column), (layout.label, label_column))
+        if index is not None and key(layout.names[index]) != key(wanted)
+    ]
+
+
 def parse_header(file, text_column, label_column, is_labelled):
     """Return the Layout of a CSV file that is open at its first line.
 
-    Raises ValueError, with the options that name columns of this file, if a column that is needed is not there once.
+    Raises ValueError for a column that cannot be told, with the options that name columns of this file.
     """
     header, names = file.readline(), []
-    wanted = [text_column, label_column] if is_labelled else [text_column]
     for separator in ",;\t":
         found = next(csv.reader([header], delimiter=separator), [])
-        columns = [key(name) for name in found]
-        if all(columns.count(key(column)) == 1 for column in wanted):
-            label = columns.index(key(label_column)) if columns.count(key(label_column)) == 1 else None
-            return Layout(separator, len(columns), columns.index(key(text_column)), label)
+        text, label = find_columns(found, text_column, label_column)
+        if text is not None and (label is not None or not is_labelled):
+            return Layout(separator, found, text, label)
         if len(found) > len(names):
             names, rows = found, csv.reader(file, delimiter=separator)
+    wanted = [text_column, label_column] if is_labelled else [text_column]
     needed = " and ".join(f"one column {column}" for column in reversed(wanted))
     problem = f"the header must have {needed}; it is {header.strip()[:80]!r}"
-    options = suggest_columns(names, list(rows), wanted) if names else ""
-    raise ValueError(problem + f"; to use its own columns add {options}" * bool(options))
+    rows = [row for row in rows if row] if names else []
+    values = {(i, value) for row in rows for i, value in enumerate(row) if value}
+    if rows and None not in find_columns(rows[0], text_column, label_column):
+        problem += "; line 2 has them: delete what is above"
+    elif find_columns(names, text_column, label_column) == [None, None] and not values.isdisjoint(enumerate(names)):
+        problem += "; it looks like a message: put a line with the names of the columns above it"
+    elif options := suggest_columns(names, rows, wanted):
+        problem += f"; to use its own columns add {options}"
+    raise ValueError(problem)
 
 
 def suggest_columns(names, rows, wanted):
     """Return the options of the command line that name columns of a file with these names and rows; "" if none can be.
 
-    Where a column that is wanted is missing, the longest values are the text, and the fewest distinct ones the labels.
+    Where a column that is wanted is missing, one with a usual name is taken; else the longest values are the text, and
+    the fewest distinct ones the labels.
     """
     keys, chosen = [key(name) for name in names], {}
     values = {name.strip(): [row[i] for row in rows if i < len(row)] for i, name in enumerate(names)}
     usable = {name: found for name, found in values.items() if key(name) and keys.count(key(name)) == 1}
     costs = (lambda name: -sum(map(len, usable[name]))), (lambda name: len(set(usable[name])))
-    for option, column, cost in zip(("text_column", "label_column"), wanted, costs):
+    for (default, usual), option, column, cost in zip(
+        USUAL_NAMES.items(), ("text_column", "label_column"), wanted, costs
+    ):
         present = [name for name in usable if key(name) == key(column)]
         others = [name for name in usable if key(name) not in [*map(key, wanted), *map(key, chosen.values())]]
         others = [name for name in others if len(set(usable[name])) > 1] or others  # at best no constant column
-        if not (candidates := present or sorted(others, key=cost)):
+        others.sort(key=lambda name: (not any(word in key(name) for word in {key(default), *usual}), cost(name)))
+        if not (candidates := present or others):
             return ""
         chosen[option] = candidates[0]
     return command_line(chosen)

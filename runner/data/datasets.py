@@ -53,14 +53,16 @@ class Dataset:
 
 def load(data_dir, dataset, ignore_index, text_column="Text", label_column="Label"):
     """Return the Dataset that --data_dir and --dataset name. Raises UserError: see `load_splits`, `encode_labels`."""
-    splits, name = load_splits(data_dir, dataset, text_column, label_column)
+    splits, name, warnings = load_splits(data_dir, dataset, text_column, label_column)
     sha256, notes = sha256_of_splits(splits), []
     if name == "own" and os.path.isfile(data_dir):
         split = "70% training, 10% validation and 20% test messages"
         notes = [f"{data_dir} is split at random, always in the same way: {split} of each class"]
     splits, class_names = encode_labels(splits, name, data_dir, ignore_index)
     duplicates = find_duplicates(splits)
-    warnings = warnings_about(splits, class_names, duplicates) if name == "own" else []
+    if name == "own":
+        notes.append(f"{len(class_names)} classes: {textwrap.shorten(', '.join(class_names), 100, placeholder=' …')}")
+        warnings += warnings_about(splits, class_names, duplicates)
     return Dataset(name, splits, class_names, sha256, duplicates, notes, warnings)
 
 
@@ -82,45 +84,45 @@ def possible_inputs(data_dir):
 
 
 def load_splits(data_dir, dataset, text_column="Text", label_column="Label"):
-    """Return the splits {split: DataFrame with columns Label and Text (str)}, and their name: "uci", "sample" or "own".
+    """Return (splits {split: DataFrame with columns Label and Text (str)}, "uci", "sample" or "own", warnings).
 
     Label is a number, or the name of a class where the user's own labels are names: see `parse_labels`. The collection
     is downloaded if it is missing. Raises UserError for files that cannot be used, for a folder that was probably meant
     to hold other data, and for a failed download.
     """
     if dataset == "sample":
-        return gpt_download.balanced_splits(gpt_download.sample_path()), "sample"
+        return gpt_download.balanced_splits(gpt_download.sample_path()), "sample", []
     if os.path.isfile(data_dir):
         if sha256_of(data_dir) == gpt_download.COLLECTION_SHA256:
-            return gpt_download.balanced_splits(data_dir), "uci"
-        messages = parse_labels({"train": read_messages(data_dir, text_column, label_column)})["train"]
-        return split_at_random(messages, data_dir), "own"
-    present = {}
-    for split in SPLITS:
-        paths = [Path(data_dir, name) for name in split_names(split)]
-        paths = [path for path in paths if os.path.lexists(path)]  # a broken link too
-        if len(paths) > 1:
-            raise UserError(f"--data_dir {data_dir} holds {paths[0].name} and {paths[1].name}; remove one of them")
-        present |= {split: path for path in paths}
+            return gpt_download.balanced_splits(data_dir), "uci", []
+        messages, warnings = read_messages(data_dir, text_column, label_column)
+        return split_at_random(parse_labels(dict(train=messages))["train"], data_dir), "own", warnings
+    paths = {split: [Path(data_dir, name) for name in split_names(split)] for split in SPLITS}
+    found = [[path for path in of_split if os.path.lexists(path)] for of_split in paths.values()]  # a broken link too
+    if several := [" and ".join(path.name for path in of_split) for of_split in found if len(of_split) > 1]:
+        raise UserError(f"--data_dir {data_dir} holds {', '.join(several)}: move all but one of a split away")
+    present = {split: of_split[0] for split, of_split in zip(SPLITS, found) if of_split}
     is_uci = all(sha256_of(path) == gpt_download.UCI_SPLITS_SHA256[split] for split, path in present.items())
     if len(present) == len(SPLITS):
         columns = () if is_uci else (text_column, label_column)
-        splits = {split: read_messages(path, *columns) for split, path in present.items()}
-        return parse_labels(splits), "uci" if is_uci else "own"
+        read = {split: read_messages(path, *columns) for split, path in present.items()}
+        splits = parse_labels({split: messages for split, (messages, _) in read.items()})
+        return splits, "uci" if is_uci else "own", [warning for _, of_file in read.values() for warning in of_file]
     if not is_uci:
-        found = " and ".join(path.name for path in present.values())
+        names = " and ".join(path.name for path in present.values())
         missing = " and no ".join(f"{split}.csv" for split in SPLITS if split not in present)
         advice = "a single file is split if --data_dir names the file itself"
-        raise UserError(f"--data_dir {data_dir} holds {found}, but no {missing}; {advice}")
+        raise UserError(f"--data_dir {data_dir} holds {names}, but no {missing} (or .tsv); {advice}")
     if not present and data_dir != DEFAULT_DATA_DIR:  # the default folder is created, and may hold other files
-        names = set(os.listdir(data_dir)) - {FEATURES} if os.path.isdir(data_dir) else {"no folder"}
-        if {name for name in names if name[0] != "."} and names.isdisjoint(gpt_download.COLLECTION_NAMES):
-            problem = (
-                "does not exist, or holds other files than train.csv, validation.csv and test.csv (not compressed)"
-            )
-            advice = "a single file can be named itself, and the collection is downloaded into an empty folder"
+        if not os.path.isdir(data_dir):
+            advice = "the collection is downloaded into an empty folder"
+            raise UserError(f"--data_dir {data_dir}: there is no such file or folder; {advice}")
+        names = sorted(name for name in set(os.listdir(data_dir)) - {FEATURES} if name[0] != ".")
+        if names and set(names).isdisjoint(gpt_download.COLLECTION_NAMES):
+            problem = f"holds {textwrap.shorten(', '.join(names), 100, placeholder=' …')}"
+            advice = "rename them to train.csv, validation.csv and test.csv, or name a single one, which is then split"
             raise UserError(f"--data_dir {data_dir} {problem}; {advice}")
-    return gpt_download.make_uci_splits(data_dir), "uci"
+    return gpt_download.make_uci_splits(data_dir), "uci", []
 
 
 def split_at_random(messages, path):
@@ -202,17 +204,13 @@ def warnings_about(splits, class_names, duplicates):
     for split, frame in labelled.items():
         if frame.empty:
             warnings.append(f"no {split} message has a label: loss and accuracy on it are not known")
-        elif split in duplicates and len(duplicates[split].exact) == len(frame):
-            warnings.append(f"all {split} messages are among the training messages: accuracy on them is no estimate")
+        elif split in duplicates and 2 * (n := len(duplicates[split].exact)) >= len(frame):
+            counts = f"{n:,} of {len(frame):,} {split} messages are among the training messages, word for word"
+            warnings.append(f"{counts}: accuracy on them is no estimate")
     for name in class_names:
         variants.setdefault(name.casefold(), []).append(name)
     if alike := [" and ".join(names) for names in variants.values() if len(names) > 1]:
         warnings.append(f"classes whose names differ in case only: {', '.join(alike)}")
-    messages = pd.concat(splits.values())
-    if len(suspects := messages[messages["holds_row"]]):
-        where = "{file}, line {line}".format(**suspects.iloc[0])
-        begin = f"{where}: a text of several lines holds what looks like a row of the file; is a quote not closed?"
-        warnings.append(begin + f" (and {len(suspects) - 1:,} more such texts)" * (len(suspects) > 1))
     texts = pd.concat(labelled.values())[["Label", "Text"]].drop_duplicates()["Text"]
     if len(contradictory := texts[texts.duplicated()].unique()):
         example = textwrap.shorten(contradictory[0], 60)

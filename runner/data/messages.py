@@ -99,6 +99,7 @@ class EncodedData:
     limit: int  # the number of tokens to which messages are cut, and padded unless padding is off
     longest: int  # tokens of the longest message, padding included
     n_cut: dict = field(default_factory=dict)  # {name: how many messages of a split have more tokens than `limit`}
+    usual: int = 0  # 99% of the messages of the first split have at most this number of tokens
 
     def describe_cut(self):
         """Return a line for each split some of whose messages are cut."""

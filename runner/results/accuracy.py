@@ -148,14 +148,20 @@ class Confusion:
         return sorted(self.mistakes, key=lambda mistake: -mistake.confidence)[:n]
 
 
+def spoken(record):
+    """Return the names of the classes of a Record for sentences: a number is `class 3`."""
+    return [f"class {name}" if name.removeprefix("-")[:1].isdigit() else name for name in record.class_names]
+
+
 def describe_accuracies(record):
     """Return the lines that a run prints about the accuracies of its Record, and the numbers of its errors."""
-    confusion, names, repeated = record.confusions["test"], record.class_names, record.duplicates["test"].similar
+    confusion, names, repeated = record.confusions["test"], spoken(record), record.duplicates["test"].similar
     lines = [f"{SPLITS[name]} accuracy: {found.accuracy.in_full}" for name, found in record.confusions.items()]
     if repeated:
-        without = f"Test accuracy without the {len(repeated)} that are like training messages"
+        are = "is" if len(repeated) == 1 else "are"
+        without = f"Test accuracy without the {len(repeated)} that {are} like training messages"
         lines.append(f"{without}: {record.unseen.in_full}")
-    if confusion.most_frequent.fraction > 0.6:
+    if confusion.most_frequent.fraction > min(0.6, record.test.interval[0]):
         lines.append(f"Test accuracy of always the most frequent class: {confusion.most_frequent}")
     if confusion.needs_macro_f1:
         lines.append(f"Test macro-averaged F1: {confusion.macro_f1:.3f}")
@@ -169,7 +175,7 @@ def describe_accuracies(record):
 
 def describe_mistakes(record):
     """Return lines with the three most confident test mistakes of a Record."""
-    lines, names = [], record.class_names
+    lines, names = [], spoken(record)
     for mistake, text in zip(record.confusions["test"].most_confident(3), record.texts):
         cut = shown(text)[:60] + "…" * (len(shown(text)) > 60)
         lines.append(f"  {mistake.confidence:.3f} {names[mistake.predicted]}, labelled {names[mistake.label]}: {cut}")

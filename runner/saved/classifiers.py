@@ -121,6 +121,8 @@ def file_of_texts(arguments):
     for file in [] if tables else files:
         advice = f"its name is classified, not its content; for its lines: --classify - < {shown(file)}"
         print(f"warning: {shown(file)} is a file; {advice}", file=sys.stderr)
+    if len(arguments) == 1 and not files and arguments[0].lower().endswith((".csv", ".tsv")):
+        raise UserError(f"--classify {shown(arguments[0])}: there is no such file")
     if not all(argument.strip() for argument in arguments):
         print("warning: a message is empty and gets no label; is a variable of the shell not set?", file=sys.stderr)
     return tables[0] if tables else None
@@ -129,7 +131,9 @@ def file_of_texts(arguments):
 def classify_file(path, classifier):
     """Print a table of predictions for the texts in a CSV file, as CSV. Blank texts get no label. Raises UserError."""
     columns = classifier.experiment.text_column, classifier.experiment.label_column
-    frame = read_messages(path, *columns, is_labelled=False)
+    frame, warnings = read_messages(path, *columns, is_labelled=False)
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
     is_blank = (frame["Text"].str.strip() == "").to_numpy()
     probabilities = np.full((len(frame), len(classifier.class_names)), np.nan)
     probabilities[~is_blank] = classifier.predict(frame["Text"][~is_blank])[1].numpy()
