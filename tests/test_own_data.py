@@ -184,6 +184,8 @@ def test_one_file_is_split_whatever_its_order(quick, capsys):
     quick[quick.index("--data_dir") + 1] = "sorted.csv"
     assert main(quick) == 0
     assert "\nsorted.csv is split at random, always in the same way: 70% training" in capsys.readouterr().out
+    [record] = records_in()  # which data it was is told in words, but the same file elsewhere makes the same run
+    assert record["configuration"].endswith(" (sorted.csv)") and "sorted" not in record["run_id"]
     assert main([*quick, "--predictions", "sorted.csv"]) == 2
     assert "--predictions sorted.csv would overwrite the data" in capsys.readouterr().err
     write("few.csv", ["a,1", "b,2"])

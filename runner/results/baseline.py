@@ -2,6 +2,7 @@
 
 import time
 import warnings
+from pathlib import Path
 
 import numpy as np
 from sklearn.feature_extraction.text import TfidfVectorizer
@@ -32,7 +33,11 @@ def run_baselines(experiment, run_options):
         "logistic regression on words (TF-IDF)": make_pipeline(TfidfVectorizer(), LogisticRegression(max_iter=1000)),
         "linear SVM on 2 to 5 letters (TF-IDF)": make_pipeline(letters, LinearSVC()),
     }
-    of_data = {"uci": "", "sample": ", sample data", "own": f", own data {data.sha256[:8]}"}[data.name]
+    of_data = {
+        "uci": "",
+        "sample": ", sample data",
+        "own": f", own data {data.sha256[:8]} ({Path(experiment.data_dir).resolve().name})",
+    }[data.name]
     for name, model in models.items():
         console.info(f"\nTraining on {len(data.splits['train']):,} messages: {name}")
         start = time.perf_counter()

@@ -174,6 +174,8 @@ def identify(experiment, data, weights):
     configuration = describe_settings(options)
     words = f"row{row}" if row else configuration[:100]
     run_id = file_name(f"{words} seed{experiment.seed}", run_identity(experiment, data, weights))
+    if data.name == "own":  # in words only: the same data may be elsewhere
+        configuration += f" ({Path(experiment.data_dir).resolve().name})"
     return dict(run_id=run_id, row=row, configuration=configuration, options=options)
 
 
