@@ -4,14 +4,14 @@
     python additional_experiments.py                   # row 1: pretrained 124M, last block, last token
     python additional_experiments.py --row 16          # any other row of the table
 
-With `--weights random --device cpu` and its other defaults a run gives the numbers of the public original of this
-experiment: every printed loss to three decimals, every accuracy to the example (docs/equality.md has the details). It
+With `--weights random --device cpu`, and all other options at their defaults, a run prints the numbers of the public
+original of this experiment: each loss to three decimals, each accuracy exactly (docs/equality.md has the details). It
 draws its random numbers in the same order; where that matters, a comment says so.
 
 Read `previous_chapters.py` (GPT-2) and `classifier.py` (LoRA, the head, what is trained) first. This file reads in the
 order of a run: settings, tokens, training, evaluation, one run, using a trained classifier, main. The rows are in
 `runner/rows.py`; the rest of `runner/` is not the experiment.
-In the shapes B is messages in a batch, T tokens in a message, D the embedding width, K classes.
+Shapes: B messages in a batch, T tokens in a message, D embedding width, K classes.
 """
 
 import math
@@ -40,10 +40,10 @@ from runner.data.messages import TOKENS_PER_PASS, EncodedData, Split, Stage, mak
 from runner.data.predictions import write_predictions
 from runner.files import NonFiniteError, UserError
 from runner.machine import processes
-from runner.machine.cpu_check import check_device, update_results
-from runner.machine.devices import resolve_device, set_precision
+from runner.machine.cpu_check import check_device, first_update
+from runner.machine.devices import describe_short_memory, resolve_device, set_precision
 from runner.options import DATA, INPUT, MACHINE, MAX_CONTEXT, MODEL, TRAINING, RunOptions, bounded, option
-from runner.results.accuracy import Accuracy, Confusion, describe_accuracies, describe_mistakes
+from runner.results.accuracy import Confusion, describe_accuracies, describe_mistakes
 from runner.results.pictures import plot_histories
 from runner.results.records import History, find_record, make_record, run_identity, write_record
 from runner.results.report import print_report, print_row
@@ -86,7 +86,7 @@ class Experiment:
         f"tokens per message: longest_training_example, model_context_length, or 1 to {MAX_CONTEXT}",
         type=options.context_length,
     )
-    no_padding: bool = option(False, INPUT, "do not pad messages; results do not depend on the batch")
+    no_padding: bool = option(False, INPUT, "do not pad messages; a result does not depend on the rest of its batch")
     disable_causal_mask: bool = option(False, MODEL, "let every token attend to later tokens too")
     ignore_index: int = option(-100, TRAINING, "label that the loss ignores", type=bounded(int))
     batch_size: int = option(8, TRAINING, "messages in a batch", type=bounded(int, 1))
@@ -98,13 +98,10 @@ class Experiment:
     device: str = option("auto", MACHINE, "auto: cuda, else mps, else cpu", choices=("auto", "cpu", "mps", "cuda"))
     precision: str = option("fp32", MACHINE, "of matrix products; tf32 needs CUDA", choices=("fp32", "bf16", "tf32"))
     features: str = option(
-        "auto",
-        MACHINE,
-        "where the output of frozen blocks is held; off: recomputed",
-        choices=("auto", "memory", "disk", "off"),
+        "auto", MACHINE, "place of frozen blocks' output; off: recomputed", choices=("auto", "memory", "disk", "off")
     )
     activation_checkpointing: bool = option(False, MACHINE, "recompute blocks in the backward pass, to save memory")
-    shard: bool = option(False, MACHINE, "with torchrun: each process holds a part of model and optimizer (FSDP2)")
+    shard: bool = option(False, MACHINE, "with torchrun: each process holds a shard of model and optimizer (FSDP2)")
     data_dir: str = option(
         DEFAULT_DATA_DIR,
         DATA,
@@ -126,7 +123,7 @@ class Experiment:
             raise UserError(f"--lora_rank {self.lora_rank} exceeds the width {emb_dim} of {self.model_size}")
         if self.average_embeddings and self.trainable_token_pos == "first":
             raise UserError("--average_embeddings (all positions) cannot be combined with --trainable_token_pos first")
-        if not self.trainable_layers.startswith("lora"):  # without effect, these make no other configuration
+        if not self.trainable_layers.startswith("lora"):  # unused, they must not tell runs apart
             vars(self).update(lora_rank=Experiment.lora_rank, lora_alpha=Experiment.lora_alpha)
 
     @property
@@ -136,12 +133,7 @@ class Experiment:
         return GPTConfig(**sizes, causal=not self.disable_causal_mask, activation_checkpointing=recompute)
 
 
-def parse_args(argv=None):
-    """Return (Experiment or None, RunOptions, options of the experiment that were given {name: value}).
-
-    The Experiment is None if nothing is to be trained. Raises UserError.
-    """
-    return options.parse(argv, Experiment)
+parse_args = partial(options.parse, Experiment)  # parse_args(argv=None)
 
 
 # --- tokens, and the position that is classified ---
@@ -190,10 +182,10 @@ MESSAGES_PER_PASS = 64  # of the trained part over frozen features
 
 
 def make_loaders(splits, batch_size):
-    """Return for each split an iterable of batches of message indices (B,); no other function makes batches.
+    """Return for each split an iterable of batches of message indices (B,).
 
     Only the training split is shuffled and drops its last partial batch. Each iter() of a loader draws from PyTorch's
-    global random state, without shuffling too; the sequence of these draws is part of the numbers of a run.
+    global random state, even without shuffling; the numbers of a run depend on the sequence of these draws.
     """
     return {
         name: DataLoader(range(len(split)), batch_size, shuffle=name == "train", drop_last=name == "train")
@@ -201,18 +193,11 @@ def make_loaders(splits, batch_size):
     }
 
 
-def accumulation_windows(batches, size):
-    """Yield lists of `size` batches; the last may be shorter."""
-    batches = iter(batches)
-    while window := list(islice(batches, size)):
-        yield window
-
-
 def loss_weights(labels, batch_sizes, ignore_index):
     """Return weights w (n,) such that sum(w * losses) is the mean of the batches' mean losses.
 
     labels (n,) are those of batches of these sizes, one after the other. An ignored label has weight 0, and a batch
-    with ignored labels only does not count. If no label counts, all weights are 0, not NaN.
+    whose labels are all ignored does not count. If no label counts, all weights are 0, not NaN.
     """
     counts = [(batch != ignore_index).double() for batch in labels.split(batch_sizes)]
     n_batches = sum(int(count.any()) for count in counts)
@@ -222,8 +207,8 @@ def loss_weights(labels, batch_sizes, ignore_index):
 def accumulate_gradients(classifier, encoded, window, experiment):
     """Add the gradients of the mean loss over an accumulation window, a list of batches of training messages.
 
-    Over frozen features little is left to compute, and the window runs in passes of MESSAGES_PER_PASS, wherever its
-    batches end. Otherwise accumulation is there to save memory, and each batch is a pass. Each rank computes its share
+    With frozen features little is left to compute, so the window runs in passes of MESSAGES_PER_PASS messages, across
+    its batches. Otherwise accumulation serves to save memory, and each batch is a pass. Each rank computes its share
     of every pass; the gradients are summed, because the loss weights sum to one over the window.
 
     Returns the logits (n, K) and the loss of this rank's share. Raises NonFiniteError.
@@ -285,7 +270,8 @@ def train(classifier, encoded, experiment, state, checkpoint, console):
             if done == 0:
                 state.order = torch.cat(list(loaders["train"]))
             batches = state.order.split(experiment.batch_size)[done:]
-            for window in accumulation_windows(batches, experiment.accumulation_steps):
+            for start in range(0, len(batches), experiment.accumulation_steps):
+                window = batches[start : start + experiment.accumulation_steps]  # the last may be shorter
                 accumulate_gradients(classifier, encoded, window, experiment)
                 last_step = state.batches_done + len(window) - 1
                 evaluate_losses(range(state.batches_done, last_step))  # before the update
@@ -295,7 +281,7 @@ def train(classifier, encoded, experiment, state, checkpoint, console):
                 evaluate_losses([last_step])
                 checkpoint.save_if_due(state)
                 bar.update(len(window))
-            console.info(history.add_accuracies(*evaluate_first_batches(accuracy)))
+            console.info(history.add_accuracies(*evaluate_first_batches(lambda one: confusion(one).accuracy)))
             checkpoint.save_if_due(state, is_end_of_epoch=True)
 
 
@@ -303,7 +289,7 @@ def train(classifier, encoded, experiment, state, checkpoint, console):
 
 
 def predict(classifier, pool, indices):
-    """Return the logits (n, K) of the messages `indices` (n,) of a pool; the same message is computed once.
+    """Return the logits (n, K) of the messages `indices` (n,) of a pool; each distinct message is computed once.
 
     Raises NonFiniteError.
     """
@@ -339,15 +325,9 @@ def mean_loss(predictions, ignore_index):
     return (losses @ weights.to(losses.dtype)).item() if weights.any() else math.nan
 
 
-def accuracy(predictions):
-    """Return the Accuracy on the labelled messages."""
-    is_correct = predictions.logits.argmax(-1) == predictions.labels
-    return Accuracy(correct=int(is_correct.sum()), total=int((predictions.labels >= 0).sum()))
-
-
 def confusion(predictions):
-    """Return the Confusion: which of the labelled messages were not classified as labelled, and as what."""
-    probabilities = predictions.logits.double().softmax(-1)  # in float32 those near one are all the same
+    """Return the Confusion: which labelled messages were misclassified, and as what."""
+    probabilities = predictions.logits.double().softmax(-1)  # in float32 those near one would be equal
     confidences, predicted = probabilities.max(-1)
     columns = (predictions.indices, predictions.labels, predicted, confidences)
     return Confusion.from_predictions(*(column.tolist() for column in columns), n_classes=probabilities.shape[1])
@@ -358,8 +338,7 @@ def confusion(predictions):
 COMPARE_FLOPS = 10**12  # for the comparison with the CPU: at most ten seconds, unless a single message takes longer
 
 
-@dataclass(frozen=True)
-class Setup:
+class Setup(NamedTuple):
     """What the seeds of a run share."""
 
     dataset: Dataset
@@ -397,9 +376,8 @@ def run(experiment, run_options=RunOptions()):
                 record = run_seed(of_seed, setup, checkpoint, run_options, console)
             records.append(record)
     print_row(records, console)
-    if run_options.plot:
-        n_train = len(setup.encoded.splits["train"])
-        console.write_output("the picture", run_options.plot, plot_histories, records, n_train)
+    n_train = len(setup.encoded.splits["train"])
+    console.write_output("the picture", run_options.plot, plot_histories, records, n_train)
     if run_options.results:
         console.info(f"All runs so far: python additional_experiments.py --report {quoted(run_options.results)}")
     console.close()
@@ -419,7 +397,7 @@ def prepare(experiment, run_options, console):
         encoded = encode(load_vocabulary(), dataset.splits, experiment)
     too_new = f"PyTorch {torch.__version__} is newer than the versions that were tried" * (torch.__version__ >= "2.14")
     further = dataset.warnings_about_first(EVALUATE_BATCHES * experiment.batch_size)
-    if encoded.limit == MAX_CONTEXT:  # with a smaller limit it may be wanted, and is a line of the setup alone
+    if encoded.limit == MAX_CONTEXT:  # with a smaller limit the cut may be intended; only the setup mentions it
         further += encoded.describe_cut()
     for warning in filter(None, [why_not, too_new, *dataset.warnings, *further]):
         console.warning(warning)
@@ -439,16 +417,17 @@ def prepare(experiment, run_options, console):
         place(sizes, torch.device("meta"))
     folder = run_options.feature_folder(experiment.data_dir)
     features = FrozenFeatures(experiment.features, folder, run_options.feature_cache_gb * 1e9, weights, console)
-    features.warn_of_short_memory(sizes, encoded.pool, device, experiment.shard)
+    if warning := describe_short_memory(sizes, device, experiment.shard):
+        console.warning(warning)
     return Setup(dataset, encoded, weights, device, features)
 
 
 def run_in_miniature(experiment, n_classes, weights, encoded, device):
     """Return what a run in miniature computes on `device`, {name: tensor on the CPU}; the CPU computes in float32.
 
-    It consists of the frozen features of the first messages, on a device in a pass of full size, the first update at
-    the run's own shapes, and predictions after it. Of a large model the update is cut to as many messages as
-    COMPARE_FLOPS allow; of sharded parameters only the logits are computed.
+    These are the frozen features of the first messages (on an accelerator in a pass of full size), the first update at
+    the run's own shapes, and predictions after it. For a large model the update is cut to as many messages as
+    COMPARE_FLOPS allows; with sharded parameters only the logits are computed.
     """
     is_cpu, split, pool = device.type == "cpu", encoded.splits["train"], encoded.pool
     experiment = replace(experiment, precision="fp32" if is_cpu else experiment.precision, learning_rate=1e-3)
@@ -471,13 +450,13 @@ def run_in_miniature(experiment, n_classes, weights, encoded, device):
     window, optimizer = torch.arange(len(indices)).split(experiment.batch_size), make_optimizer(classifier, experiment)
     results = {"the features": pool.batch(torch.arange(len(messages)), device).x.float()}
     step = partial(accumulate_gradients, classifier.train(), few, window, experiment)
-    results |= update_results(classifier, step, optimizer)
+    results |= first_update(classifier, step, optimizer)
     results["the logits after the update"] = predict(classifier, pool, inverse)
     return {name: tensor.cpu() for name, tensor in results.items()}
 
 
 def run_seed(experiment, setup, checkpoint, run_options, console):
-    """Train and evaluate one seed, from where the checkpoint has it, and write its outputs. Return its Record."""
+    """Train one seed, resuming if the checkpoint holds it, evaluate it and write its outputs. Return its Record."""
     started = time.perf_counter()
     classifier = build_classifier(experiment, len(setup.dataset.class_names), setup.weights.tensors)
     place(classifier, setup.device, experiment.shard)
@@ -505,12 +484,11 @@ def run_seed(experiment, setup, checkpoint, run_options, console):
     further = dict(minutes=minutes, feature_seconds=setup.features.seconds, note=run_options.note)
     further |= dict(tokens_per_message=setup.encoded.longest)
     record = make_record(experiment, setup.dataset, setup.weights, confusions, state, **further)
-    if run_options.results:  # before anything is printed: a closed pipe or a full disk behind it loses no record
-        console.write_output("the record", run_options.results, write_record, record)
+    # Before anything is printed: a closed pipe or a full disk behind it loses no record.
+    console.write_output("the record", run_options.results, write_record, record)
     console.info("\n".join([*describe_accuracies(record), *describe_mistakes(record)]))
-    if path := run_options.predictions:
-        probabilities = {name: predictions[name].logits.softmax(-1) for name in ("validation", "test")}
-        console.write_output("the predictions", path, write_predictions, setup.dataset, probabilities)
+    probabilities = {name: predictions[name].logits.softmax(-1) for name in ("validation", "test")}
+    console.write_output("the predictions", run_options.predictions, write_predictions, setup.dataset, probabilities)
     if run_options.save_model or run_options.export:
         parameters = state.full_parameters()
         if processes.rank() == 0:
@@ -520,15 +498,14 @@ def run_seed(experiment, setup, checkpoint, run_options, console):
 
 def write_classifier(experiment, setup, parameters, record, run_options, console):
     """Write a trained classifier, and its export, from its trained parameters {name: tensor}."""
-    # It is built again: in the one that was trained, frozen weights may be bfloat16, or shards.
+    # It is built again: in the trained one, frozen weights may be in bfloat16, or sharded.
     classifier = build_classifier(experiment, len(setup.dataset.class_names), setup.weights.tensors)
     base_sha256 = classifiers.sha256_of_base(setup.weights, classifier)
     results = [f"Training completed in {record.minutes:.2f} minutes.", *describe_accuracies(record)]
     command = command_line(changed_options(experiment))
     limit, names = setup.encoded.limit, setup.dataset.class_names
     saved = SavedClassifier(asdict(experiment), limit, names, base_sha256, command, setup.dataset.name, results)
-    if run_options.save_model:
-        console.write_output("the classifier", run_options.save_model, classifiers.save_classifier, saved, parameters)
+    console.write_output("the classifier", run_options.save_model, classifiers.save_classifier, saved, parameters)
     if run_options.export:
         load_parameters(classifier, parameters)
         console.write_output("the export", run_options.export, write_export, classifier, saved)
@@ -538,21 +515,24 @@ def write_classifier(experiment, setup, parameters, record, run_options, console
 
 
 class TrainedClassifier:
-    """A classifier that --save_model wrote, ready to use."""
+    """A classifier that --save_model wrote, ready to use. The settings that can be `given` are weights and device.
 
-    def __init__(self, path, given):
+    Raises UserError for a file that cannot be used, and for weights other than those that it was trained on.
+    """
+
+    def __init__(self, path, **given):
         self.path, self.given = path, given
         classifier, self.experiment, saved = build_saved_classifier(path, given)
         self.class_names = saved.class_names
         device, _ = resolve_device(self.experiment.device)
         set_precision(self.experiment.precision, device)
-        self.classifier, self.is_compared = place(classifier, device), False
+        self.classifier, self.is_compared = place(classifier, device), device.type == "cpu"
 
     def predict(self, texts):
         """Return (labels, probabilities (n, K)) for a list of texts: names of classes, and a tensor on the CPU.
 
-        Texts are cut, padded and classified as in training. On a device, the first ones are classified on the CPU too.
-        Raises UserError for a text without a letter, and if the device does not compute what the CPU computes.
+        Texts are cut, padded and classified as in training. On an accelerator, the first ones are classified on the CPU
+        too. Raises UserError for a blank text, and if the device does not compute what the CPU computes.
         """
         texts = list(texts)  # a Series of pandas has no truth value
         if blank := [index for index, text in enumerate(texts) if not text.strip()]:
@@ -572,31 +552,24 @@ class TrainedClassifier:
     def compare_with_cpu(self, pool, indices):
         """Continue on the CPU, or raise UserError, if the device computes other logits for these messages."""
 
+        on_cpu, *_ = build_saved_classifier(self.path, self.given | dict(device="cpu", precision="fp32"))
+        on = {self.classifier.device.type: self.classifier, "cpu": place(on_cpu, torch.device("cpu"))}
+
         def logits_on(device):
-            classifier = self.classifier
-            if device.type == "cpu":
-                classifier, *_ = build_saved_classifier(self.path, self.given | dict(device="cpu", precision="fp32"))
-            return {"the logits": predict(classifier, pool, indices).cpu()}
+            return {"the logits": predict(on[device.type], pool, indices).cpu()}
 
         is_auto, precision = self.experiment.device == "auto", self.experiment.precision
         device = check_device(self.classifier.device, is_auto, precision, logits_on, Console(quiet=True))
-        if device != self.classifier.device:
-            self.classifier = place(build_saved_classifier(self.path, self.given | dict(device="cpu"))[0], device)
-        self.is_compared = True
+        self.classifier, self.is_compared = on[device.type], True
 
 
-def load_classifier(path, **settings):
-    """Return the TrainedClassifier in a file of --save_model. `settings` can be `weights` and `device`.
-
-    Raises UserError for a file that cannot be used, and for weights other than those that it was trained on.
-    """
-    return TrainedClassifier(path, settings)
+load_classifier = TrainedClassifier
 
 
 def build_saved_classifier(path, given):
     """Return (Classifier on the CPU, Experiment with which it is used, SavedClassifier) from a file of --save_model.
 
-    `given` settings {name: value} replace its own. Raises UserError, see `load_classifier`.
+    `given` settings {name: value} replace its own. Raises UserError, see `TrainedClassifier`.
     """
     saved, parameters = classifiers.read_classifier(path)
     try:
@@ -612,7 +585,6 @@ def build_saved_classifier(path, given):
 
 def use_classifier(run_options, given):
     """Carry out --load_model: write the export, and classify messages as they arrive."""
-    options.check_outputs(run_options)
     if run_options.export is not None:
         classifier, experiment, saved = build_saved_classifier(run_options.load_model, given)
         check_experiment(experiment)
@@ -620,7 +592,7 @@ def use_classifier(run_options, given):
         if not run_options.quiet:  # standard output is for answers only
             print(f"Wrote the export to {run_options.export}", file=sys.stderr)
     if run_options.classify:
-        classifiers.answer(run_options.classify, lambda: load_classifier(run_options.load_model, **given))
+        classifiers.classify(run_options.classify, lambda: load_classifier(run_options.load_model, **given))
 
 
 # --- main ---
@@ -636,13 +608,13 @@ def execute(argv):
     with processes.process_group():
         with processes.raise_on_all_ranks():
             experiment, run_options, given = parse_args(argv)
+        if experiment is None or run_options.baseline:  # `prepare` does it for `run`
+            options.check_outputs(run_options, experiment)
         if run_options.report is not None:
-            options.check_outputs(run_options)
             print_report(run_options)
         elif run_options.baseline:
             from runner.results.baseline import run_baselines  # slow to import
 
-            options.check_outputs(run_options, experiment)
             run_baselines(experiment, run_options)
         elif run_options.load_model is not None:
             use_classifier(run_options, given)

@@ -1,7 +1,7 @@
 """GPT-2 as a classifier: LoRA, a classification head, what is trained and what is frozen.
 
 Read this after `previous_chapters.py`, which is GPT-2 itself, and before `additional_experiments.py`, which trains the
-classifier. In the shapes B is messages in a batch, T tokens in a message, D the embedding width, K classes.
+classifier. Shapes: B messages in a batch, T tokens in a message, D embedding width, K classes.
 
 The program computes only what the loss can see, and computes only once what training cannot change:
   1. visible prefix: tokens that the classified position cannot attend to are dropped   (additional_experiments.encode)
@@ -45,7 +45,7 @@ class LinearWithLoRA(nn.Module):
         """Return (..., out) for x (..., in)."""
         low_rank = x @ self.A
         out = self.linear(x)
-        # In place: the product is cheap, and writing a second `out` would cost more than computing it.
+        # In place: writing a second tensor of the size of `out` would take longer than computing the product.
         out.view(-1, out.shape[-1]).addmm_(low_rank.flatten(0, -2), self.B.to(low_rank.dtype), alpha=self.alpha)
         return out
 
@@ -119,7 +119,7 @@ class Classifier(nn.Module):
 
     @property
     def n_full_blocks(self):
-        """The number of frozen blocks that run at all positions: with one query, not the last block of the model."""
+        """The number of frozen blocks that run at all positions: without a last block that computes only one."""
         is_one_query = self.n_frozen_blocks == len(self.gpt.trf_blocks) and not self.average_embeddings
         return self.n_frozen_blocks - is_one_query
 
@@ -134,7 +134,7 @@ class Classifier(nn.Module):
 
     @torch.no_grad()
     def frozen_part(self, batch):
-        """Return the Batch at `feature_stage`, whatever its stage is; a Batch at that stage is returned as it is."""
+        """Bring a Batch to `feature_stage`; one that is there already is returned unchanged."""
         stage = self.feature_stage
         if batch.stage is stage and batch.n_blocks == self.n_frozen_blocks:
             return batch
@@ -148,8 +148,7 @@ class Classifier(nn.Module):
                 x_hat = self.gpt.trf_blocks[-1].standardize(batch.x).to(torch.bfloat16 if self.bf16 else batch.x.dtype)
                 return replace(batch, stage=stage, x=x_hat, residual=residual)
             case Stage.HEAD_INPUT:
-                positions = torch.zeros_like(batch.positions)
-                return replace(batch, stage=stage, x=self.pool(batch.x, batch), positions=positions, key_mask=None)
+                return replace(batch, stage=stage, x=self.head_input(batch.x, batch), key_mask=None)
 
     def trained_part(self, batch):
         """Return the logits (B, K) of a Batch at `feature_stage`. The head computes in full precision."""
@@ -161,7 +160,7 @@ class Classifier(nn.Module):
                     x = self.gpt.trf_blocks[-1].forward_normalized(batch.residual, batch.x, batch.key_mask)
             case _:
                 x = self.run_blocks(batch, len(self.gpt.trf_blocks)).x
-        return self.out_head(self.pool(x, batch).squeeze(1))
+        return self.out_head(self.head_input(x, batch).squeeze(1))
 
     def run_blocks(self, batch, end):
         """Return a Batch with the hidden states after the first `end` blocks, from token ids or hidden states.
@@ -174,7 +173,7 @@ class Classifier(nn.Module):
             x = self.gpt.blocks(x, batch.n_blocks, end, batch.key_mask, query_positions)
         return replace(batch, stage=Stage.HIDDEN_STATES, x=x, n_blocks=end)
 
-    def pool(self, x, batch):
+    def head_input(self, x, batch):
         """Return the head's input (B, 1, D) from the last block's output: (B, 1, D), or (B, T, D) for the mean."""
         x = self.gpt.final_norm(x)
         return mean_up_to(x, batch.positions) if self.average_embeddings else x

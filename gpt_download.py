@@ -3,8 +3,8 @@
     python gpt_download.py [--model_size small ...] [--data_dir DIR]    # fetch and check what runs need, nothing else
 
 Each file is fetched from a pinned address, verified by its SHA-256 and opened. A download that fails raises a
-`UserError` of status 1, which says what was asked for, why it failed and what to try; a file that is not what it should
-be raises one of status 2. Nothing half-written stays behind.
+`UserError` of status 1, which says what was asked for, why it failed and what to try; a file with unexpected
+content raises one of status 2. No partial file stays behind.
 """
 
 import argparse
@@ -88,8 +88,8 @@ SAMPLE_SHA256 = "256fc13f88349059fe708ccf792b1a77cd1c6c4bafbf951a16ba5ec2a1eb266
 
 # --- fetching ---
 
-# With these a server that accepts connections and never answers costs less than a minute: the collection 3 attempts at
-# each of 2 addresses; the weights 6 attempts, which the hub's client makes a second apart.
+# With these, a server that accepts connections but never answers costs less than a minute: 3 attempts at each of 2
+# addresses for the collection; for the weights 6 attempts of the hub's client, a second apart.
 CONNECT_TIMEOUT, READ_TIMEOUT = 5, 8  # seconds: to connect to one address of a host, and without a byte
 
 
@@ -172,7 +172,7 @@ def fetch_weights(model_size, quiet=False):
     try:
         if not isinstance(huggingface_hub.try_to_load_from_cache(**where), str):
             announce(f"{file.filename} of {file.repo_id} from {constants.ENDPOINT}")
-            # The client itself waits six minutes for a server that never answers. It reports errors better.
+            # Asked first, since the client waits six minutes for a silent server. Other errors it reports better.
             with suppress(HfHubHTTPError):
                 url = huggingface_hub.hf_hub_url(**where)
                 huggingface_hub.get_hf_file_metadata(url, token=False, timeout=READ_TIMEOUT)
@@ -203,7 +203,6 @@ def fetch_weights(model_size, quiet=False):
 class Weights:
     """The weights from which a classifier starts: random ones, or those of a file."""
 
-    model_size: str
     source: str  # "random", "pretrained" or the path of a file
     sha256: str | None = None  # of the file; None for random weights, as are the following
     tensors: dict | None = None  # {name: tensor}, memory-mapped
@@ -214,20 +213,15 @@ class Weights:
     def is_random(self):
         return self.source == "random"
 
-    @property
-    def is_published(self):
-        """Whether these are the pretrained weights of this model size, whatever their source."""
-        return self.model_size in PRETRAINED and self.sha256 == PRETRAINED[self.model_size].sha256
-
-    @property
-    def identity(self):
-        """What identifies the weights, together with the seed if they are random."""
-        return self.sha256 or "random"
-
     def require_unchanged(self):
         """Raise UserError if the file was changed since it was hashed: results may come from other weights."""
         if self.path is not None and size_and_time(self.path) != self.stat:
             raise UserError(f"the weights file {self.path} was changed while this run used it", status=1)
+
+
+def is_published(model_size, sha256):
+    """Return whether a file with this SHA-256 holds the pretrained weights of a model size."""
+    return model_size in PRETRAINED and sha256 == PRETRAINED[model_size].sha256
 
 
 def size_and_time(path):
@@ -242,10 +236,10 @@ def load_weights(source, model_size, quiet=False):
     Raises UserError if the download fails, if the file cannot be read, or if its tensors do not fit the model.
     """
     if source == "random":
-        return Weights(model_size, source)
+        return Weights(source)
     if source == "pretrained":
         path, stat = fetch_weights(model_size, quiet)
-        return Weights(model_size, source, PRETRAINED[model_size].sha256, read_safetensors(path)[0], path, stat)
+        return Weights(source, PRETRAINED[model_size].sha256, read_safetensors(path)[0], path, stat)
     path, stat = Path(source), size_and_time(source)
     tensors, _ = read_safetensors(path)
     try:
@@ -254,7 +248,7 @@ def load_weights(source, model_size, quiet=False):
             load_gpt2_weights(GPTModel(GPTConfig(**GPT_SIZES[model_size])), tensors)
     except (NonFiniteError, WeightsError) as error:
         raise UserError(f"--weights {source} cannot be used as {model_size}: {error}") from None
-    return Weights(model_size, source, sha256_of(path), tensors, path, stat)
+    return Weights(source, sha256_of(path), tensors, path, stat)
 
 
 # --- the collection ---
@@ -273,7 +267,7 @@ UCI_SPLITS_SHA256 = {
 def make_uci_splits(data_dir):
     """Return the splits of the collection, {split: DataFrame with columns Label and Text}, after fetching it if needed.
 
-    They are written to the folder `data_dir` if that is possible; files that are there stay. Raises UserError.
+    They are written to the folder `data_dir` if that is possible; existing files are kept. Raises UserError.
     """
     splits = balanced_splits(fetch_collection(data_dir))
     contents = {split: frame.to_csv(index=None, lineterminator="\n").encode() for split, frame in splits.items()}
@@ -289,8 +283,8 @@ def make_uci_splits(data_dir):
 def balanced_splits(path):
     """Return splits of 70, 10 and 20% of the spam and as much ham from a collection (lines of label, tab, text).
 
-    Seed and order of the shuffles are those of the public original. So is the quoting: it is that of CSV, so that a few
-    messages that begin with a quote are joined with the following ones.
+    Seeds and order of the shuffles are those of the public original. So are the rules for quotes: those of CSV, which
+    join a few messages that begin with a quote with the ones after them.
     """
     messages = pd.read_csv(path, sep="\t", header=None, names=["Label", "Text"])
     spam, ham = (messages[messages["Label"] == label] for label in ("spam", "ham"))
@@ -325,11 +319,6 @@ def load_vocabulary():
     return tiktoken.Encoding("gpt2", pat_str=pattern, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 50256})
 
 
-def sample_path():
-    """Return the path of the sample of messages in data/. Raises UserError if it was changed."""
-    return check_unchanged(SAMPLE, SAMPLE_SHA256)
-
-
 # --- python gpt_download.py ---
 
 
@@ -346,13 +335,16 @@ def main(argv=None):
         if not all(path.exists() for path in paths.values()):
             make_uci_splits(args.data_dir)
         for split, path in paths.items():
-            if path.exists() and sha256_of(path) != UCI_SPLITS_SHA256[split]:  # a read-only folder has none
+            if path.exists() and sha256_of(path) != UCI_SPLITS_SHA256[split]:  # a read-only folder may have none
                 advice = "your own data is checked by the run that reads it; call this without --data_dir"
                 raise UserError(f"{path} is no split of the SMS Spam Collection (by its SHA-256); {advice}")
         print(f"{args.data_dir}: the three splits of the SMS Spam Collection, with the right SHA-256")
         for size in args.model_size:
             print(fetch_weights(sizes[size])[0])
         return 0
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return getattr(error, "status", 1)

@@ -4,7 +4,7 @@ The model follows Radford et al., "Language Models are Unsupervised Multitask Le
 position embeddings, layer norm before attention and feed-forward (pre-norm), tanh GELU, a bias in the query, key
 and value projections. The model ends at the final norm; `classifier.py` adds the head.
 
-In the shapes B is messages in a batch, T tokens in a message, D the embedding width, H attention heads.
+Shapes: B messages in a batch, T tokens in a message, D embedding width, H attention heads.
 """
 
 import re
@@ -44,9 +44,9 @@ GPT_SIZES = {
 
 
 class LayerNorm(nn.LayerNorm):
-    """nn.LayerNorm with a workaround for MPS, where PyTorch up to 2.12 computes wrong gradients over a frozen input.
+    """nn.LayerNorm with a workaround for MPS, where PyTorch up to 2.12 computes wrong gradients if the input is frozen.
 
-    They are right if the input requires a gradient, so here it requires one that is never read (pytorch issue 183825).
+    They are right if the input requires a gradient, so here it requires one, which nobody reads (pytorch issue 183825).
     """
 
     def forward(self, x):
@@ -89,7 +89,7 @@ class MultiHeadAttention(nn.Module):
             projected = queries, self.W_key(x.flatten(0, 1)), self.W_value(x.flatten(0, 1))
         queries, keys, values = (self.split_heads(part, len(x)) for part in projected)
         # Except on CUDA, attention is in float32 with bf16 too: on a CPU the backward pass of the fused kernel takes
-        # half as long again in bfloat16; on MPS the kernel has ignored the causal mask and misread strided tensors.
+        # 1.5 times as long in bfloat16; on MPS the kernel has ignored the causal mask and misread strided tensors.
         if x.device.type != "cuda" and queries.dtype == torch.bfloat16:
             queries, keys, values = queries.float(), keys.float(), values.float()
         if x.device.type == "mps":
@@ -112,7 +112,7 @@ class MultiHeadAttention(nn.Module):
         standardized but not yet scaled and shifted: the norm gives g x_hat + b. With k_t = W_k (g x_hat_t + b) + c,
         the score q . k_t is ((W_k^T q) g) . x_hat_t plus a term that is the same for every t and cancels in the
         softmax. And since the attention weights a_t sum to one, sum_t a_t v_t = W_v (g (sum_t a_t x_hat_t) + b) + c.
-        So all T positions take part in two batched products only, and b and c of the keys in none.
+        So all T positions take part in two batched products only; the keys' b and c drop out.
         """
         head_dim = query_input.shape[2] // self.n_heads
         queries = self.W_query(query_input.squeeze(1)).unflatten(1, (self.n_heads, head_dim))  # (B, H, D/H)

@@ -1,7 +1,7 @@
 """Draw the pictures of docs/choices.md into docs/choices/, or into another folder: `python docs/draw_choices.py [DIR]`.
 
 The program says what they show: tokens, pads and the classified position come from `encode`, what a position sees from
-the gradient of GPT-2, the weights of a mean from `Classifier.pool`, what is trained from the parameters of the model.
+the gradient of GPT-2, the weights of a mean from `Classifier.head_input`, what is trained from the model's parameters.
 """
 
 import sys
@@ -46,7 +46,9 @@ def encode_message(experiment):
     hidden_states = torch.eye(n_tokens).unsqueeze(0)  # the mean of unit vectors holds the weights
     if not experiment.average_embeddings:
         hidden_states = select_positions(hidden_states, batch.positions)  # as the last block does
-    weights = [Fraction(w).limit_denominator(1024) for w in classifier.pool(hidden_states, batch).flatten().tolist()]
+    weights = [
+        Fraction(w).limit_denominator(1024) for w in classifier.head_input(hidden_states, batch).flatten().tolist()
+    ]
     return batch.x[0].tolist(), position, tokens_seen(experiment, n_tokens, position), weights
 
 

@@ -67,15 +67,15 @@ class Console:
         self.print(row)
 
     def progress(self, description, total, unit, initial=0):
-        """Return a tqdm progress bar on standard error; where that is no terminal, a line every 30 seconds."""
+        """Return a tqdm progress bar on standard error; if that is not a terminal, a line every 30 seconds."""
         settings = {}
         if not sys.stderr.isatty():
             settings = dict(file=Lines(), ascii=True, ncols=80, leave=False, **dict.fromkeys(INTERVALS, LOG_SECONDS))
         return tqdm(desc=description, total=total, unit=unit, initial=initial, disable=self.quiet, **settings)
 
     def write_output(self, what, path, write, *arguments):
-        """Call `write(path, *arguments)` on rank 0. A failure is a warning now, and an error in `close`."""
-        if self.is_silent:
+        """Call `write(path, *arguments)` on rank 0 if there is a path; a failure is a warning now, an error in `close`."""
+        if self.is_silent or not path:
             return
         try:
             written = write(path, *arguments)  # the path of a file in the folder `path`, or None
@@ -135,7 +135,7 @@ def describe_model(experiment, classifier):
     return f"{words}; {n_trained:,} trainable and {n_frozen:,} frozen parameters"
 
 
-# Words in errors of PyTorch that are no fault of the program, and what the user is told.
+# Words in errors of PyTorch that are not the program's fault, and what the user is told.
 FAILURES = {
     ("out of memory", "can't allocate memory", "DefaultCPUAllocator", "ALLOC_FAILED"): (
         "out of memory\n"

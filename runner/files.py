@@ -72,8 +72,8 @@ def sha256_of_tensors(tensors):
 def read_safetensors(path):
     """Return ({name: tensor}, metadata) of a `.safetensors` file. A tensor is read from the disk when it is used.
 
-    Not so on Windows, which cannot map files of several GB (safetensors issue 693), from version 0.8 on. Raises
-    UserError for a file that is missing, truncated or of another format.
+    On Windows, which cannot map files of several GB (safetensors issue 693), all are read at once with safetensors 0.8
+    or later. Raises UserError for a file that is missing, truncated or of another format.
     """
     is_mapped = sys.platform != "win32" or safetensors.__version__ < "0.8"
     try:
@@ -107,7 +107,7 @@ def atomic_write(path):
 
 
 def temporary_prefix(path):
-    """Return how the names of temporary files for `path` begin: short, as `path` may be as long as a name can be."""
+    """Return the prefix of temporary files for `path`: short, since the name of `path` may have the maximum length."""
     return f".{hashlib.sha256(path.name.encode()).hexdigest()[:8]}-"
 
 
@@ -140,9 +140,9 @@ def write_bytes(path, content):
 def make_room(folder, names, size, max_bytes):
     """Create `folder` and remove the least recently used files until `size` bytes more fit into `max_bytes`.
 
-    Only files whose names match the regular expression `names` count and are removed. A system that removes a file in
-    use lets the processes that have it mapped go on reading it. A temporary file of the last hour is being written.
-    Raises OSError if `size` alone is too much.
+    Only files whose names match the regular expression `names` count and are removed. A process that has mapped a
+    removed file can go on reading it. A temporary file of the last hour stays: it may still be being written. Raises
+    OSError if `size` alone is too much.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if size > max_bytes:

@@ -18,7 +18,7 @@ from runner.files import UserError
 from runner.machine import processes
 from runner.rows import DEMO, ROWS
 from runner.saved.export import check_experiment, check_folder
-from runner.wording import command_line, shown
+from runner.wording import command_line, printable
 
 # --- options as fields ---
 
@@ -124,7 +124,7 @@ def file_with(*suffixes):
 
 @dataclass(frozen=True)
 class RunOptions:
-    """What a call does besides its experiment, or instead of it; no number of a seed depends on it.
+    """What a call does besides its experiment, or instead of it; the results of a seed do not depend on it.
 
     Raises UserError for values that an option does not take, and for options that cannot be combined.
     """
@@ -165,7 +165,7 @@ class RunOptions:
         None, MACHINE, 'folder for frozen features (default: features in --data_dir); "" for none', metavar="DIR"
     )
     feature_cache_gb: float = option(
-        5.0, MACHINE, "its maximum size; the least recently used files go", type=bounded(float, 0)
+        5.0, MACHINE, "its maximum size; the least recently used files are removed", type=bounded(float, 0)
     )
     checkpoint: str | None = option(
         None,
@@ -204,11 +204,11 @@ class RunOptions:
         outputs = "--save_model, --export and --predictions"  # of one trained classifier
         has_outputs = self.save_model or self.export or self.predictions
         if has_outputs and self.repeats > 1:
-            raise UserError(f"{outputs} are for one classifier, --repeats trains several")
+            raise UserError(f"{outputs} are for one classifier; --repeats trains several")
         if self.skip_finished and (has_outputs or not self.results):
             raise UserError(f"--skip_finished needs --results, and cannot be combined with {outputs}")
         if self.checkpoint and self.repeats > 1 and not self.results:
-            raise UserError("--checkpoint with --repeats needs --results, whose records tell the finished seeds")
+            raise UserError("--checkpoint with --repeats needs --results, whose records show which seeds are finished")
 
     def feature_folder(self, data_dir):
         """Return the folder in which frozen features are kept, or None."""
@@ -257,7 +257,7 @@ def check_outputs(run_options, experiment=None):
             except OSError as error:
                 raise UserError(f"--{name} {path} cannot be written: {error.strerror or error}") from None
             is_right = target.is_dir() if is_folder else target.is_file()
-            if os.path.lexists(target) and not is_right:  # a link to itself exists only so
+            if os.path.lexists(target) and not is_right:  # `exists` is False for a link to itself
                 raise UserError(f"--{name} {path} is not a {'folder' if is_folder else 'regular file'}")
             key = str(target).casefold()  # as on macOS and Windows
             if what := taken.get(key):
@@ -297,14 +297,14 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help lists the options)")
 
     def parse(self, argv):
-        """Return the given options {name: value}. Dashes count as underscores; a misprint gets the nearest option."""
+        """Return the given options {name: value}. Dashes count as underscores; an error names the nearest option."""
         for word in argv:
             if any("\ud800" <= c <= "\udfff" for c in word):
-                self.error(f"an argument is not Unicode text: {shown(word)}")
+                self.error(f"an argument is not Unicode text: {printable(word)}")
         argv = [re.sub(r"^--[\w-]+(?==|$)", lambda m: "--" + m[0][2:].replace("-", "_"), word) for word in argv]
         given, unknown = self.parse_known_args(argv)
         if unknown and not unknown[0].startswith("-"):
-            self.error(f"unexpected argument {shown(unknown[0])}" + f"; {ONE_ROW}" * ("row" in vars(given)))
+            self.error(f"unexpected argument {printable(unknown[0])}" + f"; {ONE_ROW}" * ("row" in vars(given)))
         if unknown:
             name = unknown[0].split("=")[0].strip("-")
             options = [option.strip("-") for option in self._option_string_actions]
@@ -347,7 +347,7 @@ def make_parser(experiment_type):
     return parser
 
 
-def parse(argv, experiment_type):
+def parse(experiment_type, argv=None):
     """Return (Experiment or None, RunOptions, options of the experiment that were given {name: value}).
 
     The Experiment is None if nothing is to be trained. Raises UserError.

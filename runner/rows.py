@@ -27,7 +27,8 @@ class Question(NamedTuple):
     def why(self, of_collection, is_random):
         """Return why the second row may differ, or "".
 
-        Facts of the collection are named for results on it only, pretrained weights not where the weights are random.
+        Facts about the collection are added only for results on it, reasons about pretrained weights only where the
+        weights are not random.
         """
         if is_random and self.b in ABOUT_PRETRAINED:
             return ""
@@ -67,9 +68,9 @@ QUESTIONS = (
     Question(1, 7, "Is a model of 774M better than one of 124M?"),
     Question(1, 8, "Is a model of 1558M better than one of 124M?"),
     Question(5, 10, "Do random weights serve as well as pretrained ones, if all layers are trained?"),
-    Question(5, 11, "Does LoRA do what training all layers does?"),
-    Question(9, 12, "Does LoRA do what training all layers does, in the largest model?"),
-    Question(1, 13, "Does it harm to pad to the length of the model's context?"),
+    Question(5, 11, "Does LoRA match training all layers?"),
+    Question(9, 12, "Does LoRA match training all layers in the largest model?"),
+    Question(1, 13, "Does it hurt to pad to the model's context length?"),
     Question(1, 14, "Does it help not to pad, with single messages as batches?"),
     Question(1, 15, "Does it help not to pad, with the gradients of eight messages accumulated?"),
     Question(1, 16, "Does it help to classify the last token that is not padding?"),
@@ -103,6 +104,6 @@ ABOUT_PRETRAINED = (6, 7, 8, 10, 17)  # reasons that hold for pretrained weights
 # What can be added about the SMS Spam Collection.
 TRAINING_MESSAGES = "There are 1,045 training messages."
 FACTS = dict.fromkeys((6, 7, 8), TRAINING_MESSAGES)
-FACTS[10] = "Letters alone say nearly all: a linear model on them gets 97.67% of the test messages."
+FACTS[10] = "Letters alone say nearly all: a linear model on them gets 97.67% of the test messages right."
 
 DEMO = dict(model_size=NANO, weights="random", trainable_layers="all", dataset="sample", learning_rate=5e-4)

@@ -1,9 +1,11 @@
 #!/bin/bash
 # The whole table as a Slurm job array: 19 rows with 5 seeds each, one task for each of the 95 runs.
 #
+# Submit it from the folder of additional_experiments.py:
+#
 #     sbatch --gres=gpu:1 --time=2:00:00 runner/slurm_array.sh [options of additional_experiments.py]
 #
-# is submitted from the folder of additional_experiments.py. What a cluster asks for (GPU, time, memory, partition,
+# What a cluster asks for (GPU, time, memory, partition,
 # account, another --array) goes before the script, on the command line of sbatch. PYTHON names another Python than
 # the one in PATH. All tasks write into one folder of results. A task that was preempted is resumed by Slurm; after a
 # time limit or scancel the same command resumes: what is finished is not trained again.

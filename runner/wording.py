@@ -8,14 +8,14 @@ import shlex
 from dataclasses import fields
 
 
-def shown(text):
+def printable(text):
     """Return a text in one line, with escapes for characters that a terminal would interpret or hide."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def plain(text):
     """Return a text in one line in which neither a terminal nor Markdown finds anything but text."""
-    return re.sub(r"<(?=\S)", "&lt;", shown(re.sub(r"[\r\n]+", " ", str(text))))
+    return re.sub(r"<(?=\S)", "&lt;", printable(re.sub(r"[\r\n]+", " ", str(text))))
 
 
 def changed_options(experiment):

@@ -107,7 +107,7 @@ def time_fast(classifier, experiment, encoded, part=None):
 
     A part has one message of validation and test, and of training as many as its steps need.
     """
-    device, weights = classifier.device, Weights(experiment.model_size, "random")
+    device, weights = classifier.device, Weights("random")
 
     def with_features(data):
         features = FrozenFeatures(experiment.features, None, 0, weights, QUIET)
@@ -173,7 +173,7 @@ def classify(options):
 
     with tempfile.TemporaryDirectory() as folder:
         classifier, path = ae.build_classifier(experiment, 2), f"{folder}/trained"
-        base = sha256_of_base(Weights(experiment.model_size, "random"), classifier)
+        base = sha256_of_base(Weights("random"), classifier)
         saved = SavedClassifier(asdict(experiment), 120, ["ham", "spam"], base, "", "sample", [])
         save_classifier(path, saved, {name: p for name, p in classifier.named_parameters() if p.requires_grad})
         write_export(f"{folder}/out", classifier, saved)

@@ -8,7 +8,7 @@ import sys
 from contextlib import ExitStack
 from pathlib import Path
 from statistics import fmean, stdev
-from unittest.mock import MagicMock, Mock
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 import additional_experiments as ae
 from additional_experiments import build_classifier, main, parse_args
 from previous_chapters import gpt2_tensors
-from runner.data import features
+from runner.machine import devices
 
 
 def parse(*options):
@@ -118,28 +118,23 @@ def test_a_disk_that_becomes_full_while_training(options, monkeypatch, capsys):
     assert [path.name for path in Path().glob("**/*")] == ["results"]
 
 
-@pytest.mark.parametrize("layers, gigabytes", [("all", [0.12, 0.05, 0.03, 0.03, 0.06, 0]), ("last_layer", None)])
+@pytest.mark.parametrize("layers, gigabytes", [("all", [0.12, 0.05, 0.03, 0.03, 0.06]), ("last_layer", None)])
 def test_memory_that_cannot_be_enough_is_told_item_by_item(nano, monkeypatch, capfd, layers, gigabytes):
-    """In order: needed, free, weights, gradients, optimizer, frozen features. Frozen weights need neither of two."""
-    monkeypatch.setattr(features, "free_memory", lambda device: 50_000_000)
+    """In order: needed, free, weights, gradients, optimizer. Frozen weights need neither of two."""
+    monkeypatch.setattr(devices, "free_memory", lambda device: 50_000_000)
     assert main([*nano, "--trainable_layers", layers]) == 0
     warnings = [[float(size) for size in re.findall(r"([\d.]+) GB", capfd.readouterr().err)]]
     assert warnings == [gigabytes or []]
 
 
 def test_each_process_needs_its_share_of_what_is_sharded(monkeypatch):
-    """Of weights, gradients and optimizer; all ranks hold all frozen features."""
-    monkeypatch.setattr(features, "free_memory", lambda device: 0)
-    monkeypatch.setattr(features, "processes", Mock(world_size=lambda: 4, from_rank0=lambda value: value))
+    monkeypatch.setattr(devices, "free_memory", lambda device: 0)
+    monkeypatch.setattr(devices.processes, "world_size", lambda: 4)
     with torch.device("meta"):
-        sizes = build_classifier(ae.Experiment(weights="random", trainable_layers="all"), n_classes=2)
-    pool = MagicMock(x=[])  # without a message
-    needs = features.FrozenFeatures("auto", None, 0, ae.Weights("gpt2-small (124M)", "random"), console := Mock())
+        model = build_classifier(ae.Experiment(weights="random", trainable_layers="all"), n_classes=2)
     for is_sharded, needed in ((False, ("1.99", "0.50", "0.50", "1.00")), (True, ("0.50", "0.12", "0.12", "0.25"))):
-        needs.warn_of_short_memory(sizes, pool, torch.device("cpu"), is_sharded)
-        [warning] = console.warning.call_args.args
         expected = "each process needs {} GB and 0.00 GB are free: weights {} GB, gradients {} GB, optimizer {} GB"
-        assert warning == expected.format(*needed)
+        assert devices.describe_short_memory(model, torch.device("cpu"), is_sharded) == expected.format(*needed)
 
 
 # --- several seeds ---

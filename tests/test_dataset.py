@@ -160,7 +160,7 @@ def test_warnings_come_before_training(quick, data_dir, capsys):
     assert main(["--report", "results", "--write", "page.html"]) == 0
     assert capsys.readouterr().err == ""
     unlabelled, contradictory = err.splitlines()
-    assert "no validation message has a label: loss" in unlabelled
+    assert "no validation message has a label: there is no loss" in unlabelled
     assert contradictory.endswith('with contradictory labels: 1, among them "see you"')
 
 

@@ -22,7 +22,7 @@ from runner.data import features, messages
 from runner.data.features import FrozenFeatures
 from runner.files import UserError
 
-RANDOM = Weights(TINY, "random")
+RANDOM = Weights("random")
 
 
 @pytest.fixture(autouse=True)

@@ -27,6 +27,7 @@ from transformers import GPT2Config, GPT2Model
 import additional_experiments
 import gpt_download
 from gpt_download import HubFile, fetch_collection, fetch_weights, load_vocabulary
+from runner.data import datasets
 from runner.files import UserError, read_safetensors
 
 # --- a server that does as it is told ---
@@ -395,7 +396,9 @@ def test_vocabulary_is_that_of_gpt2():
     assert ours.encode_ordinary(text) == theirs.encode_ordinary(text)
 
 
-@pytest.mark.parametrize("name, load", [("VOCABULARY", load_vocabulary), ("SAMPLE", gpt_download.sample_path)])
+@pytest.mark.parametrize(
+    "name, load", [("VOCABULARY", load_vocabulary), ("SAMPLE", lambda: datasets.load_splits("", "sample"))]
+)
 def test_a_file_of_the_project_that_was_changed_is_refused(tmp_path, monkeypatch, name, load):
     path = tmp_path / name
     path.write_bytes(getattr(gpt_download, name).read_bytes()[:-1])

@@ -96,7 +96,7 @@ def test_dashes_and_short_names():
         ("--classify a", "--classify needs --load_model"),
         ("--load_model a", "--load_model needs --classify"),
         ("--plot a.gif", '"a.gif" does not end in .png, .pdf, .svg'),
-        ("--repeats 2 --save_model a", "are for one classifier, --repeats trains several"),
+        ("--repeats 2 --save_model a", "are for one classifier; --repeats trains several"),
         ("--checkpoint .", "--checkpoint . is not a regular file"),
         (f"--checkpoint {os.devnull}", f"--checkpoint {os.devnull} is not a regular file"),
         ("--weights random --data_dir . --save_model train.csv", "--save_model train.csv would overwrite the data"),

@@ -31,7 +31,7 @@ OWN = SimpleNamespace(name="own", sha256="89abcdef" * 8)
 
 def identity_of(experiment, data=UCI):
     size, source = experiment.model_size, experiment.weights
-    weights = Weights(size, source, PRETRAINED[size].sha256) if source == "pretrained" else load_weights(source, size)
+    weights = Weights(source, PRETRAINED[size].sha256) if source == "pretrained" else load_weights(source, size)
     return identify(experiment, data, weights)
 
 
@@ -141,10 +141,10 @@ def test_weights_from_a_file_are_known_by_their_content(nano_weights, tmp_path):
     assert of_file["options"]["weights"] == f"file {content[:8]}"
     renamed = shutil.copy(nano_weights, tmp_path / "another_name.safetensors")
     assert identity_of(replace(experiment, weights=renamed)) == of_file
-    others = Weights(experiment.model_size, nano_weights, "0" * 64)
+    others = Weights(nano_weights, "0" * 64)
     assert identify(experiment, UCI, others)["run_id"] != of_file["run_id"]
     experiment = Experiment(weights=nano_weights)
-    copied = Weights(experiment.model_size, nano_weights, PRETRAINED[experiment.model_size].sha256)
+    copied = Weights(nano_weights, PRETRAINED[experiment.model_size].sha256)
     assert identify(experiment, UCI, copied)["row"] == 1  # the published ones under another name
 
 

@@ -120,7 +120,7 @@ def has_quoted_fields(content):
 # --- the header ---
 
 
-def key(column):
+def fold(column):
     """Return what the name of a column is compared by."""
     return column.strip().casefold()
 
@@ -130,11 +130,11 @@ def find_columns(names, text_column, label_column):
 
     Where the default name is asked for and is missing, a usual name will do, or the other one of two columns.
     """
-    keys, found, can_guess = [key(name) for name in names], [], []
+    keys, found, can_guess = [fold(name) for name in names], [], []
     for default, wanted in ((TEXT, text_column), (LABEL, label_column)):
-        can_guess.append(wanted == default and key(wanted) not in keys)
+        can_guess.append(wanted == default and fold(wanted) not in keys)
         usual = USUAL_NAMES[default] | {f"{name}s" for name in USUAL_NAMES[default]}
-        accepted = usual if can_guess[-1] else {key(wanted)}
+        accepted = usual if can_guess[-1] else {fold(wanted)}
         indices = [index for index, name in enumerate(keys) if name in accepted]
         found.append(indices[0] if len(indices) == 1 else None)
     for this, other in ((0, 1), (1, 0)):
@@ -148,7 +148,7 @@ def guessed_columns(layout, text_column, label_column):
     return [
         f"column {layout.names[index].strip()!r} is read as {wanted}"
         for index, wanted in ((layout.text, text_column), (layout.label, label_column))
-        if index is not None and key(layout.names[index]) != key(wanted)
+        if index is not None and fold(layout.names[index]) != fold(wanted)
     ]
 
 
@@ -185,17 +185,17 @@ def suggest_columns(names, rows, wanted):
     Where a column that is wanted is missing, one with a usual name is taken; else the longest values are the text, and
     the fewest distinct ones the labels.
     """
-    keys, chosen = [key(name) for name in names], {}
+    keys, chosen = [fold(name) for name in names], {}
     values = {name.strip(): [row[i] for row in rows if i < len(row)] for i, name in enumerate(names)}
-    usable = {name: found for name, found in values.items() if key(name) and keys.count(key(name)) == 1}
+    usable = {name: found for name, found in values.items() if fold(name) and keys.count(fold(name)) == 1}
     costs = (lambda name: -sum(map(len, usable[name]))), (lambda name: len(set(usable[name])))
     for (default, usual), option, column, cost in zip(
         USUAL_NAMES.items(), ("text_column", "label_column"), wanted, costs
     ):
-        present = [name for name in usable if key(name) == key(column)]
-        others = [name for name in usable if key(name) not in [*map(key, wanted), *map(key, chosen.values())]]
+        present = [name for name in usable if fold(name) == fold(column)]
+        others = [name for name in usable if fold(name) not in [*map(fold, wanted), *map(fold, chosen.values())]]
         others = [name for name in others if len(set(usable[name])) > 1] or others  # at best no constant column
-        others.sort(key=lambda name: (not any(word in key(name) for word in {key(default), *usual}), cost(name)))
+        others.sort(key=lambda name: (not any(word in fold(name) for word in {fold(default), *usual}), cost(name)))
         if not (candidates := present or others):
             return ""
         chosen[option] = candidates[0]

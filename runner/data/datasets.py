@@ -14,7 +14,7 @@ import gpt_download
 from gpt_download import DEFAULT_DATA_DIR, SPLITS
 from runner.data.csv_files import read_messages
 from runner.files import UserError, sha256_of, sha256_of_json
-from runner.wording import shown
+from runner.wording import printable
 
 DATASET_NAMES = {
     "uci": "SMS Spam Collection",
@@ -54,7 +54,8 @@ class Dataset:
 def load(data_dir, dataset, ignore_index, text_column="Text", label_column="Label"):
     """Return the Dataset that --data_dir and --dataset name. Raises UserError: see `load_splits`, `encode_labels`."""
     splits, name, warnings = load_splits(data_dir, dataset, text_column, label_column)
-    sha256, notes = sha256_of_splits(splits), []
+    sha256 = sha256_of_json([[splits[split][column].tolist() for column in ("Label", "Text")] for split in SPLITS])
+    notes = []
     if name == "own" and os.path.isfile(data_dir):
         split = "70% training, 10% validation and 20% test messages"
         notes = [f"{data_dir} is split at random, always in the same way: {split} of each class"]
@@ -91,7 +92,11 @@ def load_splits(data_dir, dataset, text_column="Text", label_column="Label"):
     to hold other data, and for a failed download.
     """
     if dataset == "sample":
-        return gpt_download.balanced_splits(gpt_download.sample_path()), "sample", []
+        return (
+            gpt_download.balanced_splits(gpt_download.check_unchanged(gpt_download.SAMPLE, gpt_download.SAMPLE_SHA256)),
+            "sample",
+            [],
+        )
     if os.path.isfile(data_dir):
         if sha256_of(data_dir) == gpt_download.COLLECTION_SHA256:
             return gpt_download.balanced_splits(data_dir), "uci", []
@@ -133,17 +138,12 @@ def split_at_random(messages, path):
     """
     ordered = messages.sort_values(["Label", "Text"]).sample(frac=1, random_state=123)
     ordered = ordered.sort_values("Label", kind="stable")
-    place, is_first = np.arange(len(ordered)) % 10, ~ordered["Label"].duplicated()
-    split_of = np.select([is_first | (place < 7), place == 7], ["train", "validation"], "test")
+    turn, is_first = np.arange(len(ordered)) % 10, ~ordered["Label"].duplicated()
+    split_of = np.select([is_first | (turn < 7), turn == 7], ["train", "validation"], "test")
     splits = {split: ordered[split_of == split].sample(frac=1, random_state=123) for split in SPLITS}
     if any(frame.empty for frame in splits.values()):
         raise UserError(f"--data_dir {path}: {len(messages)} messages are too few to be split")
     return {split: frame.reset_index(drop=True) for split, frame in splits.items()}
-
-
-def sha256_of_splits(splits):
-    """Return the SHA-256 of the labels and texts of all splits."""
-    return sha256_of_json([[splits[split][column].tolist() for column in ("Label", "Text")] for split in SPLITS])
 
 
 # --- labels ---
@@ -179,7 +179,7 @@ def encode_labels(splits, name, data_dir, ignore_index):
     """
     unlabelled = {ignore_index, str(ignore_index)} if ignore_index < 0 else set()
     classes = sorted(set(splits["train"]["Label"]) - unlabelled)
-    names = [shown(str(label)) for label in classes] if name == "own" else ["ham", "spam"]
+    names = [printable(str(label)) for label in classes] if name == "own" else ["ham", "spam"]
     if len(classes) < 2:
         found = names[0] if names else "none"
         raise UserError(f"--data_dir {data_dir}: a classifier needs two classes or more; in training there is {found}")
@@ -191,7 +191,7 @@ def encode_labels(splits, name, data_dir, ignore_index):
     for frame in splits.values():
         for row, label in enumerate(frame["Label"]):
             if label not in codes:
-                label, where = shown(str(label))[:50], "{file}, line {line}".format(**frame.iloc[row])
+                label, where = printable(str(label))[:50], "{file}, line {line}".format(**frame.iloc[row])
                 known = textwrap.shorten(", ".join(names), 100)
                 raise UserError(f"{where}: label {label} is not among those of the training messages: {known}")
     return {split: frame.assign(Label=frame["Label"].map(codes)) for split, frame in splits.items()}, names
@@ -203,10 +203,10 @@ def warnings_about(splits, class_names, duplicates):
     labelled = {split: frame[frame["Label"] >= 0] for split, frame in splits.items()}
     for split, frame in labelled.items():
         if frame.empty:
-            warnings.append(f"no {split} message has a label: loss and accuracy on it are not known")
+            warnings.append(f"no {split} message has a label: there is no loss and no accuracy for this split")
         elif split in duplicates and 2 * (n := len(duplicates[split].exact)) >= len(frame):
             counts = f"{n:,} of {len(frame):,} {split} messages are among the training messages, word for word"
-            warnings.append(f"{counts}: accuracy on them is no estimate")
+            warnings.append(f"{counts}: accuracy on them says little about new messages")
     for name in class_names:
         variants.setdefault(name.casefold(), []).append(name)
     if alike := [" and ".join(names) for names in variants.values() if len(names) > 1]:
@@ -226,7 +226,7 @@ class Duplicates:
     """Indices of the labelled messages of a split that are among the training messages too."""
 
     exact: tuple[int, ...] = ()  # word for word
-    similar: tuple[int, ...] = ()  # but for case, numbers and punctuation; the exact ones included
+    similar: tuple[int, ...] = ()  # ignoring case, numbers and punctuation; includes the exact ones
 
 
 def find_duplicates(splits):

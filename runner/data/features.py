@@ -6,10 +6,9 @@ the folder without locks: two that compute the same states replace each other's 
 """
 
 import inspect
-import io
-import math
 import os
 import platform
+import secrets
 import time
 import warnings
 from collections import deque
@@ -20,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from runner.data.messages import MessagePool, Stage, draw_pass, run_passes
+from runner.data.messages import MessagePool, Stage, run_passes, split_into_passes
 from runner.files import atomic_write, make_room, sha256_of, sha256_of_json, sha256_of_tensors
 from runner.machine import processes
 from runner.machine.devices import describe_device, free_memory
@@ -54,8 +53,8 @@ def compute_features(classifier, pool, device, progress_bar=None):
         if features is None:
             tensors = [x.new_empty(int(lengths.sum()), x.shape[1], device=device)]
             tensors += [one.new_empty(len(pool), one.shape[2], device=device) for one in residual]
-            features = MessagePool(stage, tensors[0], lengths, pool.positions, *tensors[1:])
-            features.n_blocks = classifier.n_frozen_blocks
+            n_blocks = classifier.n_frozen_blocks
+            features = MessagePool(stage, tensors[0], lengths, pool.positions, *tensors[1:], n_blocks=n_blocks)
         tokens, is_real = features.token_indices(indices)
         features.x[tokens[is_real].to(device)] = x.to(device)
         if residual:
@@ -67,12 +66,13 @@ def compute_features(classifier, pool, device, progress_bar=None):
 
 def compute_random_pass(classifier, pool, n_blocks):
     """Return (message indices, hidden states (N, D) after `n_blocks` on the CPU, seconds) of one pass of a pool."""
-    start, indices = time.perf_counter(), draw_pass(pool, classifier.device)
+    start, passes = time.perf_counter(), split_into_passes(pool.lengths, classifier.device)
+    indices = processes.from_rank0(secrets.choice(list(passes)))  # PyTorch's random state is part of a run's numbers
     [(_, [x])] = compute_passes(classifier, pool, indices, lambda batch: classifier.run_blocks(batch, n_blocks))
     return indices, x.cpu(), time.perf_counter() - start
 
 
-# --- size and placement: of the classifier only shapes are read, so it may be on the meta device ---
+# --- size and placement (only shapes of the classifier are read, so it may be on the meta device) ---
 
 
 def feature_bytes(classifier, pool):
@@ -94,7 +94,7 @@ def cache_key_facts(classifier, pool, weights, seed):
     """Return all that hidden states depend on, {name: value}, as far as it is cheap to find out."""
     code = {__file__, *map(inspect.getfile, (classifier.run_blocks, classifier.gpt.blocks, Stage))}
     return {
-        "weights": f"random, seed {seed}" if weights.is_random else weights.identity,
+        "weights": weights.sha256 or f"random, seed {seed}",
         "model": asdict(replace(classifier.gpt.cfg, activation_checkpointing=False)),
         "messages": sha256_of_tensors(dict(x=pool.x, lengths=pool.lengths)),
         "precision": [classifier.bf16, torch.get_float32_matmul_precision()],
@@ -104,13 +104,6 @@ def cache_key_facts(classifier, pool, weights, seed):
         "PyTorch": torch.__version__,
         "code": sorted(map(sha256_of, code)),
     }
-
-
-def npy_header(shape):
-    """Return the header (bytes) of an .npy file of float32."""
-    file = io.BytesIO()
-    np.lib.format.write_array_header_1_0(file, dict(descr="<f4", fortran_order=False, shape=shape))
-    return file.getvalue()
 
 
 class FrozenFeatures:
@@ -127,36 +120,15 @@ class FrozenFeatures:
         self.folder, self.max_bytes = folder and Path(folder), max_bytes
         self.features, self.seconds = None, 0.0
 
-    def placement(self, size, device, reserved=0):
-        """Return where features of `size` bytes go: "device", "host" (main memory), "disk", or "off" (recomputed).
-
-        `reserved` bytes of `device` will be needed for something else.
-        """
+    def placement(self, size, device):
+        """Return where features of `size` bytes go: "device", "host" (main memory), "disk", or "off" (recomputed)."""
         if self.choice in ("disk", "off"):
             return self.choice
         placement = "host" if self.choice == "memory" else "disk" if self.folder else "off"
         for name, holder in (("host", CPU), ("device", device)):
-            free = free_memory(holder) - (reserved if holder == device else 0)
-            if size <= free / 2:
+            if size <= free_memory(holder) / 2:
                 placement = name
         return processes.from_rank0(placement)
-
-    def warn_of_short_memory(self, sizes, pool, device, is_sharded):
-        """Warn if a run needs more memory than is free on `device`, activations not counted.
-
-        `sizes` is its classifier, which may be on the meta device.
-        """
-        n_shards = processes.world_size() if is_sharded else 1
-        weights, trained = (sum(p.nbytes for p in sizes.parameters() if p.requires_grad >= least) for least in (0, 1))
-        needs = dict(weights=weights, gradients=trained, optimizer=2 * trained)  # AdamW keeps two moments
-        needs, size = {what: n // n_shards for what, n in needs.items()}, feature_bytes(sizes, pool)
-        placement, free = self.placement(size, device, needs["weights"]), free_memory(device)
-        if placement == "device" or placement == "host" and device == CPU:
-            needs["frozen features"] = size
-        if (needed := sum(needs.values())) > free:
-            listed = ", ".join(f"{what} {n / 1e9:.2f} GB" for what, n in needs.items())
-            free = f"{free / 1e9:.2f} GB are free"
-            self.console.warning(f"each process needs {needed / 1e9:.2f} GB and {free}: {listed}")
 
     def load_or_compute(self, classifier, pool, seed):
         """Return the MessagePool with its frozen features, or `pool` itself without frozen blocks or without room.
@@ -171,10 +143,10 @@ class FrozenFeatures:
         self.features = None  # there may be no room for those of two seeds
         start, size = time.perf_counter(), feature_bytes(classifier, pool)
         placement = self.placement(size, classifier.device)
-        states, seconds, how = pool, 0.0, "computed in {}"
+        states, seconds, how, kept = pool, 0.0, "computed", ""
         if placement != "off" and self.folder:
             try:
-                states, seconds, how = self.load_or_write(classifier, pool, seed, must_keep=placement == "disk")
+                states, seconds, how, kept = self.load_or_write(classifier, pool, seed, placement == "disk")
             except OSError as error:
                 advice = "; --feature_cache DIR names another folder" * (error.errno is not None)  # the system's
                 self.console.warning(f"frozen features are not kept: {error}{advice}")
@@ -185,7 +157,7 @@ class FrozenFeatures:
             with self.console.progress("features", len(pool), "message") as bar:
                 features = compute_features(classifier, states, holder, bar)
             seconds += time.perf_counter() - continued
-        outcome = f"{how.format(f'{time.perf_counter() - start:.0f} s')}; {size / 1e9:.2f} GB {where}"
+        outcome = f"{how} in {time.perf_counter() - start:.0f} s{kept}; {size / 1e9:.2f} GB {where}"
         if features is pool:
             outcome, seconds = f"recomputed each time (they would take {size / 1e9:.2f} GB)", 0.0
         blocks = f"{classifier.n_frozen_blocks} of {len(classifier.gpt.trf_blocks)} blocks"
@@ -195,7 +167,7 @@ class FrozenFeatures:
         return features
 
     def load_or_write(self, classifier, pool, seed, must_keep):
-        """Return (MessagePool of hidden states, seconds they took, a text that says how they were computed).
+        """Return (MessagePool of hidden states, seconds they took, how they were computed, where they are kept).
 
         They are after all full blocks if computing these takes long or if `must_keep`, else those of a file, or `pool`.
         Raises OSError on all ranks if they cannot be kept.
@@ -214,33 +186,29 @@ class FrozenFeatures:
         except OSError as error:
             self.console.warning(f"frozen features: {error}; they are computed again")
         if states.n_blocks == depth:
-            return states, seconds, f"read from {deepest} in {{}}"
-        how = f"continued from {states.n_blocks} blocks in {{}}" if states.n_blocks else "computed in {}"
+            return states, seconds, f"read from {deepest}", ""
+        how = f"continued from {states.n_blocks} blocks" if states.n_blocks else "computed"
         _, x, seconds_of_pass = compute_random_pass(classifier, states, depth)
         estimate = seconds_of_pass / len(x) * len(pool.x) / processes.world_size()
         if not must_keep and processes.from_rank0(estimate) < MIN_SECONDS:
-            return states, seconds, how
+            return states, seconds, how, ""
         self.write(path, classifier, states, start - seconds)
-        return *self.load(path, classifier, pool), f"{how} and kept in {path}"
+        return *self.load(path, classifier, pool), how, f" and kept in {path}"
 
     def load(self, path, classifier, pool):
         """Return (MessagePool of hidden states mapped from a file, seconds that computing them took).
 
-        A file is used only if it is whole, and if one pass, chosen at random and computed again, is equal to the bit.
+        A file is used only if it is whole, and if one pass, chosen at random and computed again, is bit-identical.
         Otherwise raises OSError on all ranks.
         """
         shape, n_blocks = (len(pool.x), classifier.gpt.cfg.emb_dim), int(path.stem[-2:])
-        header, n_bytes = npy_header(shape), 4 * math.prod(shape)
-        with processes.raise_on_all_ranks():
-            with open(path, "rb") as file:
-                is_right = file.read(len(header)) == header and path.stat().st_size == len(header) + n_bytes + 8
-                file.seek(len(header) + n_bytes)
-                seconds = np.frombuffer(file.read(8).ljust(8), dtype="<f8")
-            if not is_right:
-                raise OSError(f"{path} is damaged")
-            with warnings.catch_warnings(action="ignore"):  # that nobody may write to the tensor
-                # Mapped for reading only: a private copy counts as memory, even before anything is written to it.
-                x = torch.from_numpy(np.memmap(path, "<f4", "r", len(header), shape))
+        with processes.raise_on_all_ranks(), warnings.catch_warnings(action="ignore"):  # that the tensor is read-only
+            try:  # mapped for reading only: a private copy counts as memory, even before anything is written to it
+                mapped = np.load(path, mmap_mode="r")
+                [seconds] = np.fromfile(path, "<f8", offset=mapped.offset + mapped.nbytes).tolist()
+                x = torch.from_numpy(mapped).view(shape)
+            except Exception:  # of many types
+                raise OSError(f"{path} is damaged") from None
         states = replace(pool, stage=Stage.HIDDEN_STATES, x=x, n_blocks=n_blocks)
         indices, computed, _ = compute_random_pass(classifier, pool, n_blocks)
         with processes.raise_on_all_ranks():
@@ -249,7 +217,7 @@ class FrozenFeatures:
                 raise OSError(f"{path} does not hold what is computed here")
         with suppress(OSError):  # the file of another user
             os.utime(path)  # the time of its last use
-        return states, float(seconds[0])
+        return states, seconds
 
     def write(self, path, classifier, states, started):
         """Write the hidden states after all full blocks; computing them `started` at this time (time.perf_counter).
@@ -257,8 +225,8 @@ class FrozenFeatures:
         All ranks compute, rank 0 writes. Raises OSError, and UserError if the weights file was changed, on all ranks.
         """
         shape, depth = (len(states.x), classifier.gpt.cfg.emb_dim), classifier.n_full_blocks
-        header, is_writer = npy_header(shape), processes.rank() == 0
-        processes.call_on_rank0(make_room, self.folder, FILE_NAMES, len(header) + 4 * math.prod(shape), self.max_bytes)
+        width, is_writer = 4 * shape[1], processes.rank() == 0  # bytes of a token
+        processes.call_on_rank0(make_room, self.folder, FILE_NAMES, width * shape[0], self.max_bytes)
         with processes.raise_on_all_ranks():
             self.folder.stat()  # raises if a rank has another folder
         of_all = torch.arange(len(states))
@@ -267,14 +235,15 @@ class FrozenFeatures:
             try:
                 with atomic_write(path) if is_writer else nullcontext(os.devnull) as temporary:
                     with open(temporary, "wb") as file:
-                        file.write(header)
+                        np.lib.format.write_array_header_1_0(file, dict(descr="<f4", fortran_order=False, shape=shape))
+                        begin = file.tell()
                         for indices, (x,) in passes:
                             parts = x.cpu().split(states.lengths[indices].tolist())
                             for start, part in zip(states.starts[indices].tolist(), parts, strict=True):
-                                file.seek(len(header) + 4 * shape[1] * start)
+                                file.seek(begin + width * start)
                                 file.write(part.numpy())
                             bar.update(len(indices))
-                        file.seek(len(header) + 4 * math.prod(shape))
+                        file.seek(0, os.SEEK_END)
                         file.write(np.float64(time.perf_counter() - started).tobytes())
                     self.weights.require_unchanged()
             except OSError:

@@ -3,7 +3,6 @@
 In the shapes B is messages in a batch, T tokens in a message, D the embedding width.
 """
 
-import secrets
 from dataclasses import dataclass, field, replace
 from enum import Enum
 
@@ -24,7 +23,7 @@ class Stage(Enum):
 
 @dataclass
 class Batch:
-    """B messages next to each other, padded on the right to the longest of them."""
+    """B messages, padded on the right to the longest of them."""
 
     stage: Stage
     x: torch.Tensor  # (B, T) or (B, T, D), see Stage
@@ -156,15 +155,6 @@ def split_into_passes(lengths, device):
         if end == len(order) or (end + 1 - start) * longest[end] > TOKENS_PER_PASS[device.type]:
             yield order[start:end]
             start = end
-
-
-def draw_pass(pool, device):
-    """Return the message indices of a pass of the pool, drawn from the system's randomness.
-
-    PyTorch's random state is not used, because it is part of the numbers of a run.
-    """
-    passes = list(split_into_passes(pool.lengths, device))
-    return processes.from_rank0(secrets.choice(passes))
 
 
 def run_passes(classifier, pool, indices, compute):

@@ -1,4 +1,4 @@
-"""A device compared with the CPU before a run relies on it: the same computation on both, at the run's own shapes."""
+"""Compare a device with the CPU before a run relies on it: the same computation on both, at the run's own shapes."""
 
 import math
 
@@ -37,24 +37,24 @@ def check_device(device, is_optional, precision, compute_on, console):
 def compare_results(compute, expected, precision):
     """Compare results with the expected ones, and return (how they differ or None, the largest deviation in words).
 
-    They are computed twice, because a matmul that is wrong from time to time may be right once. An error of the device
-    is a difference too, unless its memory is short.
+    They are computed twice, because a matmul that fails only sometimes may be right once. A device error counts as a
+    difference, unless the device is out of memory.
     """
     try:
         first, second = (deviations(compute(), expected) for _ in range(2))
     except (NonFiniteError, RuntimeError, TypeError) as error:  # NotImplementedError is a RuntimeError
-        if "out of memory" in str(error):
+        if "out of memory" in str(error) or "ALLOC_FAILED" in str(error):
             raise
         return (str(error) or type(error).__name__).splitlines()[0], None
     largest = {name: max(first[name], second[name]) for name in first}
-    for name, deviation in largest.items():  # what was computed first may have spoilt the rest
+    for name, deviation in largest.items():  # in the order of computation, since errors propagate
         if deviation > TOLERANCE[precision]:
             return f"{name}: a difference of {deviation:.1%}, relative to the largest entry", None
     name = max(largest, key=largest.get)
     return None, f"largest deviation {largest[name]:.1e} ({name})"
 
 
-def update_results(classifier, accumulate_gradients, optimizer):
+def first_update(classifier, accumulate_gradients, optimizer):
     """Update a classifier, and return what was computed, {name: tensor}.
 
     These are the logits and the loss that `accumulate_gradients()` returns, the gradients, and the update that

@@ -75,7 +75,7 @@ def describe_system(device):
 
 
 def set_precision(precision, device):
-    """Allow or forbid TF32 in float32 matmuls. Raises UserError for `tf32` on a device without it."""
+    """Allow or forbid TF32 in float32 matmuls. Raises UserError for `tf32` on a device other than CUDA."""
     if precision == "tf32" and device.type != "cuda":
         raise UserError(f"--precision tf32 is for CUDA; the device is {device}")
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
@@ -95,6 +95,21 @@ def free_memory(device):
     if device.type == "mps":
         return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
     return min([psutil.virtual_memory().available, *free_in_control_groups()]) // processes.local_world_size()
+
+
+def describe_short_memory(model, device, is_sharded):
+    """Return a line if training a model, which may be on the meta device, needs more memory than is free; or None.
+
+    Activations and frozen features are not counted.
+    """
+    n_shards = processes.world_size() if is_sharded else 1
+    weights = sum(p.nbytes for p in model.parameters()) // n_shards
+    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad) // n_shards
+    needs = dict(weights=weights, gradients=trained, optimizer=2 * trained)  # AdamW keeps two moments
+    if (needed := sum(needs.values())) <= (free := free_memory(device)):
+        return None
+    listed = ", ".join(f"{what} {n / 1e9:.2f} GB" for what, n in needs.items())
+    return f"each process needs {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free: {listed}"
 
 
 def free_in_control_groups(groups=Path("/proc/self/cgroup"), root=Path("/sys/fs/cgroup")):
@@ -131,16 +146,6 @@ def peak_memory(device):
 # --- random state ---
 
 
-def random_states(device):
-    """Return the states of PyTorch's random generators on the CPU and on `device`, by device type."""
-    states = {"cpu": torch.get_rng_state()}
-    if device.type != "cpu":
-        states[device.type] = getattr(torch, device.type).get_rng_state()
-    return states
-
-
-def set_random_states(states):
-    """Restore what `random_states` returned."""
-    for kind, state in states.items():
-        generator = torch if kind == "cpu" else getattr(torch, kind)
-        generator.set_rng_state(state.clone())
+def random_generators(device):
+    """Return PyTorch's modules with random generators of their own, for the CPU and for `device`, by device type."""
+    return {kind: torch if kind == "cpu" else getattr(torch, kind) for kind in ("cpu", device.type)}

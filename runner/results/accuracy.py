@@ -9,7 +9,7 @@ from typing import NamedTuple
 from scipy.special import ndtri, stdtrit
 
 from runner.data.datasets import SPLITS
-from runner.wording import shown
+from runner.wording import printable
 
 Z95 = float(ndtri(0.975))  # the normal distribution has 95% of its mass within this many standard deviations
 
@@ -28,7 +28,7 @@ class Accuracy(NamedTuple):
     def interval(self):
         """Return the 95% score interval (low, high) of the fraction (Wilson 1927).
 
-        Unlike p ± 1.96 sqrt(p (1 - p) / n) it stays within 0 and 1, and has a width also where all or none are right.
+        Unlike p ± 1.96 sqrt(p (1 - p) / n) it stays within 0 and 1, and has a width even if all or none are right.
         """
         if not self.total:
             return 0.0, 1.0
@@ -36,14 +36,14 @@ class Accuracy(NamedTuple):
         center = p + Z95**2 / (2 * n)
         half = Z95 * math.sqrt(p * (1 - p) / n + Z95**2 / (4 * n**2))
         low, high = (bound / (1 + Z95**2 / n) for bound in (center - half, center + half))
-        return low if p > 0 else 0.0, high if p < 1 else 1.0  # rounding would miss these
+        return low if p > 0 else 0.0, high if p < 1 else 1.0  # rounding would miss 0 and 1
 
     def __str__(self):
         return f"{self.fraction * 100:.2f}%" if self.total else "n/a"
 
     @property
     def in_full(self):
-        """Return `95.00% (285/300, 95% interval 91.9–96.9)`, or `n/a` of no messages."""
+        """Return `95.00% (285/300, 95% interval 91.9–96.9)`, or `n/a` without messages."""
         if not self.total:
             return str(self)
         low, high = (100 * end for end in self.interval)
@@ -74,7 +74,7 @@ class Mistake(NamedTuple):
 
 @dataclass(frozen=True)
 class Confusion:
-    """The number of labelled messages of each class in a split, and the mistakes. Raises ValueError if they differ."""
+    """The number of labelled messages of each class in a split, and the mistakes. Raises ValueError for a conflict."""
 
     totals: list[int]  # of each of the K classes
     mistakes: list[Mistake]  # by index
@@ -100,7 +100,7 @@ class Confusion:
 
     def accuracy_excluding(self, indices):
         """Return the Accuracy of the messages that are not at these indices, all of which must have a label."""
-        wrong = sum(mistake.index not in indices for mistake in self.mistakes)
+        wrong = len({mistake.index for mistake in self.mistakes}.difference(indices))
         total = sum(self.totals) - len(indices)
         return Accuracy(total - wrong, total)
 
@@ -135,7 +135,7 @@ class Confusion:
         return len(self.totals) > 2 or max(self.totals) > 2 * min(self.totals)
 
     def describe(self, names):
-        """Return the number of mistakes for each pair of classes, in words; of the ten most frequent pairs."""
+        """Return the number of mistakes for each pair of classes, in words, for the ten most frequent pairs."""
         pairs = Counter((mistake.label, mistake.predicted) for mistake in self.mistakes)
         ordered = sorted(pairs.items(), key=lambda item: (-item[1], item[0]))
         words = [f"{n} of {self.totals[a]} {names[a]} predicted as {names[b]}" for (a, b), n in ordered[:10]]
@@ -177,7 +177,7 @@ def describe_mistakes(record):
     """Return lines with the three most confident test mistakes of a Record."""
     lines, names = [], spoken(record)
     for mistake, text in zip(record.confusions["test"].most_confident(3), record.texts):
-        cut = shown(text)[:60] + "…" * (len(shown(text)) > 60)
+        cut = printable(text)[:60] + "…" * (len(printable(text)) > 60)
         lines.append(f"  {mistake.confidence:.3f} {names[mistake.predicted]}, labelled {names[mistake.label]}: {cut}")
     heading = f"Most confident test mistakes{' (with their margins)' * record.is_baseline}:"
     return [heading, *lines] if lines else []

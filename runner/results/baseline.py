@@ -56,8 +56,7 @@ def run_baselines(experiment, run_options):
         console.info("\n".join([*describe_accuracies(record), *describe_mistakes(record)]))
         cells = {f"{title} acc": getattr(record, split) for split, title in SPLITS.items()}
         console.table_row({"Baseline": name, **cells, "Unseen": record.unseen, "Time": f"{seconds:.1f} s"})
-        if folder := run_options.results:
-            console.write_output("the record", folder, write_record, record)
+        console.write_output("the record", run_options.results, write_record, record)
     console.close()
 
 

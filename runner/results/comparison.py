@@ -28,7 +28,7 @@ import numpy as np
 from scipy.special import bdtr, ndtri, stdtrit  # scipy.stats and scipy.optimize take long to import
 
 LEVEL = 0.05
-MIN_SEEDS = 3  # with two, no method holds its level: their differences may tie
+MIN_SEEDS = 3  # with two, no method keeps its level: the differences may tie
 MIN_CONFIGURATIONS = 5  # whose mean variance is worth shrinking towards
 STEPS = 10**9  # p-values of several seeds are found in steps of 1 / STEPS
 MAX_SEEDS = 100  # more are not advised
@@ -168,7 +168,7 @@ def compare(a, b):
     decides.
     """
     fewest, by_message = min(a.n_seeds, b.n_seeds), b.correct.mean(axis=0) - a.correct.mean(axis=0)
-    centre, messages = centre_and_variance(by_message)
+    center, messages = center_and_variance(by_message)
     variances = Variances(messages) if fewest < MIN_SEEDS else add_seeds(messages, a, b)
     half = variances.half_width(LEVEL)
     counts = [f"{one.n_seeds} seed{'s' * (one.n_seeds > 1)}" for one in (a, b) if one.seeds != (None,)]
@@ -181,15 +181,15 @@ def compare(a, b):
         p = None
         basis += "; a verdict takes three seeds or more on both sides, or one run each"
     else:  # the larger the level, the narrower the interval
-        step = bisect_left(range(STEPS), -abs(centre), lo=1, key=lambda step: -variances.half_width(step / STEPS))
+        step = bisect_left(range(STEPS), -abs(center), lo=1, key=lambda step: -variances.half_width(step / STEPS))
         p = step / STEPS
-    interval = max(centre - half, -1.0), min(centre + half, 1.0)
+    interval = max(center - half, -1.0), min(center + half, 1.0)
     is_same = sorted(zip(a.seeds, a.predicted.tolist())) == sorted(zip(b.seeds, b.predicted.tolist()))
     return Comparison(float(by_message.mean()), interval, p, basis, fewest, variances, is_same)
 
 
-def centre_and_variance(by_message):
-    """Return the centre of the interval of a mean difference, and its variance by messages; differences (n,).
+def center_and_variance(by_message):
+    """Return the center of the interval of a mean difference, and its variance by messages, from differences (n,).
 
     Agresti and Min add half a message to each cell of the table of pairs, which is two messages whose differences have
     the sum 0 and the sum of squares 1. So the variance is not zero where few messages differ.

@@ -1,4 +1,4 @@
-"""Draw learning curves, and the table with its intervals, for a paper; readable in grey too."""
+"""Draw learning curves, and the table with its intervals, for a paper; readable in grayscale too."""
 
 import math
 from contextlib import contextmanager
@@ -6,9 +6,9 @@ from pathlib import Path
 
 from runner.files import atomic_write
 from runner.results.accuracy import Accuracy
-from runner.wording import shown
+from runner.wording import printable
 
-# Colour-blind readers can tell these apart (Okabe and Ito 2008); line style or marker differs too.
+# Color-blind readers can tell these apart (Okabe and Ito 2008); line style or marker differs too.
 BLUE, ORANGE = "#0072B2", "#D55E00"
 ONE_COLUMN, TWO_COLUMNS = 3.3, 6.9  # inches of a paper
 STYLE = {"font.size": 8, "axes.spines.right": False, "axes.spines.top": False, "axes.grid": True, "grid.color": "0.9"}
@@ -58,7 +58,7 @@ def plot_summary(path, summary):
         lines += [(f"{table.title}:", None)] * (len(summary.tables) > 1)
         lines += [(f"{group.row or ''}  {group.name}".lstrip(), group) for group in table.groups]
     # For matplotlib a $ begins a formula.
-    labels = [shown(label if len(label) <= 60 else f"{label[:59]}…").replace("$", r"\$") for label, _ in lines]
+    labels = [printable(label if len(label) <= 60 else f"{label[:59]}…").replace("$", r"\$") for label, _ in lines]
     measured = dict(marker="o", color=BLUE, markersize=4, linewidth=1.5, markevery=[1])
     seed = dict(marker="|", color="black", linestyle="", markersize=6, markeredgewidth=0.6)
     diamond = dict(marker="D", color=ORANGE, linestyle="", fillstyle="none", markersize=5.5)

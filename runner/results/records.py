@@ -14,6 +14,7 @@ import pandas as pd
 import tiktoken
 import torch
 
+from gpt_download import is_published
 from runner.data.datasets import SPLITS, Duplicates
 from runner.files import UserError, sha256_of_json, write_bytes
 from runner.results.accuracy import Confusion
@@ -76,11 +77,11 @@ class Record:
     # Fields that a baseline lacks.
     tokens_per_message: int | None = None  # of the longest message, padding included
     row: int | None = None  # of the published table, if the run was one of its rows
-    # That differ from the defaults, but for seed, device, precision and paths.
+    # Those that differ from the defaults, except seed, device, precision and paths.
     options: dict[str, Setting] = field(default_factory=dict)
     settings: dict[str, Setting] = field(default_factory=dict)  # the Experiment's, by name
     seed: int | None = None
-    weights_sha256: str = ""  # "" of random weights
+    weights_sha256: str = ""  # "" for random weights
     feature_seconds: float = 0.0  # what the frozen features took when they were first computed
     peak_memory_gb: float | None = None  # of the process up to the end of this run; None for linear models
     precision: str = "fp32"
@@ -112,7 +113,7 @@ class Record:
     def from_dict(cls, content):
         """Return the Record of what `to_dict` gave, also after a round trip through JSON.
 
-        Raises an exception of any kind for what is no record, because a value has another type or values do not fit.
+        Raises an exception of any type for what is not a record: a value has another type, or values conflict.
         """
         if (version := content["version"]) != VERSION:
             age = "an older" if version < VERSION else "a newer"
@@ -154,7 +155,7 @@ NOT_IDENTIFYING += ("text_column", "label_column")
 def run_identity(experiment, data, weights):
     """Return what makes a run the same run, {name: value}: with any other value its numbers would differ."""
     settings = {name: value for name, value in asdict(experiment).items() if name not in NOT_IDENTIFYING}
-    return settings | dict(weights=weights.identity, data=data.sha256)
+    return settings | dict(weights=weights.sha256 or "random", data=data.sha256)
 
 
 def identify(experiment, data, weights):
@@ -164,7 +165,7 @@ def identify(experiment, data, weights):
     """
     excluded = ("seed", "precision", *NOT_IDENTIFYING)
     options = {name: value for name, value in changed_options(experiment).items() if name not in excluded}
-    if weights.is_published:
+    if is_published(experiment.model_size, weights.sha256):
         options.pop("weights", None)
     elif not weights.is_random:
         options["weights"] = f"file {weights.sha256[:8]}"
@@ -253,9 +254,9 @@ def read_record(path):
 
 
 def read_records(folders):
-    """Return ([Record, ...] by date, [a line for each file that is none]). Raises UserError for a missing folder."""
+    """Return ([Record, ...] by date, [a line for each other file]). Raises UserError for a missing folder."""
     if missing := [folder for folder in folders if not Path(folder).is_dir()]:
-        raise UserError(f"--report {missing[0]}: there is no such folder; a finished run makes it")
+        raise UserError(f"--report {missing[0]}: there is no such folder; the first finished run creates it")
     records, problems = [], []
     for path in (path for folder in folders for path in sorted(Path(folder).glob("*.json"))):
         try:

@@ -14,7 +14,7 @@ from runner.results.comparison import describe_p
 from runner.results.records import read_records
 from runner.results.summary import summarize
 from runner.rows import ROWS
-from runner.wording import describe_settings, markdown_table, plain, short_name, shown
+from runner.wording import describe_settings, markdown_table, plain, printable, short_name
 
 # --- the row of one run, with the columns of the public original's table ---
 
@@ -24,7 +24,7 @@ SHOWN |= {"lora_alpha", "context_length", "no_padding", "batch_size", "accumulat
 
 
 def print_row(records, console):
-    """Print the row of one finished run, or of several seeds their mean; above it the published figures, if any."""
+    """Print the row of one finished run, or the mean of several seeds, below the published figures if there are any."""
     if (number := records[0].row) is not None:
         row = ROWS[number]
         accuracies = f"training {row.train:.2f}%, validation {row.validation:.2f}%, test {row.test:.2f}%"
@@ -33,7 +33,7 @@ def print_row(records, console):
 
 
 def row_cells(records):
-    """Return the cells of a row by their titles; of several seeds means ± standard deviations."""
+    """Return the cells of a row by their titles; for several seeds, means ± standard deviations."""
     first = records[0]
     settings, n = first.settings, len(records)
     layers, position = settings["trainable_layers"], settings["trainable_token_pos"]
@@ -72,7 +72,7 @@ def print_report(run_options):
     """Print the report of folders of records, and write the files that are asked for. Raises UserError or OSError."""
     records, problems = read_records(run_options.report or [run_options.results])
     for problem in problems:
-        print(shown(problem), file=sys.stderr)
+        print(printable(problem), file=sys.stderr)
     summary = summarize(records)
     print(as_text(summary))
     for path in run_options.write:
@@ -153,13 +153,13 @@ def as_tex(summary):
     """Return the tables and their conclusions in LaTeX, no wider than the text of an article."""
     parts = ["% Needs \\usepackage{array,booktabs}."]
     for table in summary.tables:
-        cells = narrow_cells(table).drop(columns="Val.").map(shown)
+        cells = narrow_cells(table).drop(columns="Val.").map(printable)
         parts.append(tabular(cells, dict(Configuration=0.26)))
         answers = conclusions([table])
         if len(answers):
             ends = [f"{low:.1f} to {high:.1f}" for low, high in zip(answers.low, answers.high)]
             p_values = ["" if pd.isna(p) else describe_p(p).removeprefix("p ").removeprefix("= ") for p in answers.p]
-            cells = dict(Rows=answers.rows, Question=answers.question.map(shown), Verdict=answers.verdict)
+            cells = dict(Rows=answers.rows, Question=answers.question.map(printable), Verdict=answers.verdict)
             cells |= {"Points": answers.difference.map("{:+.2f}".format), "95% interval": ends, "p": p_values}
             parts.append(tabular(pd.DataFrame(cells), dict(Question=0.32, Verdict=0.17)))
     return "\n".join(parts)

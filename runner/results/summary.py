@@ -135,7 +135,7 @@ class Table:
 
     @property
     def note(self):
-        """Return what always the most frequent class would reach, if that is much, and which rows were not run."""
+        """Return the accuracy of always the most frequent class, if that is high, and which rows were not run."""
         most_frequent, lines = self.groups[0].records[0].confusions["test"].most_frequent, []
         if self.rows and most_frequent.fraction > 0.6:
             lines.append(f"Always the most frequent class: {most_frequent}.")
@@ -146,7 +146,7 @@ class Table:
 
     @property
     def best(self):
-        """Return the Group of the row that is best in validation, of equals the first; or None."""
+        """Return the Group of the row that is best in validation, the first of equals; or None."""
         return best_in_validation(self.rows.values())
 
     @property
@@ -196,8 +196,8 @@ def places(options):
     """Return the places of a run with these options, [(row, options of the table), ...].
 
     The options of a row and those of its table are together the run's. In a table that sets model size or weights, the
-    row's own model size or weights do not count: at the medium size LoRA of rank 16 is row 12. Of rows with the same
-    other options, such as 1 and 6, the first is meant.
+    row's own model size or weights do not count: at the medium size LoRA of rank 16 is row 12. If several rows have
+    the same other options, such as 1 and 6, the first is meant.
     """
     found = {}
     for number, row in ROWS.items():
@@ -326,7 +326,7 @@ def answer_questions(tables):
 
 
 def describe_best(table):
-    """Return a line on the row with the highest validation accuracy; of a table of one row, ""."""
+    """Return a line on the row with the highest validation accuracy; for a table of one row, ""."""
     best = table.best
     if best is None or len(table.rows) == 1:
         return ""

@@ -1,6 +1,7 @@
 """Interrupted runs: the state of training, the checkpoint file that keeps it, and the signals that end a run."""
 
 import signal
+import sys
 import threading
 import time
 import zipfile
@@ -13,7 +14,7 @@ from filelock import FileLock, Timeout
 
 from runner.files import UserError, atomic_write, remove_leftovers, require_finite
 from runner.machine import processes
-from runner.machine.devices import describe_devices, peak_memory, random_states, set_random_states
+from runner.machine.devices import describe_devices, peak_memory, random_generators
 
 FORMAT = 6
 SECONDS_BETWEEN_SIGNALS = 2  # systems that end a job send SIGTERM to all its processes, and torchrun sends it again
@@ -38,7 +39,7 @@ class TrainingState:
         self.started, self.earlier_peak = dict(training=time.perf_counter(), total=started), 0
 
     def usage(self):
-        """Return the seconds of `training` and in `total` and the `peak_memory`, interrupted parts included."""
+        """Return the seconds of `training` and in `total`, and the `peak_memory`, with those of interrupted parts."""
         seconds = {name: time.perf_counter() - start for name, start in self.started.items()}
         return seconds | dict(peak_memory=max(peak_memory(self.device), self.earlier_peak))
 
@@ -59,7 +60,7 @@ class TrainingState:
             order=self.order,
             history=asdict(self.history),
             usage=self.usage(),
-            random_states=random_states(self.device),
+            random_states={kind: one.get_rng_state() for kind, one in random_generators(self.device).items()},
             parameters=self.full_parameters(),
             optimizer={n: {key: processes.gather_full(t) for key, t in kept.items()} for n, kept in moments.items()},
         )
@@ -68,7 +69,7 @@ class TrainingState:
     def load_state_dict(self, state):
         """Restore what `state_dict` returned, possibly on another type of device.
 
-        Raises ValueError, KeyError, TypeError, AttributeError or RuntimeError for anything else.
+        Raises ValueError, KeyError, TypeError or AttributeError for anything else, RuntimeError if memory is short.
         """
         self.batches_done, self.order = state["batches_done"], state["order"]
         self.history = type(self.history)(**state["history"])
@@ -80,9 +81,11 @@ class TrainingState:
             parameter.copy_(processes.shard_like(state["parameters"][name], parameter))
             for key, tensor in state["optimizer"][name].items():  # empty for a parameter that had no gradient
                 tensor = processes.shard_like(tensor, parameter)
-                # The fused optimizer keeps its count of updates on the device too.
-                self.optimizer.state[parameter][key] = tensor.to(parameter.device)
-        set_random_states({kind: s for kind, s in state["random_states"].items() if kind in ("cpu", self.device.type)})
+                # The fused optimizer keeps its count of updates on the device too. A copy: the file may be mapped.
+                self.optimizer.state[parameter][key] = tensor.to(parameter.device, copy=True)
+        for kind, generator in random_generators(self.device).items():
+            if kind in state["random_states"]:  # not if it was saved on another type of device
+                generator.set_rng_state(state["random_states"][kind].clone())
 
 
 class Interrupted(UserError):
@@ -107,15 +110,15 @@ class Checkpoint:
 
     def restore(self, state):
         """Restore a TrainingState if the file holds one of its seed, and say so; warn if its environment differs."""
-        if self.saved is None or self.saved["seed"] != state.seed:
+        saved, self.saved = self.saved, None  # frees its memory, also if it is of an earlier seed
+        if saved is None or saved["seed"] != state.seed:
             return
-        saved, self.saved = self.saved, None  # its memory is free again once it is restored
         if state.environment != saved["environment"]:
             before, now = (", ".join(found.values()) for found in (saved["environment"], state.environment))
             self.console.warning(f"{self.path} is resumed with {now}; before: {before}; last digits may differ")
         try:
             state.load_state_dict(saved)
-        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
                 f"{self.path} is damaged ({type(error).__name__}: {error}); delete it to start over"
             ) from None
@@ -130,7 +133,7 @@ class Checkpoint:
         twice. Ignored signals stay ignored. Python handles signals in the main thread only: in others nothing changes.
         """
 
-        def note(number, frame):
+        def handle(number, frame):
             is_ctrl_c = number == signal.SIGINT and not processes.is_launched()  # torchrun sends on its own too
             if self.signal == 0:
                 self.signal, self.signal_at = number, time.monotonic()
@@ -143,7 +146,7 @@ class Checkpoint:
             if is_needed and threading.current_thread() is threading.main_thread():
                 for number in SIGNALS:
                     if signal.getsignal(number) is not signal.SIG_IGN:
-                        handlers.callback(signal.signal, number, signal.signal(number, note))
+                        handlers.callback(signal.signal, number, signal.signal(number, handle))
             yield
         self.raise_if_interrupted(*processes.all_reduce_max(self.signal))  # it came during the last save
 
@@ -169,12 +172,12 @@ class Checkpoint:
         """Write the file. A failed write is a warning, and the run continues.
 
         Raises NonFiniteError for parameters that are not finite, and UserError if the weights file was changed. The
-        checkpoint stays as it was then.
+        checkpoint then keeps its earlier state.
         """
         with processes.raise_on_all_ranks():
             self.weights.require_unchanged()
         content = dict(identity=self.identity, state=state.state_dict())
-        with processes.raise_on_all_ranks():  # only rank 0 has sharded parameters
+        with processes.raise_on_all_ranks():  # with shards, only rank 0 holds them
             require_finite(content["state"]["parameters"], "parameter")
         try:
             if processes.rank() == 0:
@@ -192,12 +195,12 @@ class Checkpoint:
 
 @contextmanager
 def open_checkpoint(path, minutes, identity, seeds, weights, console):
-    """Yield the Checkpoint at `path`, locked against other runs until the end of the block; None is no file.
+    """Yield the Checkpoint at `path`, locked against other runs until the end of the block; no path, no file.
 
     `identity` is what makes a run the same run, see `run_identity`; the state may be that of any of `seeds`. Raises
     UserError for the file of another run, for a file that is no checkpoint or in use, and if hosts see different files.
     """
-    identity = dict(format=FORMAT) | identity  # the format first: another one has other settings
+    identity = dict(format=FORMAT) | identity  # compared first: another format has other settings
     if path is None:
         yield Checkpoint(path, minutes, identity, None, weights, console)
         return
@@ -241,15 +244,16 @@ def read_checkpoint(path, identity, seeds):
         with zipfile.ZipFile(path) as archive:  # PyTorch does not verify the checksums that it writes
             if archive.testzip() is not None:
                 raise zipfile.BadZipFile
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        # Mapped, the ranks of a host share its memory. Windows replaces no file that is mapped.
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=sys.platform != "win32")
         state = dict(content["state"])
         found = content["identity"] | dict(seed=state.get("seed"))
     except FileNotFoundError:
         return None
-    except (OSError, MemoryError) as error:
+    except (OSError, MemoryError, RuntimeError) as error:  # PyTorch has a RuntimeError where memory is short
         raise UserError(f"the checkpoint {path} cannot be read: {error or 'out of memory'}", status=1) from None
     except Exception as error:  # of many types
-        problem = f"{path} is damaged, or no checkpoint ({type(error).__name__})"
+        problem = f"{path} is damaged, or not a checkpoint ({type(error).__name__})"
         raise UserError(f"{problem}; delete it to start over") from None
     expected = identity | dict(seed=found["seed"] if found["seed"] in seeds else seeds[0])
     for name, value in expected.items():

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from runner.data.csv_files import read_messages
 from runner.data.predictions import predictions_table, to_csv
 from runner.files import UserError, atomic_write, read_safetensors, sha256_of_tensors
-from runner.wording import shown
+from runner.wording import printable
 
 # --- on disk ---
 
@@ -71,7 +71,7 @@ def read_classifier(path):
     if metadata.get("kind") != KIND:
         raise UserError(f"{path} was not written by --save_model of this version")
     if metadata.get("sha256") != sha256_of_tensors(parameters):
-        raise UserError(f"{path} is damaged: its tensors do not have the SHA-256 that it names")
+        raise UserError(f"{path} is damaged: its tensors do not have the SHA-256 that it states")
     try:
         return SavedClassifier(**json.loads(metadata["description"])), parameters
     except (KeyError, TypeError, ValueError) as error:
@@ -94,10 +94,10 @@ def load_parameters(classifier, parameters):
 ESCAPES = {n: chr(n).encode("unicode_escape").decode() for n in (*range(32), 92, *range(127, 160), 0x2028, 0x2029)}
 
 
-def answer(arguments, load):
+def classify(arguments, load):
     """Print the predictions for the arguments of `--classify`; `load()` returns the TrainedClassifier.
 
-    What is wrong with the arguments is told before it is loaded. Raises UserError.
+    Problems with the arguments are reported before it is loaded. Raises UserError.
     """
     file, chunks = file_of_texts(arguments), chunks_of_texts(arguments)
     classifier = load()
@@ -110,7 +110,7 @@ def answer(arguments, load):
 
 
 def file_of_texts(arguments):
-    """Return the path of the CSV file that `--classify` names, or None. Raises UserError for a file and more.
+    """Return the path of the CSV file that `--classify` names, or None. Raises UserError for a file among others.
 
     Arguments that are probably not meant as messages get a line of advice on standard error.
     """
@@ -119,12 +119,12 @@ def file_of_texts(arguments):
     if tables and len(arguments) > 1:
         raise UserError(f"--classify {tables[0]}: a file is classified alone, without other messages")
     for file in [] if tables else files:
-        advice = f"its name is classified, not its content; for its lines: --classify - < {shown(file)}"
-        print(f"warning: {shown(file)} is a file; {advice}", file=sys.stderr)
+        advice = f"its name is classified, not its content; for its lines: --classify - < {printable(file)}"
+        print(f"warning: {printable(file)} is a file; {advice}", file=sys.stderr)
     if len(arguments) == 1 and not files and arguments[0].lower().endswith((".csv", ".tsv")):
-        raise UserError(f"--classify {shown(arguments[0])}: there is no such file")
+        raise UserError(f"--classify {printable(arguments[0])}: there is no such file")
     if not all(argument.strip() for argument in arguments):
-        print("warning: a message is empty and gets no label; is a variable of the shell not set?", file=sys.stderr)
+        print("warning: a message is empty and gets no label; is a shell variable not set?", file=sys.stderr)
     return tables[0] if tables else None
 
 
@@ -180,6 +180,6 @@ def print_answers(texts, labels, probabilities):
     answers = zip(labels, probabilities.amax(-1).tolist(), strict=True)
     for text in texts:
         label, probability = next(answers) if text.strip() else ("", None)
-        shown = "" if probability is None else f"{probability:.4f}"
-        print(label, shown, text.translate(ESCAPES), sep="\t")
+        confidence = "" if probability is None else f"{probability:.4f}"
+        print(label, confidence, text.translate(ESCAPES), sep="\t")
     sys.stdout.flush()

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from classifier import merge_lora
-from gpt_download import PRETRAINED, VOCABULARY
+from gpt_download import PRETRAINED, VOCABULARY, is_published
 from previous_chapters import gpt2_tensors
 from runner.data.datasets import DATASET_NAMES
 from runner.files import UserError
@@ -128,7 +128,7 @@ Messages are cut to {limit} tokens (`truncation=True`) and padded on the right.
 def model_card(path, saved):
     """Return the text of README.md: how to load the classifier, how it was trained, its accuracies."""
     size, base = saved.settings["model_size"], saved.settings["weights"]
-    if size in PRETRAINED and saved.base_sha256 == PRETRAINED[size].sha256:
+    if is_published(size, saved.base_sha256):
         base = f"{PRETRAINED[size].repo_id}, under OpenAI's MIT License"
     citation = "" if saved.data == "own" else " (Almeida & Gómez Hidalgo, DOI 10.24432/C5CC84, CC BY 4.0)"
     return CARD.format(
