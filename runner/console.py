@@ -74,7 +74,7 @@ class Console:
         return tqdm(desc=description, total=total, unit=unit, initial=initial, disable=self.quiet, **settings)
 
     def write_output(self, what, path, write, *arguments):
-        """Call `write(path, *arguments)` on rank 0 if there is a path; a failure is a warning now, an error in `close`."""
+        """Call `write(path, *arguments)` on rank 0, if there is a path. A failure is a warning; `close` raises it."""
         if self.is_silent or not path:
             return
         try:
