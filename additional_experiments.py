@@ -34,7 +34,6 @@ from previous_chapters import GPT_SIZES, GPTConfig
 from runner import options
 from runner.console import Console, describe_model, describe_setup, end_process, exit_status, prepare_streams
 from runner.data import datasets
-from runner.data.datasets import DEFAULT_DATA_DIR, Dataset
 from runner.data.features import FrozenFeatures, compute_features
 from runner.data.messages import TOKENS_PER_PASS, EncodedData, Split, Stage, make_pool, run_passes, tokenize
 from runner.data.predictions import write_predictions
@@ -49,8 +48,7 @@ from runner.results.records import History, find_record, make_record, run_identi
 from runner.results.report import print_report, print_row
 from runner.saved import classifiers
 from runner.saved.checkpoints import TrainingState, open_checkpoint
-from runner.saved.classifiers import SavedClassifier, load_parameters
-from runner.saved.export import check_class_count, check_experiment, write_export
+from runner.saved.export import check_experiment, write_export
 from runner.wording import changed_options, command_line, quoted
 
 # --- the settings of an experiment ---
@@ -77,9 +75,7 @@ class Experiment:
     trainable_token_pos: str = option(
         "last", INPUT, "token to classify; flexible: the last before padding", choices=("last", "first", "flexible")
     )
-    average_embeddings: bool = option(
-        False, INPUT, "classify the mean of all tokens; with flexible or --no_padding, of the real ones"
-    )
+    average_embeddings: bool = option(False, INPUT, "mean of all tokens; with flexible or --no_padding, of real ones")
     context_length: str | int = option(
         "longest_training_example",
         INPUT,
@@ -103,7 +99,7 @@ class Experiment:
     activation_checkpointing: bool = option(False, MACHINE, "recompute blocks in the backward pass, to save memory")
     shard: bool = option(False, MACHINE, "with torchrun: each process holds a shard of model and optimizer (FSDP2)")
     data_dir: str = option(
-        DEFAULT_DATA_DIR,
+        datasets.DEFAULT_DATA_DIR,
         DATA,
         "the collection, or your own data: one file, or train.csv, validation.csv, test.csv",
         metavar="PATH",
@@ -341,7 +337,7 @@ COMPARE_FLOPS = 10**12  # for the comparison with the CPU: at most ten seconds, 
 class Setup(NamedTuple):
     """What the seeds of a run share."""
 
-    dataset: Dataset
+    dataset: datasets.Dataset
     encoded: EncodedData
     weights: Weights
     device: torch.device
@@ -365,8 +361,8 @@ def run(experiment, run_options=RunOptions()):
                 console.info(f"\nRun {len(records) + 1} of {len(seeds)}, seed {seed}")
             of_seed, record = replace(experiment, seed=seed), None
             if run_options.skip_finished or checkpoint.is_past(seed):
-                dataset, weights = setup.dataset, setup.weights
-                record = processes.call_on_rank0(find_record, run_options.results, of_seed, dataset, weights)
+                data, weights = setup.dataset, setup.weights
+                record = processes.call_on_rank0(find_record, run_options.results, of_seed, data, weights)
             if record is not None:
                 console.info(f"Finished before: {Path(run_options.results, record.run_id)}.json")
             elif checkpoint.is_past(seed):
@@ -390,8 +386,7 @@ def prepare(experiment, run_options, console):
         options.check_outputs(run_options, experiment)
         device, why_not = resolve_device(experiment.device)
         set_precision(experiment.precision, device)
-        columns = experiment.text_column, experiment.label_column
-        dataset = datasets.load(experiment.data_dir, experiment.dataset, experiment.ignore_index, *columns)
+        dataset = datasets.load(experiment)
         if experiment.batch_size > (n := len(dataset.splits["train"])):
             raise UserError(f"--batch_size {experiment.batch_size}: there are only {n} training messages")
         encoded = encode(load_vocabulary(), dataset.splits, experiment)
@@ -406,18 +401,16 @@ def prepare(experiment, run_options, console):
         weights = load_weights(experiment.weights, experiment.model_size, console.quiet)
 
     n_classes = len(dataset.class_names)
-    if run_options.export:
-        check_class_count(n_classes, experiment.config.emb_dim)
     compute_on = partial(run_in_miniature, experiment, n_classes, weights, encoded)
     is_optional = experiment.device == "auto" and experiment.precision != "tf32"  # which the CPU does not have
     device = check_device(device, is_optional, experiment.precision, compute_on, console)
 
     with torch.device("meta"):
-        sizes = build_classifier(experiment, n_classes)
-        place(sizes, torch.device("meta"))
+        on_meta = build_classifier(experiment, n_classes)
+        place(on_meta, torch.device("meta"))
     folder = run_options.feature_folder(experiment.data_dir)
     features = FrozenFeatures(experiment.features, folder, run_options.feature_cache_gb * 1e9, weights, console)
-    if warning := describe_short_memory(sizes, device, experiment.shard):
+    if warning := describe_short_memory(on_meta, device, experiment.shard):
         console.warning(warning)
     return Setup(dataset, encoded, weights, device, features)
 
@@ -503,11 +496,11 @@ def write_classifier(experiment, setup, parameters, record, run_options, console
     base_sha256 = classifiers.sha256_of_base(setup.weights, classifier)
     results = [f"Training completed in {record.minutes:.2f} minutes.", *describe_accuracies(record)]
     command = command_line(changed_options(experiment))
-    limit, names = setup.encoded.limit, setup.dataset.class_names
-    saved = SavedClassifier(asdict(experiment), limit, names, base_sha256, command, setup.dataset.name, results)
+    settings, limit, data = asdict(experiment), setup.encoded.limit, setup.dataset
+    saved = classifiers.SavedClassifier(settings, limit, data.class_names, base_sha256, command, data.name, results)
     console.write_output("the classifier", run_options.save_model, classifiers.save_classifier, saved, parameters)
     if run_options.export:
-        load_parameters(classifier, parameters)
+        classifiers.load_parameters(classifier, parameters)
         console.write_output("the export", run_options.export, write_export, classifier, saved)
 
 
@@ -551,7 +544,6 @@ class TrainedClassifier:
 
     def compare_with_cpu(self, pool, indices):
         """Continue on the CPU, or raise UserError, if the device computes other logits for these messages."""
-
         on_cpu, *_ = build_saved_classifier(self.path, self.given | dict(device="cpu", precision="fp32"))
         on = {self.classifier.device.type: self.classifier, "cpu": place(on_cpu, torch.device("cpu"))}
 
@@ -577,7 +569,7 @@ def build_saved_classifier(path, given):
         weights = load_weights(experiment.weights, experiment.model_size)
         classifier = build_classifier(experiment, len(saved.class_names), weights.tensors)
         saved.check_base(weights, classifier)
-        load_parameters(classifier, parameters)
+        classifiers.load_parameters(classifier, parameters)
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:  # other settings, names or shapes
         raise UserError(f"{path} is damaged ({type(error).__name__}: {str(error).partition(chr(10))[0]})") from None
     return classifier, experiment, saved

@@ -44,7 +44,7 @@ from runner.saved.export import write_export
 def experiment_of(*options):
     """Return the Experiment of a command line, and its splits {name: DataFrame}."""
     experiment, *_ = ae.parse_args([*options, "--weights=random"])
-    return experiment, datasets.load(experiment.data_dir, experiment.dataset, experiment.ignore_index).splits
+    return experiment, datasets.load(experiment).splits
 
 
 def seconds(device, function, *arguments):

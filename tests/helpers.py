@@ -32,7 +32,7 @@ def assert_equal_to_rounding(ours, theirs):
 
 def encoded(experiment):
     """Return the EncodedData of an experiment."""
-    splits = datasets.load(experiment.data_dir, experiment.dataset, experiment.ignore_index).splits
+    splits = datasets.load(experiment).splits
     return ae.encode(ae.load_vocabulary(), splits, experiment)
 
 

@@ -23,7 +23,7 @@ def write(data_dir, **contents):
 
 def read(data_dir, ignore_index=-100):
     """Return the Dataset of the files of a folder."""
-    return datasets.load(data_dir, "uci", ignore_index)
+    return datasets.load(ae.Experiment(data_dir=data_dir, ignore_index=ignore_index))
 
 
 # --- bad data ---

@@ -24,7 +24,7 @@ def write(path, rows, header="Label,Text", **keywords):
 
 
 def read(data_dir, ignore_index=-100, **columns):
-    return datasets.load(str(data_dir), "uci", ignore_index, **columns)
+    return datasets.load(ae.Experiment(data_dir=data_dir, ignore_index=ignore_index, **columns))
 
 
 def write_splits(folder, **rows):

@@ -51,15 +51,16 @@ class Dataset:
         return [f"{first}: losses and accuracies during training are of that class only; shuffle the file"]
 
 
-def load(data_dir, dataset, ignore_index, text_column="Text", label_column="Label"):
-    """Return the Dataset that --data_dir and --dataset name. Raises UserError: see `load_splits`, `encode_labels`."""
-    splits, name, warnings = load_splits(data_dir, dataset, text_column, label_column)
+def load(experiment):
+    """Return the Dataset of an Experiment. Raises UserError: see `load_splits`, `encode_labels`."""
+    data_dir, columns = experiment.data_dir, (experiment.text_column, experiment.label_column)
+    splits, name, warnings = load_splits(data_dir, experiment.dataset, *columns)
     sha256 = sha256_of_json([[splits[split][column].tolist() for column in ("Label", "Text")] for split in SPLITS])
     notes = []
     if name == "own" and os.path.isfile(data_dir):
         split = "70% training, 10% validation and 20% test messages"
         notes = [f"{data_dir} is split at random, always in the same way: {split} of each class"]
-    splits, class_names = encode_labels(splits, name, data_dir, ignore_index)
+    splits, class_names = encode_labels(splits, name, data_dir, experiment.ignore_index)
     duplicates = find_duplicates(splits)
     if name == "own":
         notes.append(f"{len(class_names)} classes: {textwrap.shorten(', '.join(class_names), 100, placeholder=' …')}")

@@ -23,8 +23,7 @@ def run_baselines(experiment, run_options):
     Raises UserError for training messages without words.
     """
     console = Console(run_options.quiet)
-    columns = experiment.text_column, experiment.label_column
-    data = load(experiment.data_dir, experiment.dataset, experiment.ignore_index, *columns)
+    data = load(experiment)
     console.info(describe_data(data))
     for warning in data.warnings:
         console.warning(warning)
