@@ -73,7 +73,7 @@ class Experiment:
     lora_rank: int = option(8, MODEL, "rank of the LoRA matrices", type=bounded(int, 1))
     lora_alpha: float = option(8.0, MODEL, "scale of LoRA, not divided by the rank", type=bounded(float, 1e-12))
     trainable_token_pos: str = option(
-        "last", INPUT, "token to classify; flexible: the last before padding", choices=("last", "first", "flexible")
+        "last", INPUT, "token to classify; flexible: the last real one", choices=("last", "first", "flexible")
     )
     average_embeddings: bool = option(False, INPUT, "mean of all tokens; with flexible or --no_padding, of real ones")
     context_length: str | int = option(
@@ -92,7 +92,7 @@ class Experiment:
     weight_decay: float = option(0.1, TRAINING, "decoupled weight decay of AdamW", type=bounded(float, 0))
     seed: int = option(123, TRAINING, "seed of weights, head and training order", type=bounded(int, 0))
     device: str = option("auto", MACHINE, "auto: cuda, else mps, else cpu", choices=("auto", "cpu", "mps", "cuda"))
-    precision: str = option("fp32", MACHINE, "of matrix products; tf32 needs CUDA", choices=("fp32", "bf16", "tf32"))
+    precision: str = option("fp32", MACHINE, "for matrix products; tf32 needs CUDA", choices=("fp32", "bf16", "tf32"))
     features: str = option(
         "auto", MACHINE, "place of frozen blocks' output; off: recomputed", choices=("auto", "memory", "disk", "off")
     )
@@ -522,12 +522,12 @@ class TrainedClassifier:
         self.classifier, self.is_compared = place(classifier, device), device.type == "cpu"
 
     def predict(self, texts):
-        """Return (labels, probabilities (n, K)) for a list of texts: names of classes, and a tensor on the CPU.
+        """Return (labels, probabilities (n, K)) for a list of n texts: names of classes, and a tensor on the CPU.
 
         Texts are cut, padded and classified as in training. On an accelerator, the first ones are classified on the CPU
         too. Raises UserError for a blank text, and if the device does not compute what the CPU computes.
         """
-        texts = list(texts)  # a Series of pandas has no truth value
+        texts = [texts] if isinstance(texts, str) else list(texts)  # a Series of pandas has no truth value
         if blank := [index for index, text in enumerate(texts) if not text.strip()]:
             raise UserError(f"text {blank[0]} is blank")
         if not texts:

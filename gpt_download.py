@@ -326,7 +326,7 @@ def main(argv=None):
     """Fetch and check what runs need, print where it is, and return the exit status."""
     sizes = {name.split(" ")[0].removeprefix("gpt2-"): name for name in PRETRAINED}
     parser = argparse.ArgumentParser(description="Fetch and check what runs need, and do nothing else.")
-    parser.add_argument("--model_size", nargs="+", choices=sizes, default=["small"], help="default: %(default)s")
+    parser.add_argument("--model_size", nargs="+", choices=sizes, default=["small"], help="default: small")
     parser.add_argument("--data_dir", default=DEFAULT_DATA_DIR, metavar="DIR", help="default: %(default)s")
     args = parser.parse_args(argv)
     try:

@@ -63,7 +63,7 @@ def normalize(settings):
 
 MAX_CONTEXT = GPTConfig.context_length
 IMAGE_FORMATS = (".png", ".pdf", ".svg")
-ONE_ROW = "one row a command; for several see All rows in README.md"
+ONE_ROW = "one row per command; for several see All rows in README.md"
 
 
 def bounded(kind, minimum=-(2**63), maximum=2**63 - 1):
@@ -89,7 +89,7 @@ def row_number(text):
     try:
         return bounded(int, 1, len(ROWS))(text)
     except argparse.ArgumentTypeError as error:
-        raise argparse.ArgumentTypeError(f"{error}; {ONE_ROW}" if not text.isdecimal() else str(error)) from None
+        raise argparse.ArgumentTypeError(f"{error}; {ONE_ROW}" if re.search("[, ]", text) else str(error)) from None
 
 
 def model_size(text):
@@ -131,9 +131,11 @@ class RunOptions:
 
     quiet: bool = option(False, RESULTS, "print only finished rows and warnings")
     results: str = option("results", RESULTS, 'folder for a record of each finished run; "" for none', metavar="DIR")
-    skip_finished: bool = option(False, RESULTS, "train no run whose record is in --results; print its row")
+    skip_finished: bool = option(False, RESULTS, "do not repeat a run whose record is in --results; print its row")
     note: str = option("", RESULTS, "a remark kept with the record and shown in the report", metavar="TEXT")
-    repeats: int = option(1, RESULTS, "runs, with --seed, --seed + 1, ..., and their mean", type=bounded(int, 1))
+    repeats: int = option(
+        1, RESULTS, "number of runs, with --seed, --seed + 1, ...; prints their mean", type=bounded(int, 1)
+    )
     plot: str | None = option(
         None, RESULTS, "draw losses and accuracies (.png, .pdf, .svg)", type=file_with(*IMAGE_FORMATS), metavar="FILE"
     )
@@ -154,7 +156,7 @@ class RunOptions:
     write: tuple = option(
         (),
         RESULTS,
-        "the report as a page (.html), text (.md), data (.csv), LaTeX (.tex) or picture (.png, .pdf, .svg)",
+        "write the report as a page (.html), text (.md), data (.csv), LaTeX (.tex) or picture (.png, .pdf, .svg)",
         nargs="+",
         action="extend",
         type=file_with(".html", ".md", ".csv", ".tex", *IMAGE_FORMATS),
@@ -174,21 +176,27 @@ class RunOptions:
         "kept after the run",
         metavar="FILE",
     )
-    checkpoint_minutes: float = option(10.0, INTERRUPTION, "between checkpoints in an epoch", type=bounded(float, 0))
+    checkpoint_minutes: float = option(
+        10.0, INTERRUPTION, "minutes between checkpoints in an epoch", type=bounded(float, 0)
+    )
     save_model: str | None = option(
-        None, USE, "write the trained parameters and settings (.safetensors)", metavar="FILE"
+        None,
+        USE,
+        "write the trained parameters and settings (.safetensors)",
+        type=file_with(".safetensors"),
+        metavar="FILE",
     )
     export: str | None = option(None, USE, "write the classifier to a folder that transformers loads", metavar="DIR")
     load_model: str | None = option(
         None,
         USE,
-        "train nothing; use a file of --save_model (--weights FILE if its weights have moved)",
+        "train nothing; use a file that --save_model wrote (--weights FILE if its weights have moved)",
         metavar="FILE",
     )
     classify: tuple = option(
         (),
         USE,
-        "messages for --load_model; - for lines of standard input; or a .csv or .tsv file",
+        "classify these messages with --load_model; - reads lines of standard input; or a .csv or .tsv file",
         nargs="+",
         action="extend",
         metavar="TEXT",
@@ -205,8 +213,10 @@ class RunOptions:
         has_outputs = self.save_model or self.export or self.predictions
         if has_outputs and self.repeats > 1:
             raise UserError(f"{outputs} are for one classifier; --repeats trains several")
-        if self.skip_finished and (has_outputs or not self.results):
-            raise UserError(f"--skip_finished needs --results, and cannot be combined with {outputs}")
+        if self.skip_finished and has_outputs:
+            raise UserError(f"--skip_finished cannot be combined with {outputs}")
+        if self.skip_finished and not self.results:
+            raise UserError("--skip_finished needs --results")
         if self.checkpoint and self.repeats > 1 and not self.results:
             raise UserError("--checkpoint with --repeats needs --results, whose records show which seeds are finished")
 
@@ -328,7 +338,7 @@ def make_parser(experiment_type):
     )
     presets = parser.add_argument_group("presets").add_mutually_exclusive_group()
     row = presets.add_argument("--row", type=row_number, metavar="N")
-    row.help = f"row N of the table, 1 to {len(ROWS)}; other options win"
+    row.help = f"row N of the table, 1 to {len(ROWS)}; other options override it"
     presets.add_argument("--demo", action="store_true", help="a toy run of half a minute without network")
     groups = {}
     for setting in (*fields(experiment_type), *fields(RunOptions)):

@@ -33,14 +33,20 @@ WORDS = {"disable_causal_mask True": "no causal mask", "trainable_layers all": "
 WORDS |= {"context_length model_context_length": "context 1024"}
 
 
-def describe_settings(settings):
-    """Return settings, {name: value}, in words: `gpt2-xl, lora, rank 16`; without settings those of row 1."""
+ROW_1 = dict(trainable_layers="last block", trainable_token_pos="last token")
+
+
+def describe_settings(settings, of_table=()):
+    """Return settings, {name: value}, in words: `gpt2-xl, lora, rank 16`.
+
+    Without settings they are those of row 1, as far as the settings of its table, `of_table`, are not others.
+    """
     words = []
     for name, value in settings.items():
         text = short_name(str(value)) if name == "model_size" else str(value).removesuffix(".0")
         text = name if value is True else f"{BEFORE.get(name, '')} {text} {AFTER.get(name, '')}".strip()
         words.append(WORDS.get(f"{name} {value}", text.replace("_", " ")))
-    return ", ".join(words) or "last block, last token"
+    return ", ".join(words or [text for name, text in ROW_1.items() if name not in of_table])
 
 
 def short_name(model_size):

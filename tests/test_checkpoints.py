@@ -231,7 +231,7 @@ def test_checkpoint_that_cannot_be_used(quick, capfd):
         before = Path("run.ckpt").read_bytes()
         assert ae.main([*quick, "--checkpoint", "run.ckpt"]) == 2
         problem = rf"of a run with format {FORMAT - 1}, not {FORMAT}" if content is old else r"damaged, .* \(\w+\)"
-        told = rf"error: run.ckpt is {problem}; delete it to start over\n"
+        told = rf"error: run.ckpt is {problem}; (name another file, or )?delete (it|this one) to start over\n"
         assert re.fullmatch(told, capfd.readouterr().err) and Path("run.ckpt").read_bytes() == before
     assert files() == {"run.ckpt"}
 

@@ -79,10 +79,10 @@ def flexible(options):
 def test_an_export_answers_as_the_program_does(flexible, capfd):
     """As training wrote it, and as it is written from what --save_model wrote."""
     command = [*flexible, "--trainable_layers", "lora", "--precision", "bf16"]
-    assert ae.main([*command, "--save_model", "trained", "--export", "out"]) == 0
+    assert ae.main([*command, "--save_model", "trained.safetensors", "--export", "out"]) == 0
     assert capfd.readouterr().err == ""
     Path("again").mkdir()  # an empty folder will do
-    using = ["--load_model", "trained", "--export", "again", "--classify", "You have won", "ok", "--quiet"]
+    using = ["--load_model", "trained.safetensors", "--export", "again", "--classify", "You have won", "ok", "--quiet"]
     assert ae.main(using) == 0
     told = capfd.readouterr()
     assert "Wrote the export" not in told.err
@@ -140,8 +140,8 @@ def test_what_the_format_cannot_express(flexible, data_dir, capfd):
         assert ae.main([*flexible, further, "--export", "out"]) == 2
         told = capfd.readouterr()
         assert told.err.startswith("error: --export needs --trainable_token_pos flexible") and told.out == ""
-    assert ae.main([*flexible, further, "--save_model", "trained"]) == 0
-    assert ae.main(["--load_model", "trained", "--export", "out"]) == 2
+    assert ae.main([*flexible, further, "--save_model", "trained.safetensors"]) == 0
+    assert ae.main(["--load_model", "trained.safetensors", "--export", "out"]) == 2
     assert told.err == capfd.readouterr().err and not Path("out").exists()
     (data_dir / "train.csv").write_text("Label,Text\n" + "".join(f"{n},text {n}\n" for n in range(17)))
     assert ae.main([*flexible, "--export", "out"]) == 2
@@ -175,11 +175,11 @@ def test_an_export_that_fails_leaves_an_empty_folder(flexible, monkeypatch, capf
 @pytest.mark.skipif(os.name == "nt", reason="Windows sends no signals")
 def test_half_an_export_does_not_load(flexible, monkeypatch):
     """Ctrl-C when some of the files are in their places."""
-    assert ae.main([*flexible, "--num_epochs", "1", "--quiet", "--save_model", "trained"]) == 0
+    assert ae.main([*flexible, "--num_epochs", "1", "--quiet", "--save_model", "trained.safetensors"]) == 0
     for n in (0, 2, len(FILES) - 1):
         with monkeypatch.context() as patch:
             interrupt_at(patch, Path, "rename", n + 1, signal.SIGINT)
-            assert ae.main(["--load_model", "trained", "--export", f"out{n}"]) == 130
+            assert ae.main(["--load_model", "trained.safetensors", "--export", f"out{n}"]) == 130
         assert len(os.listdir(f"out{n}")) == n
         with pytest.raises((OSError, ValueError)):
             AutoModelForSequenceClassification.from_pretrained(f"out{n}")

@@ -12,9 +12,11 @@ import gpt_download
 
 ROOT = Path(additional_experiments.__file__).parent
 is_clone = pytest.mark.skipif(not (ROOT / ".git").exists(), reason="only git knows which files are the project's")
+TOP = "additional_experiments.py classifier.py previous_chapters.py gpt_download.py runner tests data docs README.md"
+TOP += " LICENSE requirements.txt pyproject.toml .gitattributes .gitignore .ci .github"
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts): path
-    for path in [*ROOT.glob("*.py"), *(ROOT / "runner").glob("**/*.py")]
+    for path in [*(ROOT / name for name in TOP.split() if name.endswith(".py")), *(ROOT / "runner").glob("**/*.py")]
 }
 
 
@@ -52,10 +54,6 @@ def test_directions_of_imports():
     assert "runner.files" in graph["runner.console"] and "gpt_download" in graph["runner.data.datasets"]  # all are seen
     assert not any("import_module" in path.read_text() or "__import__" in path.read_text() for path in MODULES.values())
     graphlib.TopologicalSorter(graph).prepare()  # raises CycleError
-
-
-TOP = "additional_experiments.py classifier.py previous_chapters.py gpt_download.py runner tests data docs README.md"
-TOP += " LICENSE requirements.txt pyproject.toml .gitattributes .gitignore .ci .github"
 
 
 @is_clone

@@ -65,8 +65,11 @@ def test_dashes_and_short_names():
         ("--model xl", "there is no option --model; the nearest is --model_size (--help"),
         ("--text hello", "there is no option --text; the nearest is --classify or --text_column (--help"),
         ("--wandb", "there is no option --wandb (--help"),  # and not --shard
-        ("--row 1,16,19", '"1,16,19" is not a whole number from 1 to 19; one row a command; for several see All rows'),
-        ("--row 1 16 19", "unexpected argument 16; one row a command; for several see All rows in README.md"),
+        (
+            "--row 1,16,19",
+            '"1,16,19" is not a whole number from 1 to 19; one row per command; for several see All rows',
+        ),
+        ("--row 1 16 19", "unexpected argument 16; one row per command; for several see All rows in README.md"),
         ("--epochs 1 2", "there is no option --epochs; the nearest is --num_epochs"),
         ("--num_epochs 1 2", "unexpected argument 2 (--help"),
         ("--xyz", "there is no option --xyz (--help"),
@@ -96,12 +99,15 @@ def test_dashes_and_short_names():
         ("--classify a", "--classify needs --load_model"),
         ("--load_model a", "--load_model needs --classify"),
         ("--plot a.gif", '"a.gif" does not end in .png, .pdf, .svg'),
-        ("--repeats 2 --save_model a", "are for one classifier; --repeats trains several"),
+        ("--repeats 2 --save_model a.safetensors", "are for one classifier; --repeats trains several"),
         ("--checkpoint .", "--checkpoint . is not a regular file"),
         (f"--checkpoint {os.devnull}", f"--checkpoint {os.devnull} is not a regular file"),
-        ("--weights random --data_dir . --save_model train.csv", "--save_model train.csv would overwrite the data"),
-        ("--checkpoint a --save_model ./A", "--save_model ./A would overwrite --checkpoint"),  # on macOS and Windows
-        ("--plot a.png --save_model ./a.png", "--plot a.png would overwrite --save_model"),
+        ("--weights random --data_dir . --checkpoint train.csv", "--checkpoint train.csv would overwrite the data"),
+        (
+            "--checkpoint a.safetensors --save_model ./A.safetensors",
+            "A.safetensors would overwrite --checkpoint",
+        ),  # on macOS and Windows
+        ("--plot a.png --checkpoint ./a.png", "--plot a.png would overwrite --checkpoint"),
         ("--report --row 3", "--row cannot be combined with --report"),
         ("--report missing", "--report missing: there is no such folder"),
         ("--load_model missing --classify a", "missing cannot be read as a .safetensors file"),
@@ -175,7 +181,7 @@ def test_settings_of_a_command_line_and_of_python_are_the_same(nano_weights):
     [
         (dict(), dict(save_model="missing/x.safetensors"), "--save_model missing/x.safetensors cannot be written"),
         (dict(data_dir="."), dict(checkpoint="test.csv"), "--checkpoint test.csv would overwrite the data"),
-        (dict(weights="file"), dict(save_model="file"), "--save_model file would overwrite the weights"),
+        (dict(weights="file.safetensors"), dict(save_model="file.safetensors"), "would overwrite the weights"),
         (dict(), dict(results="file"), "--results file cannot be written"),
         (dict(), dict(plot="missing/x.png", repeats=2), "--plot missing/x.png cannot be written"),
         (dict(), dict(export="out"), "--export needs --trainable_token_pos flexible"),
@@ -184,11 +190,11 @@ def test_settings_of_a_command_line_and_of_python_are_the_same(nano_weights):
 )
 def test_outputs_are_checked_for_callers_from_python_too(data_dir, capsys, settings, run_options, message):
     """Before anything is trained or printed."""
-    Path("file").touch()
+    Path("file").touch(), Path("file.safetensors").touch()
     common = dict(model_size="nano", weights="random", data_dir=data_dir)
     with pytest.raises(UserError, match=message):
         run(Experiment(**common | settings), RunOptions(**run_options))
-    assert capsys.readouterr() == ("", "") and os.listdir() == ["file"]
+    assert capsys.readouterr() == ("", "") and sorted(os.listdir()) == ["file", "file.safetensors"]
 
 
 @pytest.mark.parametrize("option", ["--results", "--checkpoint", "--save_model", "--plot", "--write"])
@@ -201,7 +207,8 @@ def test_what_cannot_be_written_is_found_before_training(tmp_path, monkeypatch, 
         monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
     if place.endswith("link"):
         folder.symlink_to(folder if place == "circular link" else tmp_path / "nowhere" / "deeper")
-    path = folder / "a.png" if option != "--results" else folder / "results" if place == "missing" else folder
+    name = "a.safetensors" if option == "--save_model" else "a.png"
+    path = folder / name if option != "--results" else folder / "results" if place == "missing" else folder
     command = ["--report", str(tmp_path)] if option == "--write" else ["--demo", "--results="]
     assert main([*command, option, str(path)]) == 2
     out, err = capsys.readouterr()

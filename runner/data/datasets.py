@@ -143,7 +143,9 @@ def split_at_random(messages, path):
     split_of = np.select([is_first | (turn < 7), turn == 7], ["train", "validation"], "test")
     splits = {split: ordered[split_of == split].sample(frac=1, random_state=123) for split in SPLITS}
     if any(frame.empty for frame in splits.values()):
-        raise UserError(f"--data_dir {path}: {len(messages)} messages are too few to be split")
+        raise UserError(
+            f"--data_dir {path}: {len(messages)} messages are too few to be split; each class needs one for training"
+        )
     return {split: frame.reset_index(drop=True) for split, frame in splits.items()}
 
 

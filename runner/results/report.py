@@ -142,7 +142,7 @@ def conclusions(tables):
 
 def runs_as_csv(summary):
     """Return a line for each run of a Summary, with the fields of its file in flat columns."""
-    runs = pd.json_normalize([record.to_dict() for record in summary.records])
+    runs = pd.json_normalize([record.to_dict() for record in summary.records]).convert_dtypes()  # 123 stays 123
     for split in (*SPLITS, "unseen") if len(runs) else ():
         name = f"{split}.correct"
         runs[name] = runs[name].astype(object).where(runs[f"{split}.total"] > 0, "n/a")

@@ -268,7 +268,7 @@ def make_tables(configurations):
         for (row, _, runs), variance in zip(members, seed_variances([fractions(runs) for *_, runs in members])):
             of_row = {name: value for name, value in options_of(runs[0]).items() if name not in options}
             published = None if options else ROWS[row].test
-            groups.append(Group(runs, describe_settings(of_row), row, published, variance))
+            groups.append(Group(runs, describe_settings(of_row, options), row, published, variance))
         for runs in configurations:
             if runs[0].is_baseline and data_of(runs[0]) == data_of(members[0][2][0]):
                 groups.append(Group(runs, runs[0].name))

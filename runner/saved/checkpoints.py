@@ -71,7 +71,7 @@ class TrainingState:
 
         Raises ValueError, KeyError, TypeError or AttributeError for anything else, RuntimeError if memory is short.
         """
-        self.batches_done, self.order = state["batches_done"], state["order"]
+        self.batches_done, self.order = state["batches_done"], state["order"].clone()
         self.history = type(self.history)(**state["history"])
         self.started = {name: start - state["usage"][name] for name, start in self.started.items()}
         self.earlier_peak = state["usage"]["peak_memory"]
@@ -81,7 +81,7 @@ class TrainingState:
             parameter.copy_(processes.shard_like(state["parameters"][name], parameter))
             for key, tensor in state["optimizer"][name].items():  # empty for a parameter that had no gradient
                 tensor = processes.shard_like(tensor, parameter)
-                # The fused optimizer keeps its count of updates on the device too. A copy: the file may be mapped.
+                # The fused optimizer keeps its count of updates on the device too. A copy, as the file is mapped.
                 self.optimizer.state[parameter][key] = tensor.to(parameter.device, copy=True)
         for kind, generator in random_generators(self.device).items():
             if kind in state["random_states"]:  # not if it was saved on another type of device
@@ -221,10 +221,11 @@ def open_checkpoint(path, minutes, identity, seeds, weights, console):
                 remove_leftovers(path)
             saved = read_checkpoint(path, identity, seeds)
             progress = saved and (saved["seed"], saved["batches_done"])
+            checkpoint = Checkpoint(path, minutes, identity, saved, weights, console)
+            del saved  # so that its memory is free once it is restored
         with processes.raise_on_all_ranks():
             if processes.from_rank0(progress) != progress:
                 raise UserError(f"--checkpoint {path}: not all hosts have the same file there")
-        checkpoint = Checkpoint(path, minutes, identity, saved, weights, console)
         try:
             yield checkpoint
         except KeyboardInterrupt:
@@ -254,7 +255,7 @@ def read_checkpoint(path, identity, seeds):
         raise UserError(f"the checkpoint {path} cannot be read: {error or 'out of memory'}", status=1) from None
     except Exception as error:  # of many types
         problem = f"{path} is damaged, or not a checkpoint ({type(error).__name__})"
-        raise UserError(f"{problem}; delete it to start over") from None
+        raise UserError(f"{problem}; name another file, or delete this one to start over") from None
     expected = identity | dict(seed=found["seed"] if found["seed"] in seeds else seeds[0])
     for name, value in expected.items():
         if (theirs := found.get(name)) != value:

@@ -157,6 +157,7 @@ def chunks_of_texts(arguments):
             try:
                 texts.append(line.decode("utf-8-sig"))  # a file may begin with a byte-order mark
             except UnicodeDecodeError:
+                yield texts  # those before it
                 raise UserError(f"message {count}: not UTF-8 text") from None
         yield texts
 
