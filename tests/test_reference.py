@@ -68,7 +68,7 @@ def odd_data(tmp_path, sample_splits):
     return ["--data_dir", str(tmp_path), "--num_epochs", "2", "--learning_rate", "1e-4"]
 
 
-@pytest.mark.parametrize("number", slow(ODD, ("4", "5", "11", "12", "17", "19")))
+@pytest.mark.parametrize("number", slow(ODD, ("4", "5", "11", "12", "14", "17", "19")))
 def test_row_with_dropped_and_short_batches_and_partial_windows(number, odd_data):
     expected = ODD[number]
     experiment, *_ = parse_args([*expected["options"].split(), *NANO, *odd_data])
