@@ -103,6 +103,20 @@ def test_a_classifier_that_never_finds_the_rare_class_is_no_success():
     assert classes == "Test precision and recall: ham 98.00% and 100.00%, spam n/a and 0.00%"
 
 
+@pytest.mark.parametrize("n_wrong, is_told", [(130, True), (110, False)])
+def test_the_most_frequent_class_is_told_where_the_classifier_may_do_no_better(n_wrong, is_told):
+    """The intervals are 51.0–62.2 and 57.7–68.6: only the second lies above the 55% of the class."""
+    confusion = Confusion([165, 135], [Mistake(number, 1, 0, 0.9) for number in range(n_wrong)])
+    told = "Test accuracy of always the most frequent class: 55.00%" in lines_of(confusion, "a", "b")[0]
+    assert told == is_told
+
+
+def test_numbers_as_labels_are_told_from_counts():
+    lines, mistakes = lines_of(Confusion([5, 5], [Mistake(0, 0, 1, 0.5)]), "-1", "1", texts=["a"])
+    assert "Test errors: 1 of 5 class -1 predicted as class 1" in lines
+    assert mistakes[1] == "  0.500 class 1, labelled class -1: a"
+
+
 def test_errors_of_more_classes_begin_with_the_most_frequent_pair_and_count_the_rest():
     confusion = Confusion([3, 0, 10], [Mistake(0, 0, 2, 0.5), Mistake(1, 2, 0, 0.5), Mistake(2, 2, 0, 0.6)])
     assert confusion.describe(["0", "1", "two"]) == "2 of 10 two predicted as 0, 1 of 3 0 predicted as two"

@@ -282,13 +282,14 @@ def test_ctrl_c_while_a_checkpoint_is_read(interrupted, monkeypatch, capfd):
     assert capfd.readouterr().err == "interrupted\n"
 
 
-def test_a_file_that_cannot_be_read_is_not_to_be_deleted(interrupted, monkeypatch, capfd):
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), RuntimeError("can't allocate memory")])
+def test_a_file_that_cannot_be_read_is_not_to_be_deleted(interrupted, monkeypatch, capfd, error):
     def fail(*_, **__):
-        raise OSError(5, "Input/output error")
+        raise error
 
     monkeypatch.setattr(torch, "load", fail)
     assert ae.main(interrupted) == 1
-    assert capfd.readouterr().err == "error: the checkpoint run.ckpt cannot be read: [Errno 5] Input/output error\n"
+    assert capfd.readouterr().err == f"error: the checkpoint run.ckpt cannot be read: {error}\n"
 
 
 def test_a_weights_file_that_changes_during_a_run(options, tmp_path, monkeypatch, capfd):

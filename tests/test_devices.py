@@ -282,6 +282,18 @@ def test_a_device_whose_first_update_raises_is_passed_over(options, monkeypatch,
     assert err.count("\n") == 1 and str(error).splitlines()[0] in err and "| CPU, " in out
 
 
+def test_a_device_whose_memory_is_short_is_not_passed_over(options, monkeypatch, capsys):
+    """The run would take hours on the CPU; with a smaller batch it may fit."""
+
+    def fail(name, args, result):
+        raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED")
+
+    monkeypatch.setattr(ae, "resolve_device", lambda name: (torch.device("cuda"), None))
+    with pretended_device(monkeypatch, "cuda", fail):
+        assert main([*options, "--device", "auto"]) == 1
+    assert "error: out of memory\nTry: " in capsys.readouterr().err
+
+
 def test_the_first_classified_messages_are_compared_with_the_cpu(options, monkeypatch, capsys):
     assert main([*options, "--save_model", "trained.safetensors"]) == 0
     command = ["--load_model", "trained.safetensors", "--classify", "You have won"]

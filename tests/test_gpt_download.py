@@ -14,6 +14,7 @@ import time
 import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from unittest.mock import Mock
 
 import huggingface_hub
 import pytest
@@ -350,6 +351,8 @@ def test_first_run_downloads_everything_and_the_second_nothing(collection, hub, 
     assert server.requests == ["GET first.zip", *ASKED, "GET first.zip"]
     Path("beforehand/train.csv").write_text("junk")
     assert gpt_download.main(["--data_dir", "beforehand"]) == 2
+    monkeypatch.setattr(gpt_download, "sha256_of", Mock(side_effect=KeyboardInterrupt))
+    assert gpt_download.main(["--data_dir", "beforehand"]) == 130
     out, err = capsys.readouterr()
     assert out == "" and "beforehand/train.csv is no split of the SMS Spam Coll" in err
 

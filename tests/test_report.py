@@ -75,6 +75,9 @@ def test_the_report_from_the_command_line(options, capfd):
     assert err == "results/other.json is no record of a run (KeyError: 'version'); skipped\n"
     assert [f"Written: {name}" for name in [*files, "out-conclusions.csv"]] == out.splitlines()[-8:]
     assert Path("out.md").read_text() == out[: out.index("Written: ")]
+    assert main(["--baseline", "--dataset", "sample", "--quiet"]) == 0  # it has no seed; that of a run stays 123
+    assert main(["--report", "--write", "both.csv"]) == 0
+    assert {line["seed"] for line in csv.DictReader(open("both.csv", newline=""))} == {"123", ""}
     [line] = csv.DictReader(open("out.csv", newline=""))
     [record] = (json.loads(path.read_text()) for path in Path("results").glob("*seed123*.json"))
     assert (line["settings.num_epochs"], line["note"]) == ("2", "=1+1")

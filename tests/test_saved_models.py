@@ -80,7 +80,7 @@ def test_classify_arguments_and_the_same_from_python(trained, capsys):
     of_labels = [probabilities[row, classifier.class_names.index(label)] for row, label in enumerate(labels)]
     assert printed == [[label, f"{one:.4f}", text] for label, one, text in zip(labels, of_labels, texts)]
     torch.testing.assert_close(probabilities.sum(-1), torch.ones(4))
-    assert classifier.predict([])[0] == []
+    assert classifier.predict([])[0] == [] and classifier.predict(texts[1])[0] == labels[1:2]  # one text
     with pytest.raises(UserError, match="text 1 is blank"):
         classifier.predict(["ok", " \n"])
     assert capsys.readouterr() == ("", "")

@@ -14,6 +14,7 @@ from runner.wording import changed_options, command_line, describe_settings, mar
 
 def test_settings_in_words():
     assert describe_settings({}) == "last block, last token"
+    assert describe_settings({}, dict(trainable_layers="all")) == "last token"  # as the heading of its table says
     demo = changed_options(parse_args(["--demo", "--num_epochs", "2"])[0])
     assert describe_settings(demo) == "gpt2-nano, random weights, all layers, epochs 2, lr 0.0005, sample data"
     assert len({describe_settings(row.options) for row in ROWS.values()}) == len(ROWS)
