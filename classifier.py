@@ -178,6 +178,10 @@ class Classifier(nn.Module):
         x = self.gpt.final_norm(x)
         return mean_up_to(x, batch.positions) if self.average_embeddings else x
 
+    def merge_lora(self):
+        """Merge the LoRA matrices into the weights, for programs that know no LoRA; logits change by rounding only."""
+        merge_lora(self)
+
     def autocast(self):
         """Return the context in which matmuls are in bfloat16, if this classifier uses bf16."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 
-from classifier import merge_lora
 from gpt_download import PRETRAINED, VOCABULARY, is_published
 from previous_chapters import gpt2_tensors
 from runner.data.datasets import DATASET_NAMES
@@ -42,7 +41,7 @@ def write_export(path, classifier, saved):
     import transformers  # imported here, because this takes seconds
 
     transformers.utils.logging.disable_progress_bar()
-    merge_lora(classifier)
+    classifier.merge_lora()
     path = Path(path)
     path.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path) as temporary:
