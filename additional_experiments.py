@@ -389,9 +389,9 @@ def prepare(experiment, run_options, console):
         dataset = datasets.load(experiment)
         if experiment.batch_size > (n := len(dataset.splits["train"])):
             raise UserError(f"--batch_size {experiment.batch_size}: there are only {n} training messages")
+        further = dataset.warnings_about_first(EVALUATE_BATCHES * experiment.batch_size)
         encoded = encode(load_vocabulary(), dataset.splits, experiment)
     too_new = f"PyTorch {torch.__version__} is newer than the versions that were tried" * (torch.__version__ >= "2.14")
-    further = dataset.warnings_about_first(EVALUATE_BATCHES * experiment.batch_size)
     if encoded.limit == MAX_CONTEXT:  # with a smaller limit the cut may be intended; only the setup mentions it
         further += encoded.describe_cut()
     for warning in filter(None, [why_not, too_new, *dataset.warnings, *further]):

@@ -89,32 +89,37 @@ def load_splits(data_dir, dataset, text_column="Text", label_column="Label"):
     """Return (splits {split: DataFrame with columns Label and Text (str)}, "uci", "sample" or "own", warnings).
 
     Label is a number, or the name of a class where the user's own labels are names: see `parse_labels`. The collection
-    is downloaded if it is missing. Raises UserError for files that cannot be used, for a folder that was probably meant
-    to hold other data, and for a failed download.
+    is downloaded if it is missing. Raises UserError for files that cannot be used, and for a failed download.
     """
     if dataset == "sample":
-        return (
-            gpt_download.balanced_splits(gpt_download.check_unchanged(gpt_download.SAMPLE, gpt_download.SAMPLE_SHA256)),
-            "sample",
-            [],
-        )
-    if os.path.isfile(data_dir):
-        if sha256_of(data_dir) == gpt_download.COLLECTION_SHA256:
-            return gpt_download.balanced_splits(data_dir), "uci", []
-        messages, warnings = read_messages(data_dir, text_column, label_column)
-        return split_at_random(parse_labels(dict(train=messages))["train"], data_dir), "own", warnings
+        sample = gpt_download.check_unchanged(gpt_download.SAMPLE, gpt_download.SAMPLE_SHA256)
+        return gpt_download.balanced_splits(sample), "sample", []
+    is_file = os.path.isfile(data_dir)
+    if is_file and sha256_of(data_dir) == gpt_download.COLLECTION_SHA256:
+        return gpt_download.balanced_splits(data_dir), "uci", []
+    paths = dict(train=Path(data_dir)) if is_file else find_files(data_dir)
+    if not paths:
+        return gpt_download.make_uci_splits(data_dir), "uci", []
+    is_uci = are_uci_splits(paths) and not is_file
+    read = [read_messages(path, *(() if is_uci else (text_column, label_column))) for path in paths.values()]
+    splits = parse_labels({split: messages for split, (messages, _) in zip(paths, read)})
+    splits = split_at_random(splits["train"], data_dir) if is_file else splits
+    return splits, "uci" if is_uci else "own", [warning for _, of_file in read for warning in of_file]
+
+
+def find_files(data_dir):
+    """Return the files of a folder {split: path}, or {} if the collection is to be fetched into it.
+
+    Raises UserError if a split is missing or there twice, and for a folder that was probably meant to hold other data.
+    """
     paths = {split: [Path(data_dir, name) for name in split_names(split)] for split in SPLITS}
     found = [[path for path in of_split if os.path.lexists(path)] for of_split in paths.values()]  # a broken link too
     if several := [" and ".join(path.name for path in of_split) for of_split in found if len(of_split) > 1]:
         raise UserError(f"--data_dir {data_dir} holds {', '.join(several)}: move all but one of a split away")
     present = {split: of_split[0] for split, of_split in zip(SPLITS, found) if of_split}
-    is_uci = all(sha256_of(path) == gpt_download.UCI_SPLITS_SHA256[split] for split, path in present.items())
     if len(present) == len(SPLITS):
-        columns = () if is_uci else (text_column, label_column)
-        read = {split: read_messages(path, *columns) for split, path in present.items()}
-        splits = parse_labels({split: messages for split, (messages, _) in read.items()})
-        return splits, "uci" if is_uci else "own", [warning for _, of_file in read.values() for warning in of_file]
-    if not is_uci:
+        return present
+    if not are_uci_splits(present):
         names = " and ".join(path.name for path in present.values())
         missing = " and no ".join(f"{split}.csv" for split in SPLITS if split not in present)
         advice = "a single file is split if --data_dir names the file itself"
@@ -128,7 +133,12 @@ def load_splits(data_dir, dataset, text_column="Text", label_column="Label"):
             problem = f"holds {textwrap.shorten(', '.join(names), 100, placeholder=' …')}"
             advice = "rename them to train.csv, validation.csv and test.csv, or name a single one, which is then split"
             raise UserError(f"--data_dir {data_dir} {problem}; {advice}")
-    return gpt_download.make_uci_splits(data_dir), "uci", []
+    return {}
+
+
+def are_uci_splits(paths):
+    """Return whether all these files {split: path} are splits of the collection."""
+    return all(sha256_of(path) == gpt_download.UCI_SPLITS_SHA256[split] for split, path in paths.items())
 
 
 def split_at_random(messages, path):
