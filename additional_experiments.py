@@ -508,7 +508,7 @@ def write_classifier(experiment, setup, parameters, record, run_options, console
 
 
 class TrainedClassifier:
-    """A classifier that --save_model wrote, ready to use. The settings that can be `given` are weights and device.
+    """A classifier that --save_model wrote, ready to use. `given` may replace weights, device and columns.
 
     Raises UserError for a file that cannot be used, and for weights other than those that it was trained on.
     """

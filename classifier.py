@@ -66,18 +66,6 @@ def add_lora(module, lora_type, rank, alpha):
             add_lora(child, lora_type, rank, alpha)
 
 
-@torch.no_grad()
-def merge_lora(module):
-    """Replace every LinearWithLoRA below `module` by one nn.Linear that computes the same function."""
-    for name, child in module.named_children():
-        if isinstance(child, LinearWithLoRA):
-            product = child.alpha * (child.A.double() @ child.B.double())
-            child.linear.weight.data = (child.linear.weight.double() + product.T).to(child.linear.weight.dtype)
-            setattr(module, name, child.linear)
-        else:
-            merge_lora(child)
-
-
 # --- the classifier ---
 
 
@@ -119,7 +107,7 @@ class Classifier(nn.Module):
 
     @property
     def n_full_blocks(self):
-        """The number of frozen blocks that run at all positions: without a last block that computes only one."""
+        """The number of frozen blocks that run at all positions; a last block that computes one does not count."""
         is_one_query = self.n_frozen_blocks == len(self.gpt.trf_blocks) and not self.average_embeddings
         return self.n_frozen_blocks - is_one_query
 
@@ -178,9 +166,15 @@ class Classifier(nn.Module):
         x = self.gpt.final_norm(x)
         return mean_up_to(x, batch.positions) if self.average_embeddings else x
 
+    @torch.no_grad()
     def merge_lora(self):
-        """Merge the LoRA matrices into the weights, for programs that know no LoRA; logits change by rounding only."""
-        merge_lora(self)
+        """Replace every LinearWithLoRA by one nn.Linear that computes the same function."""
+        for module in list(self.modules()):
+            for name, child in module.named_children():
+                if isinstance(child, LinearWithLoRA):
+                    product = child.alpha * (child.A.double() @ child.B.double())
+                    child.linear.weight.data = (child.linear.weight.double() + product.T).to(child.linear.weight.dtype)
+                    setattr(module, name, child.linear)
 
     def autocast(self):
         """Return the context in which matmuls are in bfloat16, if this classifier uses bf16."""

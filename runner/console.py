@@ -74,13 +74,16 @@ class Console:
         return tqdm(desc=description, total=total, unit=unit, initial=initial, disable=self.quiet, **settings)
 
     def write_output(self, what, path, write, *arguments):
-        """Call `write(path, *arguments)` on rank 0, if there is a path. A failure is a warning; `close` raises it."""
+        """Call `write(path, *arguments)` on rank 0, if there is a path.
+
+        A failure is printed as a warning; `close` then raises an error.
+        """
         if self.is_silent or not path:
             return
         try:
             written = write(path, *arguments)  # the path of a file in the folder `path`, or None
             self.info(f"Wrote {what} to {written or path}")
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError, UserError) as error:
             reason = getattr(error, "strerror", None) or error
             self.not_written.append(f"{what} could not be written to {path}: {reason}")
             self.warning(self.not_written[-1])
@@ -105,7 +108,8 @@ def describe_setup(experiment, data, encoded, device):
         tokens = "; ".join([tokens, *encoded.describe_cut()])
     is_wasteful = encoded.pool.lengths.min() == encoded.limit > 2 * encoded.usual  # most is padding
     if experiment.context_length == "longest_training_example" and is_wasteful:
-        advice = f"--context_length {encoded.usual} or --trainable_token_pos flexible is faster"
+        other = " or --trainable_token_pos flexible" * (not experiment.disable_causal_mask)
+        advice = f"--context_length {encoded.usual}{other} is faster"
         tokens += f"\n99% of the training texts have at most {encoded.usual} tokens: {advice}"
     lines = [f"Device: {describe_devices(device)}; {versions}", describe_data(data), tokens]
     if data.name != "own":  # the README describes the repeated messages of the collection

@@ -133,7 +133,8 @@ def test_each_process_needs_its_share_of_what_is_sharded(monkeypatch):
     with torch.device("meta"):
         model = build_classifier(ae.Experiment(weights="random", trainable_layers="all"), n_classes=2)
     for is_sharded, needed in ((False, ("1.99", "0.50", "0.50", "1.00")), (True, ("0.50", "0.12", "0.12", "0.25"))):
-        expected = "each process needs {} GB and 0.00 GB are free: weights {} GB, gradients {} GB, optimizer {} GB"
+        expected = "training needs {} GB in each process, but only 0.00 GB are free: "
+        expected += "weights {} GB, gradients {} GB, optimizer {} GB"
         assert devices.describe_short_memory(model, torch.device("cpu"), is_sharded) == expected.format(*needed)
 
 

@@ -7,6 +7,8 @@ import shutil
 import signal
 import sys
 import time
+import weakref
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest.mock import Mock
@@ -220,10 +222,13 @@ class RunsCode:
 
 
 def test_checkpoint_that_cannot_be_used(quick, capfd):
-    """Cut, other files of PyTorch's, of an older format, one that would run code, a text."""
+    """Cut, other files of PyTorch's, of an older format, one that would run code, another archive, a text."""
     old = dict(identity=dict(format=FORMAT - 1), state={})
-    for content in ({}, {"parameters": torch.ones(1)}, old | dict(state=None), old, RunsCode(), None):
+    for content in ({}, {"parameters": torch.ones(1)}, old | dict(state=None), old, RunsCode(), "archive", None):
         torch.save(content, "run.ckpt")
+        if content == "archive":
+            with zipfile.ZipFile("run.ckpt", "w") as archive:
+                archive.writestr("a.txt", "a")
         if content == {}:
             Path("run.ckpt").write_bytes(Path("run.ckpt").read_bytes()[:-10])
         if content is None:
@@ -274,6 +279,24 @@ def test_damaged_states_are_refused(interrupted, capfd):
         torch.save(content, "run.ckpt")
         assert ae.main(interrupted) == 2
         assert re.fullmatch(r"error: run.ckpt is damaged \(.*\); delete it to start over\n", capfd.readouterr().err)
+
+
+def test_a_restored_checkpoint_frees_its_memory(interrupted, monkeypatch):
+    """It may be as large as what the run itself needs."""
+    saved, load, train = [], torch.load, ae.train
+
+    def noting(*arguments, **settings):
+        content = load(*arguments, **settings)
+        saved.extend(map(weakref.ref, content["state"]["parameters"].values()))
+        return content
+
+    def checked(*arguments):
+        assert saved and not any(tensor() is not None for tensor in saved)
+        train(*arguments)
+
+    monkeypatch.setattr(torch, "load", noting)
+    monkeypatch.setattr(ae, "train", checked)
+    assert ae.main(interrupted) == 0
 
 
 def test_ctrl_c_while_a_checkpoint_is_read(interrupted, monkeypatch, capfd):

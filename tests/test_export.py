@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 import additional_experiments as ae
-from classifier import merge_lora
 from gpt_download import load_vocabulary, load_weights
 from runner.saved import export
 from runner.saved.classifiers import SavedClassifier
@@ -45,7 +44,7 @@ def test_transformers_computes_the_same(tiny_size, tmp_path, sample_splits, toke
     encoded = ae.encode(load_vocabulary(), {"texts": pd.DataFrame(dict(Text=texts, Label=0))}, experiment)
     expected = ae.predict(classifier, encoded.pool, encoded.splits["texts"].indices)
     names = [f"class {number}" for number in range(n_classes)]
-    merge_lora(classifier)
+    classifier.merge_lora()
     export.make_model(classifier, names).save_pretrained(tmp_path / "out")
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
     assert [model.config.id2label[number] for number in range(n_classes)] == names
@@ -144,8 +143,10 @@ def test_what_the_format_cannot_express(flexible, data_dir, capfd):
     assert ae.main(["--load_model", "trained.safetensors", "--export", "out"]) == 2
     assert told.err == capfd.readouterr().err and not Path("out").exists()
     (data_dir / "train.csv").write_text("Label,Text\n" + "".join(f"{n},text {n}\n" for n in range(17)))
-    assert ae.main([*flexible, "--export", "out"]) == 2
-    assert "error: --export takes 16 classes at most" in capfd.readouterr().err
+    assert ae.main([*flexible, "--export", "out", "--plot", "run.png"]) == 1
+    told = capfd.readouterr()
+    assert "could not be written to out: --export takes 16 classes at most" in told.err
+    assert "| gpt2-tiny | random |" in told.out and Path("run.png").exists()  # nothing else is lost
 
 
 def test_folders_that_are_not_new_or_empty(flexible, capfd):

@@ -83,6 +83,7 @@ def test_labels_that_differ_in_case_only_get_one_warning():
     "header, options",
     [
         ("v1,v2,,,", "--text_column v2 --label_column v1"),
+        ("one,v2,v1", "--text_column v2 --label_column v1"),  # the first has the same value everywhere
         ("id;sms text;kind", '--text_column "sms text" --label_column kind'),
         ("Text;no;kind", "--text_column Text --label_column kind"),
         ("Label,Text,text", None),
@@ -91,13 +92,16 @@ def test_labels_that_differ_in_case_only_get_one_warning():
 def test_a_header_is_answered_with_the_options_that_read_it(header, options):
     """They work as they are: what is suggested for a file reads it."""
     separator = ";" if ";" in header else ","
-    values = dict(v1="ab", v2=["long words {}"] * 2, id=["{}"] * 2, kind="xy", no=["{}"] * 2, Label="ab", Text="st")
+    values = dict(
+        one="11", v1="ab", v2=["long words {}"] * 2, id=["{}"] * 2, kind="xy", no=["{}"] * 2, Label="ab", Text="st"
+    )
     values |= {"": ["", ""], "sms text": ["a, message {}"] * 2, "Text": ["a text {}"] * 2, "class": "pq", "text": "st"}
     rows = [separator.join(values[name][n % 2].format(n) for name in header.split(separator)) for n in range(40)]
     write("own.csv", rows, header)
     with pytest.raises(UserError) as error:
         read("own.csv")
     begin, _, suggested = str(error.value).partition("; to use its own columns add ")
+    suggested = suggested.removesuffix("; if it is a message, put the names of the columns above it")
     assert begin == f"own.csv, line 1: the header must have one column Label and one column Text; it is {header!r}"
     assert suggested == (options or "")
     if options:
@@ -111,7 +115,7 @@ def test_a_header_is_answered_with_the_options_that_read_it(header, options):
     [
         ("Tweet,n,Class", "{1} {0},{0},{1}", {}, dict(Tweet="Text", Class="Label")),
         ("foo,Label", "{1} {0},{1}", {}, dict(foo="Text")),
-        ("n,Reviews,foo", "{0},{1} {0},{1}", dict(label_column="foo"), dict(Reviews="Text")),
+        ("n,Review,foo", "{0},{1} {0},{1}", dict(label_column="foo"), dict(Review="Text")),
         ("text,foo", "{1} {0},{1}", dict(text_column="TEXT"), dict(foo="Label")),
     ],
 )
@@ -139,9 +143,9 @@ def test_columns_that_cannot_be_told(header, options):
     [
         (
             ["ham,see you", "spam,win", "ham,ok"],
-            "; it looks like a message: put a line with the names of the columns above it",
+            "; if it is a message, put the names of the columns above it",
         ),
-        (["My data;;", "Label;Text;n", "ham;ok;1"], "; line 2 has them: delete what is above"),
+        (["My data;;", "Label;Text;n", "ham;ok;1"], "; the next line has them: delete what is above"),
     ],
 )
 def test_a_file_whose_first_line_is_no_header(lines, advice):
@@ -189,7 +193,9 @@ def test_one_file_is_split_whatever_its_order(quick, capsys):
     assert main([*quick, "--predictions", "sorted.csv"]) == 2
     assert "--predictions sorted.csv would overwrite the data" in capsys.readouterr().err
     write("few.csv", ["a,1", "b,2"])
-    with pytest.raises(UserError, match="--data_dir few.csv: 2 messages are too few to be split"):
+    with pytest.raises(
+        UserError, match="--data_dir few.csv: 2 messages with 2 different labels are too few to be split"
+    ):
         read("few.csv")
 
 
@@ -236,21 +242,45 @@ def test_tabs_and_the_quotes_of_pandas():
     frame = pd.DataFrame(dict(Label=["a", "b"] * 10, Text=[f"{text} {n}" for n in range(5) for text in texts]))
     frame.to_csv("own.tsv", sep="\t", index=None)
     data = read("own.tsv")
-    assert data.warnings == ["own.tsv: its quotes are read as those of CSV, because all of them are"]
+    assert data.warnings == ["own.tsv: quotes are read as those of CSV, not as part of the texts"]
     assert sorted(text for split in data.splits.values() for text in split["Text"]) == sorted(frame["Text"])
     with open("own.tsv", "a") as file:
         file.write('a\t"never closed\n')
-    with pytest.raises(UserError, match="own.tsv, line 2: 3 instead of 2 fields; a text cannot contain a tab"):
+    with pytest.raises(
+        UserError, match="own.tsv, line 2: 3 instead of 2 fields; a text cannot contain a tab or a line break"
+    ):
         read("own.tsv")
 
 
 # --- what is worth a warning ---
 
 
+def test_a_file_with_tabs_in_which_all_fields_are_quoted():
+    """As R's write.table writes it, and pandas if it is told to."""
+    frame = pd.DataFrame(dict(Label=["a", "b"] * 10, Text=[f"text {n}" for n in range(20)]))
+    frame.to_csv("own.tsv", sep="\t", index=None, quoting=1)
+    data = read("own.tsv")
+    assert data.class_names == ["a", "b"] and set(data.test_texts) < set(frame["Text"])
+
+
+def test_separators_at_the_end_of_rows_and_blank_lines():
+    write_splits("own", train=["a,x,", "b,y,,", "  ", ",,"])
+    data = read("own")
+    assert data.splits["train"]["Text"].tolist() == ["x", "y"] and data.warnings == [
+        "own/train.csv: rows without a text are left out: 1 (line 5)"
+    ]
+
+
+def test_the_same_warning_of_three_files_is_one():
+    for split in datasets.SPLITS:
+        write(Path("own", f"{split}.csv"), [f"a,{split} 1", f"b,{split} 2"], "Class,Text")
+    assert read("own").warnings == ["own/train.csv, own/validation.csv, own/test.csv: column 'Class' is read as Label"]
+
+
 def test_rows_without_a_text_are_left_out():
     write_splits("own", train=["a,x", "b,", "a, ", "b,y"])
     data = read("own")
-    assert data.warnings == ["own/train.csv: rows without a text are left out: 2 (line 3, 4)"]
+    assert data.warnings == ["own/train.csv: rows without a text are left out: 2 (lines 3, 4)"]
     assert data.splits["train"]["Text"].tolist() == ["x", "y"]
 
 
@@ -258,7 +288,7 @@ def test_a_text_that_has_swallowed_rows():
     write_splits("own", train=['b,"never closed', "a,next", 'b,last"', 'a,"two', 'lines, three"', 'b,"x', 'a,y"'])
     [warning] = read("own").warnings
     problem = (
-        "texts of several lines that hold what looks like a row of the file: 2 (line 2, 7); is a quote not closed?"
+        "texts of several lines that hold what looks like a row of the file: 2 (lines 2, 7); is a quote not closed?"
     )
     assert warning == f"own/train.csv: {problem}"
 
@@ -303,6 +333,8 @@ def test_a_long_text_to_which_all_others_are_padded(quick, data_dir, capsys):
     for further, is_told in ((), True), (("--trainable_token_pos=flexible",), False), (("--context_length=90",), False):
         assert main([*quick, *further]) == 0
         assert (line in capsys.readouterr().out.splitlines()) == is_told
+    assert main([*quick, "--disable_causal_mask", "--trainable_token_pos=flexible"]) == 0  # now pads are seen
+    assert line.replace(" or --trainable_token_pos flexible", "") in capsys.readouterr().out.splitlines()
 
 
 # --- predictions ---
@@ -356,11 +388,19 @@ def test_classify_a_file(quick, data_dir, capsys):
         assert table["predicted"].astype(str).tolist() == [*labels, ""] and table["probability_1"].iloc[-1] == ""
 
     for arguments, message in (
-        (["messages.csv", "--text_column", "Word"], "'Words,Label'; to use its own columns add --text_column Words\n"),
+        (
+            ["messages.csv", "--text_column", "Word"],
+            "Words,Label'; to use its own columns add --text_column Words; if it is",
+        ),
         (["messages.csv", "hello"], "--classify messages.csv: a file is classified alone, without other messages\n"),
     ):
         assert main([*command, *arguments]) == 2
-        assert capsys.readouterr().err.endswith(message)
+        assert message in capsys.readouterr().err
+    write("ids.csv", ["7,ok", "9,win", ",", "11,"], "id,text")  # no label is needed, so none is guessed
+    assert main([*command, "ids.csv"]) == 0
+    out, err = capsys.readouterr()
+    assert set(pd.read_csv(io.StringIO(out), keep_default_na=False)["label"]) == {""}
+    assert err == ""
 
 
 def test_what_is_probably_no_message(quick, capsys):

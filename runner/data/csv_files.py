@@ -14,7 +14,7 @@ from runner.wording import command_line
 
 TEXT, LABEL = "Text", "Label"  # the columns, unless options name others
 USUAL_NAMES = {
-    TEXT: {"message", "sentence", "tweet", "review", "comment", "content", "question", "headline", "utterance"},
+    TEXT: {"message", "sentence", "tweet", "review", "comment", "comments", "content", "question", "headline"},
     LABEL: {"class", "category", "sentiment", "target", "intent", "topic", "polarity", "emotion", "rating", "stars"},
 }
 
@@ -52,12 +52,16 @@ def read_messages(path, text_column=TEXT, label_column=LABEL, is_labelled=True):
         file = io.StringIO(content, newline="")
         layout = parse_header(file, text_column, label_column, is_labelled)
         has_quotes = layout.separator != "\t" or is_utf16 or has_quoted_fields(content)
+        rule = f"that contains {layout.separator!r} needs quotes"
+        if not has_quotes:
+            rule = "cannot contain a tab or a line break; save the file with commas and quotes"
         quoting = csv.QUOTE_MINIMAL if has_quotes else csv.QUOTE_NONE
         reader, line = csv.reader(file, delimiter=layout.separator, quoting=quoting, strict=True), 2
         for fields in reader:
-            if fields:  # not an empty line
+            while len(fields) > len(layout.names) and not fields[-1].strip():
+                fields.pop()  # separators at the end of a row
+            if len(fields) > 1 or fields and (fields[0].strip() or len(layout.names) == 1):  # not an empty line
                 if not layout.fits(fields):
-                    rule = f"that contains {layout.separator!r} needs quotes" if has_quotes else "cannot contain a tab"
                     raise ValueError(f"{len(fields)} instead of {len(layout.names)} fields; a text {rule}")
                 label, text = layout.label_of(fields), fields[layout.text]
                 if is_labelled and not text.strip():
@@ -68,9 +72,9 @@ def read_messages(path, text_column=TEXT, label_column=LABEL, is_labelled=True):
             line = reader.line_num + 2  # of the next row; the header is a line too
         if unlabelled:
             line = unlabelled[0]
-            raise ValueError(f"the label is empty; rows without a label: {count_lines(unlabelled)}")
+            raise ValueError(f"rows without a label: {count_lines(unlabelled)}")
         if not rows:
-            raise ValueError("no messages below the header")
+            raise ValueError("no messages below the header" + f", only rows without a text: {len(blank)}" * bool(blank))
     except (csv.Error, ValueError) as error:
         problem = error
         if isinstance(error, UnicodeDecodeError):
@@ -87,7 +91,7 @@ def read_messages(path, text_column=TEXT, label_column=LABEL, is_labelled=True):
     if blank:
         warnings.append(f"rows without a text are left out: {count_lines(blank)}")
     if has_quotes and layout.separator == "\t" and not is_utf16:
-        warnings.append("its quotes are read as those of CSV, because all of them are")
+        warnings.append("quotes are read as those of CSV, not as part of the texts")
 
     def holds_row(text):
         parsed = (next(csv.reader([line], delimiter=layout.separator), []) for line in text.splitlines()[1:])
@@ -98,21 +102,23 @@ def read_messages(path, text_column=TEXT, label_column=LABEL, is_labelled=True):
             problem = "texts of several lines that hold what looks like a row of the file"
             warnings.append(f"{problem}: {count_lines(swallowed)}; is a quote not closed?")
     frame = pd.DataFrame(rows, columns=[LABEL, TEXT, "file", "line"])
-    return frame, [f"{path}: {warning}" for warning in warnings]
+    return frame, warnings
 
 
 def count_lines(lines):
-    """Return how many lines there are, and which: `34 (line 7, 9, 12, 20, 21, …)`."""
-    return f"{len(lines):,} (line {', '.join(map(str, lines[:5]))}{', …' * (len(lines) > 5)})"
+    """Return how many lines there are, and which: `34 (lines 7, 9, 12, 20, 21, …)`."""
+    return f"{len(lines):,} (line{'s' * (len(lines) > 1)} {', '.join(map(str, lines[:5]))}{', …' * (len(lines) > 5)})"
 
 
 def has_quoted_fields(content):
     """Return whether the quotes in a file with tabs are those of CSV, as pandas writes them.
 
-    By default such quotes are part of the text, as such data is published. Here all fields that begin with a quote end
-    with one, and need it: they contain a tab or a doubled quote.
+    By default such quotes are part of the text, as such data is published. Here all fields are quoted, the first name
+    of the header too; or all that begin with a quote end with one and need it: they contain a tab or a doubled quote.
     """
-    quoted = re.compile(r'(?:^|(?<=\t))"((?:[^"\r\n]|"")*)"(?=[\t\r\n]|\Z)', re.M)
+    if '"' not in content or content.startswith('"'):
+        return content.startswith('"')
+    quoted = re.compile(r'(?:^|(?<=\t))"((?:[^"\r\n]++|"")*+)"(?=[\t\r\n]|\Z)', re.M)
     fields, others = quoted.findall(content), quoted.sub("", content)
     return bool(fields) and all(re.search('\t|""', field) for field in fields) and not re.search('(?m)(^|\t)"', others)
 
@@ -125,19 +131,19 @@ def fold(column):
     return column.strip().casefold()
 
 
-def find_columns(names, text_column, label_column):
-    """Return the indices of the columns of texts and of labels, None for one that cannot be told.
+def find_columns(names, text_column, label_column, is_labelled=True):
+    """Return the indices of the columns of texts and of labels, None for one that cannot be identified.
 
-    Where the default name is asked for and is missing, a usual name will do, or the other one of two columns.
+    Where the default name is asked for and is missing, a usual name will do, or the other one of two columns. A label
+    that is not needed is not guessed so.
     """
     keys, found, can_guess = [fold(name) for name in names], [], []
     for default, wanted in ((TEXT, text_column), (LABEL, label_column)):
         can_guess.append(wanted == default and fold(wanted) not in keys)
-        usual = USUAL_NAMES[default] | {f"{name}s" for name in USUAL_NAMES[default]}
-        accepted = usual if can_guess[-1] else {fold(wanted)}
+        accepted = USUAL_NAMES[default] if can_guess[-1] else {fold(wanted)}
         indices = [index for index, name in enumerate(keys) if name in accepted]
         found.append(indices[0] if len(indices) == 1 else None)
-    for this, other in ((0, 1), (1, 0)):
+    for this, other in ((0, 1), (1, 0))[: 1 + is_labelled]:
         if len(keys) == 2 and found[this] is None and found[other] is not None and can_guess[this]:
             found[this] = 1 - found[other]
     return found
@@ -155,12 +161,14 @@ def guessed_columns(layout, text_column, label_column):
 def parse_header(file, text_column, label_column, is_labelled):
     """Return the Layout of a CSV file that is open at its first line.
 
-    Raises ValueError for a column that cannot be told, with the options that name columns of this file.
+    Raises ValueError for a column that cannot be identified, with the options that name columns of this file.
     """
     header, names = file.readline(), []
+    if "\0" in header:  # of UTF-16 without a byte order mark
+        raise ValueError("the header holds NUL characters; save the file as CSV UTF-8")
     for separator in ",;\t":
         found = next(csv.reader([header], delimiter=separator), [])
-        text, label = find_columns(found, text_column, label_column)
+        text, label = find_columns(found, text_column, label_column, is_labelled)
         if text is not None and (label is not None or not is_labelled):
             return Layout(separator, found, text, label)
         if len(found) > len(names):
@@ -169,13 +177,10 @@ def parse_header(file, text_column, label_column, is_labelled):
     needed = " and ".join(f"one column {column}" for column in reversed(wanted))
     problem = f"the header must have {needed}; it is {header.strip()[:80]!r}"
     rows = [row for row in rows if row] if names else []
-    values = {(i, value) for row in rows for i, value in enumerate(row) if value}
     if rows and None not in find_columns(rows[0], text_column, label_column):
-        problem += "; line 2 has them: delete what is above"
-    elif find_columns(names, text_column, label_column) == [None, None] and not values.isdisjoint(enumerate(names)):
-        problem += "; it looks like a message: put a line with the names of the columns above it"
+        problem += "; the next line has them: delete what is above"
     elif options := suggest_columns(names, rows, wanted):
-        problem += f"; to use its own columns add {options}"
+        problem += f"; to use its own columns add {options}; if it is a message, put the names of the columns above it"
     raise ValueError(problem)
 
 

@@ -104,7 +104,12 @@ def load_splits(data_dir, dataset, text_column="Text", label_column="Label"):
     read = [read_messages(path, *(() if is_uci else (text_column, label_column))) for path in paths.values()]
     splits = parse_labels({split: messages for split, (messages, _) in zip(paths, read)})
     splits = split_at_random(splits["train"], data_dir) if is_file else splits
-    return splits, "uci" if is_uci else "own", [warning for _, of_file in read for warning in of_file]
+    of_paths = {}  # {warning: the files of which it is true}
+    for path, (_, warnings) in zip(paths.values(), read):
+        for warning in warnings:
+            of_paths.setdefault(warning, []).append(str(path))
+    warnings = [f"{', '.join(files)}: {warning}" for warning, files in of_paths.items()]
+    return splits, "uci" if is_uci else "own", warnings
 
 
 def find_files(data_dir):
@@ -153,9 +158,8 @@ def split_at_random(messages, path):
     split_of = np.select([is_first | (turn < 7), turn == 7], ["train", "validation"], "test")
     splits = {split: ordered[split_of == split].sample(frac=1, random_state=123) for split in SPLITS}
     if any(frame.empty for frame in splits.values()):
-        raise UserError(
-            f"--data_dir {path}: {len(messages)} messages are too few to be split; each class needs one for training"
-        )
+        counts = f"{len(messages):,} messages with {messages['Label'].nunique():,} different labels"
+        raise UserError(f"--data_dir {path}: {counts} are too few to be split; each label needs one for training")
     return {split: frame.reset_index(drop=True) for split, frame in splits.items()}
 
 

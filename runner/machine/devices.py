@@ -109,7 +109,7 @@ def describe_short_memory(model, device, is_sharded):
     if (needed := sum(needs.values())) <= (free := free_memory(device)):
         return None
     listed = ", ".join(f"{what} {n / 1e9:.2f} GB" for what, n in needs.items())
-    return f"each process needs {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free: {listed}"
+    return f"training needs {needed / 1e9:.2f} GB in each process, but only {free / 1e9:.2f} GB are free: {listed}"
 
 
 def free_in_control_groups(groups=Path("/proc/self/cgroup"), root=Path("/sys/fs/cgroup")):
@@ -147,5 +147,5 @@ def peak_memory(device):
 
 
 def random_generators(device):
-    """Return PyTorch's modules with random generators of their own, for the CPU and for `device`, by device type."""
+    """Return {device type: PyTorch's module with its random generator} for the CPU and for `device`."""
     return {kind: torch if kind == "cpu" else getattr(torch, kind) for kind in ("cpu", device.type)}

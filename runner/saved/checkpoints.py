@@ -251,9 +251,9 @@ def read_checkpoint(path, identity, seeds):
         found = content["identity"] | dict(seed=state.get("seed"))
     except FileNotFoundError:
         return None
-    except (OSError, MemoryError, RuntimeError) as error:  # PyTorch has a RuntimeError where memory is short
-        raise UserError(f"the checkpoint {path} cannot be read: {error or 'out of memory'}", status=1) from None
     except Exception as error:  # of many types
+        if isinstance(error, (OSError, MemoryError)) or "memory" in str(error):  # PyTorch's is a RuntimeError
+            raise UserError(f"the checkpoint {path} cannot be read: {error or 'out of memory'}", status=1) from None
         problem = f"{path} is damaged, or not a checkpoint ({type(error).__name__})"
         raise UserError(f"{problem}; name another file, or delete this one to start over") from None
     expected = identity | dict(seed=found["seed"] if found["seed"] in seeds else seeds[0])

@@ -133,7 +133,7 @@ def classify_file(path, classifier):
     columns = classifier.experiment.text_column, classifier.experiment.label_column
     frame, warnings = read_messages(path, *columns, is_labelled=False)
     for warning in warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+        print(f"warning: {path}: {warning}", file=sys.stderr)
     is_blank = (frame["Text"].str.strip() == "").to_numpy()
     probabilities = np.full((len(frame), len(classifier.class_names)), np.nan)
     probabilities[~is_blank] = classifier.predict(frame["Text"][~is_blank])[1].numpy()
