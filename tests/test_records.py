@@ -82,7 +82,10 @@ def with_value(content, path, value):
 MISSING = object()
 
 
-@pytest.mark.parametrize("damage", [None, "text", -7, MISSING], ids=["null", "text", "number", "missing"])
+SLOW = [pytest.param(None, id="null", marks=pytest.mark.slow), pytest.param(-7, id="number", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("damage", [pytest.param("text", id="text"), pytest.param(MISSING, id="missing"), *SLOW])
 def test_a_record_with_one_damage_is_skipped_or_reported(tmp_path, damage):
     """A value that is missing or another, wherever it is, and every format of the report."""
     history = History([0, 50], [1.0, 0.5], [1.0, 0.6], [[30, 40]], [[35, 40]], ["a line"])
