@@ -35,6 +35,11 @@ class Layout:
     def label_of(self, fields):
         return "" if self.label is None else " ".join(fields[self.label].split())
 
+    def holds_row(self, text, labels):
+        """Tell whether a line of a text, but for its first, looks like a row with one of these labels."""
+        rows = (next(csv.reader([line], delimiter=self.separator), []) for line in text.splitlines()[1:])
+        return any(self.fits(fields) and self.label_of(fields) in labels for fields in rows)
+
 
 def read_messages(path, text_column=TEXT, label_column=LABEL, is_labelled=True):
     """Return (the messages of a CSV file, a DataFrame with columns Label, Text (str), file and line; warnings).
@@ -44,65 +49,78 @@ def read_messages(path, text_column=TEXT, label_column=LABEL, is_labelled=True):
     texts blank. Raises UserError that names file and line; pandas cannot be used here, because it does not report line
     numbers.
     """
-    rows, blank, unlabelled, line, content = [], [], [], 1, Path(path).read_bytes()
-    is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     csv.field_size_limit(2**31 - 1)  # by default a text of more than 131,072 characters is an error
+    content, is_utf16 = decode(path)
+    file = io.StringIO(content, newline="")
     try:
-        content = content.decode("utf-16" if is_utf16 else "utf-8-sig")
-        file = io.StringIO(content, newline="")
         layout = parse_header(file, text_column, label_column, is_labelled)
-        has_quotes = layout.separator != "\t" or is_utf16 or has_quoted_fields(content)
-        rule = f"that contains {layout.separator!r} needs quotes"
-        if not has_quotes:
-            rule = "cannot contain a tab or a line break; save the file with commas and quotes"
-        quoting = csv.QUOTE_MINIMAL if has_quotes else csv.QUOTE_NONE
-        reader, line = csv.reader(file, delimiter=layout.separator, quoting=quoting, strict=True), 2
-        for fields in reader:
-            while len(fields) > len(layout.names) and not fields[-1].strip():
-                fields.pop()  # separators at the end of a row
-            if len(fields) > 1 or fields and (fields[0].strip() or len(layout.names) == 1):  # not an empty line
-                if not layout.fits(fields):
-                    raise ValueError(f"{len(fields)} instead of {len(layout.names)} fields; a text {rule}")
-                label, text = layout.label_of(fields), fields[layout.text]
-                if is_labelled and not text.strip():
-                    blank.append(line)
-                else:
-                    rows.append((label, text, str(path), line))
-                    unlabelled += [line] * (is_labelled and not label)
-            line = reader.line_num + 2  # of the next row; the header is a line too
-        if unlabelled:
-            line = unlabelled[0]
-            raise ValueError(f"rows without a label: {count_lines(unlabelled)}")
-        if not rows:
-            raise ValueError("no messages below the header" + f", only rows without a text: {len(blank)}" * bool(blank))
     except (csv.Error, ValueError) as error:
-        problem = error
-        if isinstance(error, UnicodeDecodeError):
-            line, byte = len(error.object[: error.start + 1].splitlines()), error.object[error.start]
-            encoding = "UTF-16" if is_utf16 else "UTF-8"
-            problem = (
-                f"byte 0x{byte:02x} is not {encoding}; save the file as CSV UTF-8, not in cp1252, cp932 or compressed"
-            )
-        elif isinstance(error, csv.Error):
-            problem = f"a quote that opens here is not closed, or is closed too early ({error})"
-        raise UserError(f"{path}, line {line}: {problem}") from None
+        raise line_error(path, 1, error) from None
+    has_quotes = layout.separator != "\t" or is_utf16 or has_quoted_fields(content)
+    rows, blank, unlabelled = [], [], []
+    for line, fields in read_rows(path, file, layout, has_quotes):
+        label, text = layout.label_of(fields), fields[layout.text]
+        if is_labelled and not text.strip():
+            blank.append(line)
+        else:
+            rows.append((label, text, str(path), line))
+            unlabelled += [line] * (is_labelled and not label)
+    if unlabelled:
+        raise line_error(path, unlabelled[0], f"rows without a label: {count_lines(unlabelled)}")
+    if not rows:
+        only_blank = f", only rows without a text: {len(blank)}" * bool(blank)
+        raise line_error(path, 2, f"no messages below the header{only_blank}")
 
     warnings, labels = guessed_columns(layout, text_column, label_column), {label for label, *_ in rows}
     if blank:
         warnings.append(f"rows without a text are left out: {count_lines(blank)}")
     if has_quotes and layout.separator == "\t" and not is_utf16:
         warnings.append("quotes are read as those of CSV, not as part of the texts")
-
-    def holds_row(text):
-        parsed = (next(csv.reader([line], delimiter=layout.separator), []) for line in text.splitlines()[1:])
-        return any(layout.fits(fields) and layout.label_of(fields) in labels for fields in parsed)
-
     if layout.label is not None and has_quotes:
-        if swallowed := [line for _, text, _, line in rows if "\n" in text and holds_row(text)]:
+        if swallowed := [line for _, text, _, line in rows if "\n" in text and layout.holds_row(text, labels)]:
             problem = "texts of several lines that hold what looks like a row of the file"
             warnings.append(f"{problem}: {count_lines(swallowed)}; is a quote not closed?")
-    frame = pd.DataFrame(rows, columns=[LABEL, TEXT, "file", "line"])
-    return frame, warnings
+    return pd.DataFrame(rows, columns=[LABEL, TEXT, "file", "line"]), warnings
+
+
+def line_error(path, line, problem):
+    """Return the UserError for a problem in a line of a file."""
+    return UserError(f"{path}, line {line}: {problem}")
+
+
+def decode(path):
+    """Return (the text of a file, whether it is UTF-16). Raises UserError for other encodings than UTF-8 and UTF-16."""
+    content = Path(path).read_bytes()
+    is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        return content.decode("utf-16" if is_utf16 else "utf-8-sig"), is_utf16
+    except UnicodeDecodeError as error:
+        line, byte = len(error.object[: error.start + 1].splitlines()), error.object[error.start]
+        advice = "save the file as CSV UTF-8, not in cp1252, cp932 or compressed"
+        problem = f"byte 0x{byte:02x} is not {'UTF-16' if is_utf16 else 'UTF-8'}; {advice}"
+        raise line_error(path, line, problem) from None
+
+
+def read_rows(path, file, layout, has_quotes):
+    """Yield (line, fields) for each row of a CSV file that is open below its header. Raises UserError."""
+    rule = f"that contains {layout.separator!r} needs quotes"
+    if not has_quotes:
+        rule = "cannot contain a tab or a line break; save the file with commas and quotes"
+    quoting = csv.QUOTE_MINIMAL if has_quotes else csv.QUOTE_NONE
+    reader, line = csv.reader(file, delimiter=layout.separator, quoting=quoting, strict=True), 2
+    try:
+        for fields in reader:
+            while len(fields) > len(layout.names) and not fields[-1].strip():
+                fields.pop()  # separators at the end of a row
+            if len(fields) > 1 or fields and (fields[0].strip() or len(layout.names) == 1):  # not an empty line
+                if not layout.fits(fields):
+                    problem = f"{len(fields)} instead of {len(layout.names)} fields; a text {rule}"
+                    raise line_error(path, line, problem)
+                yield line, fields
+            line = reader.line_num + 2  # of the next row; the header is a line too
+    except csv.Error as error:
+        problem = f"a quote that opens here is not closed, or is closed too early ({error})"
+        raise line_error(path, line, problem) from None
 
 
 def count_lines(lines):
