@@ -37,7 +37,7 @@ from runner.data import datasets
 from runner.data.features import FrozenFeatures, compute_features
 from runner.data.messages import TOKENS_PER_PASS, EncodedData, Split, Stage, make_pool, run_passes, tokenize
 from runner.data.predictions import write_predictions
-from runner.files import NonFiniteError, UserError
+from runner.files import NonFiniteError, UserError, refuse_damaged
 from runner.machine import processes
 from runner.machine.cpu_check import check_device, first_update
 from runner.machine.devices import describe_short_memory, resolve_device, set_precision
@@ -48,7 +48,7 @@ from runner.results.records import History, find_record, make_record, run_identi
 from runner.results.report import print_report, print_row
 from runner.saved import classifiers
 from runner.saved.checkpoints import TrainingState, open_checkpoint
-from runner.saved.export import check_experiment, write_export
+from runner.saved.export import check_class_count, check_experiment, write_export
 from runner.wording import changed_options, command_line, quoted
 
 # --- the settings of an experiment ---
@@ -129,7 +129,7 @@ class Experiment:
         return GPTConfig(**sizes, causal=not self.disable_causal_mask, activation_checkpointing=recompute)
 
 
-parse_args = partial(options.parse, Experiment)  # parse_args(argv=None)
+parse_args = partial(options.parse, Experiment)  # takes argv, by default the program's own
 
 
 # --- tokens, and the position that is classified ---
@@ -401,6 +401,7 @@ def prepare(experiment, run_options, console):
         weights = load_weights(experiment.weights, experiment.model_size, console.quiet)
 
     n_classes = len(dataset.class_names)
+    check_class_count(run_options.export, n_classes, experiment.config.emb_dim)
     compute_on = partial(run_in_miniature, experiment, n_classes, weights, encoded)
     is_optional = experiment.device == "auto" and experiment.precision != "tf32"  # which the CPU does not have
     device = check_device(device, is_optional, experiment.precision, compute_on, console)
@@ -564,14 +565,12 @@ def build_saved_classifier(path, given):
     `given` settings {name: value} replace its own. Raises UserError, see `TrainedClassifier`.
     """
     saved, parameters = classifiers.read_classifier(path)
-    try:
+    with refuse_damaged(path):  # other settings, names or shapes
         experiment = Experiment(**saved.settings_with(given))
         weights = load_weights(experiment.weights, experiment.model_size)
         classifier = build_classifier(experiment, len(saved.class_names), weights.tensors)
         saved.check_base(weights, classifier)
         classifiers.load_parameters(classifier, parameters)
-    except (KeyError, TypeError, AttributeError, RuntimeError) as error:  # other settings, names or shapes
-        raise UserError(f"{path} is damaged ({type(error).__name__}: {str(error).partition(chr(10))[0]})") from None
     return classifier, experiment, saved
 
 

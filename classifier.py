@@ -107,7 +107,7 @@ class Classifier(nn.Module):
 
     @property
     def n_full_blocks(self):
-        """The number of frozen blocks that run at all positions; a last block that computes one does not count."""
+        """The number of frozen blocks that run at all positions; a last block that computes only one does not count."""
         is_one_query = self.n_frozen_blocks == len(self.gpt.trf_blocks) and not self.average_embeddings
         return self.n_frozen_blocks - is_one_query
 

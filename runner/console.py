@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from previous_chapters import GPTConfig
 from runner.data.datasets import DATASET_NAMES
-from runner.files import UserError
+from runner.files import UserError, is_out_of_memory
 from runner.machine import processes
 from runner.machine.devices import describe_devices
 from runner.saved.checkpoints import Interrupted
@@ -83,7 +83,7 @@ class Console:
         try:
             written = write(path, *arguments)  # the path of a file in the folder `path`, or None
             self.info(f"Wrote {what} to {written or path}")
-        except (OSError, SafetensorError, UserError) as error:
+        except (OSError, SafetensorError) as error:
             reason = getattr(error, "strerror", None) or error
             self.not_written.append(f"{what} could not be written to {path}: {reason}")
             self.warning(self.not_written[-1])
@@ -139,19 +139,13 @@ def describe_model(experiment, classifier):
     return f"{words}; {n_trained:,} trainable and {n_frozen:,} frozen parameters"
 
 
-# Words in errors of PyTorch that are not the program's fault, and what the user is told.
-FAILURES = {
-    ("out of memory", "can't allocate memory", "DefaultCPUAllocator", "ALLOC_FAILED"): (
-        "out of memory\n"
-        "Try: a smaller --batch_size with more --accumulation_steps (their product is what counts); to train less,\n"
-        "--trainable_layers lora or last_block; --trainable_token_pos flexible or a smaller --context_length;\n"
-        "--features disk or off; --precision bf16; a smaller --model_size"
-    ),
-    ("CUDA error", "CUDA driver", "CUBLAS_STATUS", "cuDNN error", "NCCL error", "MPS backend"): (
-        "the device failed: {error}\n"
-        "Try: the same command again, which resumes where there is a --checkpoint; --device cpu"
-    ),
-}
+MEMORY_ADVICE = """out of memory
+Try: a smaller --batch_size with more --accumulation_steps (their product is what counts); to train less,
+--trainable_layers lora or last_block; --trainable_token_pos flexible or a smaller --context_length;
+--features disk or off; --precision bf16; a smaller --model_size"""
+DEVICE_ERRORS = ("CUDA error", "CUDA driver", "CUBLAS_STATUS", "cuDNN error", "NCCL error", "MPS backend")
+DEVICE_ADVICE = """the device failed: {error}
+Try: the same command again, which resumes where there is a --checkpoint; --device cpu"""
 
 
 def prepare_streams():
@@ -198,11 +192,13 @@ def exit_status(command):
     except (OSError, SafetensorError) as error:  # a full disk, a folder that is gone
         status, message = 1, f"error: {error}"
     except (MemoryError, RuntimeError) as error:
-        text = "out of memory" if isinstance(error, MemoryError) else str(error)
-        advice = [advice for words, advice in FAILURES.items() if any(word in text for word in words)]
-        if not advice:
+        if is_out_of_memory(error):
+            advice = MEMORY_ADVICE
+        elif any(words in str(error) for words in DEVICE_ERRORS):
+            advice = DEVICE_ADVICE.format(error=str(error).splitlines()[0])
+        else:
             raise
-        print("error:", advice[0].format(error=text.splitlines()[0]), file=sys.stderr)  # on this rank alone
+        print(f"error: {advice}", file=sys.stderr)  # on this rank alone
         return 1
     if processes.rank() == 0:  # `raise_on_all_ranks` has raised the same on all
         print(message, file=sys.stderr)

@@ -34,6 +34,24 @@ class NonFiniteError(UserError):
         super().__init__(message, status=1)
 
 
+def is_out_of_memory(error):
+    """Return whether an exception says that memory is short, of a device or main memory."""
+    words = ("out of memory", "allocate memory", "DefaultCPUAllocator", "ALLOC_FAILED")  # in RuntimeErrors of PyTorch
+    return isinstance(error, MemoryError) or any(one in str(error) for one in words)
+
+
+@contextmanager
+def refuse_damaged(path, advice=""):
+    """Raise UserError, which says that the file `path` is damaged, where values in the block do not fit."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {reason}){advice}") from None
+
+
 def require_finite(tensors, what):
     """Raise NonFiniteError, which names the tensor, if one of {name: tensor} has an infinite value or a NaN."""
     for name, tensor in tensors.items():

@@ -5,10 +5,10 @@
 #
 #     sbatch --gres=gpu:1 --time=2:00:00 runner/slurm_array.sh [options of additional_experiments.py]
 #
-# What a cluster asks for (GPU, time, memory, partition, account, another --array) goes before the script, on the command
-# line of sbatch. PYTHON names another Python than the one in PATH. All tasks write into one folder of results. A task that
-# was preempted is resumed by Slurm; after a time limit or scancel the same command resumes: what is finished is not
-# trained again.
+# What a cluster asks for (GPU, time, memory, partition, account, another --array) goes before the script, on the
+# command line of sbatch. PYTHON names another Python than the one in PATH. All tasks write into one folder of
+# results. A task that was preempted is resumed by Slurm; after a time limit or scancel the same command resumes: what
+# is finished is not trained again.
 
 #SBATCH --job-name=spam-table
 #SBATCH --array=1-95

@@ -272,6 +272,7 @@ def test_damaged_states_are_refused(interrupted, capfd):
 
     damages = [cut, lambda state: state.pop("order"), lambda state: state.update(usage=3)]
     damages += [lambda state: state["history"].update(more=[]), lambda state: state["optimizer"].clear()]
+    damages += [lambda state: state["random_states"].update(cpu=torch.zeros(3, dtype=torch.uint8))]
     before = content_of()
     for damage in damages:
         content = copy.deepcopy(before)
@@ -279,6 +280,14 @@ def test_damaged_states_are_refused(interrupted, capfd):
         torch.save(content, "run.ckpt")
         assert ae.main(interrupted) == 2
         assert re.fullmatch(r"error: run.ckpt is damaged \(.*\); delete it to start over\n", capfd.readouterr().err)
+
+
+def test_memory_that_is_short_while_a_checkpoint_is_restored_is_no_damage(interrupted, monkeypatch, capfd):
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    monkeypatch.setattr(checkpoints.processes, "shard_like", Mock(side_effect=error))
+    assert ae.main(interrupted) == 1
+    err = capfd.readouterr().err
+    assert err.startswith("error: out of memory\nTry: ") and "damaged" not in err and Path("run.ckpt").exists()
 
 
 def test_a_restored_checkpoint_frees_its_memory(interrupted, monkeypatch):

@@ -9,6 +9,7 @@ import time
 from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pandas as pd
 import pytest
@@ -190,6 +191,13 @@ def test_damaged_classifiers_are_refused(trained, capsys):
             assert ae.main(["--load_model", path.name, "--classify", "a"]) == 2
             out, err = capsys.readouterr()
             assert out == "" and err.count("\n") == 1 and err.startswith("error: "), path
+
+
+def test_memory_that_is_short_is_no_damage(trained, monkeypatch, capsys):
+    monkeypatch.setattr(ae, "build_classifier", Mock(side_effect=RuntimeError("DefaultCPUAllocator: not enough")))
+    assert ae.main(["--load_model", trained[0], "--classify", "a"]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("error: out of memory\nTry: ") and "damaged" not in err
 
 
 def test_a_million_spaces_are_cut(trained, capsys):

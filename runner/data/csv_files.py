@@ -29,14 +29,14 @@ class Layout:
     label: int | None
 
     def fits(self, fields):
-        """Tell whether these can be the fields of a row; Excel leaves out empty ones at the end."""
+        """Return whether these can be the fields of a row; Excel leaves out empty ones at the end."""
         return max(self.text, self.label or 0) < len(fields) <= len(self.names)
 
     def label_of(self, fields):
         return "" if self.label is None else " ".join(fields[self.label].split())
 
     def holds_row(self, text, labels):
-        """Tell whether a line of a text, but for its first, looks like a row with one of these labels."""
+        """Return whether a line of a text, after its first, looks like a row with one of these labels."""
         rows = (next(csv.reader([line], delimiter=self.separator), []) for line in text.splitlines()[1:])
         return any(self.fits(fields) and self.label_of(fields) in labels for fields in rows)
 

@@ -220,7 +220,7 @@ class FrozenFeatures:
         return states, seconds
 
     def write(self, path, classifier, states, started):
-        """Write the hidden states after all full blocks; computing them `started` at this time (time.perf_counter).
+        """Write the hidden states after all full blocks; `started` is when that began (time.perf_counter).
 
         All ranks compute, rank 0 writes. Raises OSError, and UserError if the weights file was changed, on all ranks.
         """

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from runner.files import NonFiniteError, UserError
+from runner.files import NonFiniteError, UserError, is_out_of_memory
 from runner.machine import processes
 from runner.machine.devices import describe_system
 
@@ -43,7 +43,7 @@ def compare_results(compute, expected, precision):
     try:
         first, second = (deviations(compute(), expected) for _ in range(2))
     except (NonFiniteError, RuntimeError, TypeError) as error:  # NotImplementedError is a RuntimeError
-        if "out of memory" in str(error) or "ALLOC_FAILED" in str(error):
+        if is_out_of_memory(error):
             raise
         return (str(error) or type(error).__name__).splitlines()[0], None
     largest = {name: max(first[name], second[name]) for name in first}

@@ -74,7 +74,7 @@ class Mistake(NamedTuple):
 
 @dataclass(frozen=True)
 class Confusion:
-    """The number of labelled messages of each class in a split, and the mistakes. Raises ValueError for a conflict."""
+    """The labelled messages of each class in a split, counted, and the mistakes. Raises ValueError if they differ."""
 
     totals: list[int]  # of each of the K classes
     mistakes: list[Mistake]  # by index

@@ -12,7 +12,14 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 
-from runner.files import UserError, atomic_write, remove_leftovers, require_finite
+from runner.files import (
+    UserError,
+    atomic_write,
+    is_out_of_memory,
+    refuse_damaged,
+    remove_leftovers,
+    require_finite,
+)
 from runner.machine import processes
 from runner.machine.devices import describe_devices, peak_memory, random_generators
 
@@ -39,7 +46,7 @@ class TrainingState:
         self.started, self.earlier_peak = dict(training=time.perf_counter(), total=started), 0
 
     def usage(self):
-        """Return the seconds of `training` and in `total`, and the `peak_memory`, with those of interrupted parts."""
+        """Return the seconds of `training` and in `total`, and the `peak_memory`; interrupted parts count too."""
         seconds = {name: time.perf_counter() - start for name, start in self.started.items()}
         return seconds | dict(peak_memory=max(peak_memory(self.device), self.earlier_peak))
 
@@ -69,7 +76,7 @@ class TrainingState:
     def load_state_dict(self, state):
         """Restore what `state_dict` returned, possibly on another type of device.
 
-        Raises ValueError, KeyError, TypeError or AttributeError for anything else, RuntimeError if memory is short.
+        Raises ValueError, KeyError, TypeError, AttributeError or RuntimeError for anything else.
         """
         self.batches_done, self.order = state["batches_done"], state["order"].clone()
         self.history = type(self.history)(**state["history"])
@@ -116,12 +123,8 @@ class Checkpoint:
         if state.environment != saved["environment"]:
             before, now = (", ".join(found.values()) for found in (saved["environment"], state.environment))
             self.console.warning(f"{self.path} is resumed with {now}; before: {before}; last digits may differ")
-        try:
+        with refuse_damaged(self.path, "; delete it to start over"):
             state.load_state_dict(saved)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(
-                f"{self.path} is damaged ({type(error).__name__}: {error}); delete it to start over"
-            ) from None
         before = f"Resuming from {self.path} after {state.batches_done:,} batches; printed before:"
         self.console.info("\n".join([before, *state.history.lines]))
 
@@ -195,10 +198,11 @@ class Checkpoint:
 
 @contextmanager
 def open_checkpoint(path, minutes, identity, seeds, weights, console):
-    """Yield the Checkpoint at `path`, locked against other runs until the end of the block; no path, no file.
+    """Yield the Checkpoint at `path`, locked against other runs until the end of the block.
 
-    `identity` is what makes a run the same run, see `run_identity`; the state may be that of any of `seeds`. Raises
-    UserError for the file of another run, for a file that is no checkpoint or in use, and if hosts see different files.
+    Without a path there is no file. `identity` is what makes a run the same run, see `run_identity`; the state may be
+    that of any of `seeds`. Raises UserError for the file of another run, for a file that is no checkpoint or in use,
+    and if hosts see different files.
     """
     identity = dict(format=FORMAT) | identity  # compared first: another format has other settings
     if path is None:
@@ -252,7 +256,7 @@ def read_checkpoint(path, identity, seeds):
     except FileNotFoundError:
         return None
     except Exception as error:  # of many types
-        if isinstance(error, (OSError, MemoryError)) or "memory" in str(error):  # PyTorch's is a RuntimeError
+        if isinstance(error, OSError) or is_out_of_memory(error):
             raise UserError(f"the checkpoint {path} cannot be read: {error or 'out of memory'}", status=1) from None
         problem = f"{path} is damaged, or not a checkpoint ({type(error).__name__})"
         raise UserError(f"{problem}; name another file, or delete this one to start over") from None

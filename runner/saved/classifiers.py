@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from runner.data.csv_files import read_messages
 from runner.data.predictions import predictions_table, to_csv
-from runner.files import UserError, atomic_write, read_safetensors, sha256_of_tensors
+from runner.files import UserError, atomic_write, read_safetensors, refuse_damaged, sha256_of_tensors
 from runner.wording import printable
 
 # --- on disk ---
@@ -72,10 +72,8 @@ def read_classifier(path):
         raise UserError(f"{path} was not written by --save_model of this version")
     if metadata.get("sha256") != sha256_of_tensors(parameters):
         raise UserError(f"{path} is damaged: its tensors do not have the SHA-256 that it states")
-    try:
+    with refuse_damaged(path):
         return SavedClassifier(**json.loads(metadata["description"])), parameters
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is damaged ({type(error).__name__}: {error})") from None
 
 
 def load_parameters(classifier, parameters):

@@ -24,6 +24,12 @@ def check_experiment(experiment):
         )
 
 
+def check_class_count(path, n_classes, emb_dim):
+    """Raise UserError for an export to `path` of more classes than a head without a bias can express: `make_model`."""
+    if path is not None and n_classes > emb_dim:
+        raise UserError(f"--export takes {emb_dim} classes at most, the width of the model; there are {n_classes}")
+
+
 def check_folder(path):
     """Raise UserError if transformers is not installed, or if `path` is not a new or empty folder."""
     versions = [found.version for found in metadata.distributions(name="transformers")]
@@ -61,15 +67,11 @@ def make_model(classifier, class_names):
 
     The head of that class has no bias, so the final norm takes it over. With the weight W (K, D) and bias c (K,) of the
     head and the shift b (D,) of the norm, the logits are W (g x + b) + c = W (g x + b'), b' = b + W^T (W W^T)^-1 c.
-    Raises UserError for more classes than dimensions, for which no such b' exists.
+    For more classes than dimensions, which `check_class_count` refuses, no such b' exists.
     """
     from transformers import GPT2Config, GPT2ForSequenceClassification
 
     cfg, head = classifier.gpt.cfg, classifier.out_head
-    if len(class_names) > cfg.emb_dim:
-        raise UserError(
-            f"--export takes {cfg.emb_dim} classes at most, the width of the model; there are {len(class_names)}"
-        )
     sizes = dict(n_positions=cfg.context_length, n_embd=cfg.emb_dim, n_layer=cfg.n_layers, n_head=cfg.n_heads)
     labels = dict(id2label=dict(enumerate(class_names)), label2id={name: n for n, name in enumerate(class_names)})
     config = GPT2Config(vocab_size=cfg.vocab_size, pad_token_id=50256, **sizes, **labels)
